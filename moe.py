@@ -1,0 +1,326 @@
+"""The sparse Mixture-of-Experts layer: a router, E expert MLPs, and the bookkeeping between them.
+
+It replaces the MLP of a transformer or ConvNeXt block, as in "Mixture of Experts for Image Classification:
+What's the Sweet Spot?" (Videau et al., TMLR 2025), which builds on V-MoE (Riquelme et al., 2021):
+
+    y = sum over the K best experts e of  G(x)_e * MLP_e(x),     G(x) = softmax(router(x))
+
+    from moe import MoE
+    layer = MoE(dim=384, hidden=1536, num_experts=8, k=2)
+    y, routing = layer(x)                                      # x (..., 384) -> y (..., 384)
+    loss = cross_entropy + 0.005 * routing.balance_loss        # keeps every expert in work
+
+Letters, the same in every file: B images, N tokens per image, T = B*N tokens, D width, H hidden width,
+E experts, K experts per token, C slots per expert, R = T*K rows (one per token and choice).
+
+Read it from top to bottom: pure functions of tensors first, then the modules that hold the parameters. The
+question everybody asks, "how does the router learn if top-k has no gradient?", is answered by combine().
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROUTERS = ("linear", "cosine", "l2")
+
+
+class Routing(NamedTuple):
+    """What one MoE layer decided for its T tokens. Returned by the layer, never stored in it."""
+
+    logits: torch.Tensor  # (T, E) float32, without the training noise
+    probs: torch.Tensor  # (T, E) float32, softmax of these clean logits
+    experts: torch.Tensor  # (T, K) int64, the chosen experts, best first
+    gates: torch.Tensor  # (T, K) float32, the weight of each choice; they need not sum to 1
+    kept: torch.Tensor  # (T, K) bool, False where the expert was full and the choice was dropped
+    balance_loss: torch.Tensor  # scalar, importance + load
+
+
+# ---------------------------------------------------------------- who goes where
+
+
+def top_k_gates(probs, k):
+    """Choose the k most probable experts of every token.
+
+    probs (T, E): a softmax over ALL experts. Returns gates (T, K), the probabilities of the chosen experts, and
+    experts (T, K) int64, best first. The gates are not renormalised (paper, section 3): with k = 1 a renormalised
+    gate would always be 1, and the classification loss could never tell the router anything.
+    """
+    gates, experts = probs.topk(k, dim=-1)
+    return gates, experts
+
+
+def expert_capacity(num_tokens, k, num_experts, factor):
+    """Slots per expert, C = ceil(T K factor / E), at least 1 and at most T (an int).
+
+    factor 1.0 is just enough when the load is perfectly even; V-MoE trains at 1.05.
+    """
+    # The rounding forgives floats: 10 * 1.1 is 11.000000000000002, which must give 11 slots and not 12.
+    slots = math.ceil(round(num_tokens * k * factor / num_experts, 6))
+    return max(1, min(slots, num_tokens))
+
+
+def assign_slots(experts, num_experts, capacity, priority=None):
+    """Fill the experts' slots and say which choices found one: kept (T, K) bool.
+
+    experts (T, K): the choices, best first. All first choices are served before any second choice. Within one rank
+    tokens come in order of position or, with priority (T,), highest priority first: Batch Prioritized Routing
+    (Riquelme et al. 2021, section 4) when the priority is the top-1 gate. Ties go to the earlier token. A choice is
+    dropped when its expert has already given out `capacity` slots.
+    """
+    T, K = experts.shape
+    order = torch.arange(T, device=experts.device)
+    if priority is not None:
+        order = priority.argsort(descending=True, stable=True)
+    queue = experts[order].T.reshape(-1)  # (K T,) everybody's first choice, then everybody's second
+    asked = (queue.unsqueeze(1) == torch.arange(num_experts, device=queue.device)).cumsum(0)  # (K T, E)
+    place = asked.gather(1, queue.unsqueeze(1)).squeeze(1)  # (K T,) 1 for the first in line at that expert
+    kept = torch.empty(T, K, dtype=torch.bool, device=experts.device)
+    kept[order] = (place <= capacity).view(K, T).T  # back to the order of the tokens
+    return kept
+
+
+# ---------------------------------------------------------------- what it costs: the balance losses
+
+
+def cv_squared(x):
+    """Squared coefficient of variation of x (E,): var / mean^2, with the population variance (divide by E).
+
+    Never (std / mean)^2: when all experts are equal the derivative of std is infinite, and the loss becomes NaN
+    just when the router is perfect. Also 0, with a finite gradient, for E = 1.
+    """
+    return x.var(correction=0) / x.mean().square()
+
+
+def importance_loss(probs):
+    """CV^2 of each expert's total probability (Shazeer et al. 2017, equations 6 and 7).
+
+    probs (T, E) from the CLEAN logits. Scalar: 0 when all experts get the same sum, E - 1 when one gets all.
+    """
+    return cv_squared(probs.sum(0))
+
+
+def load_loss(logits, noisy_logits, k, noise_std):
+    """CV^2 of the number of tokens each expert can expect (Shazeer et al. 2017, section 4; V-MoE, appendix A).
+
+    Counting tokens has no gradient, but the router is noisy, so ask: if expert e's noise were drawn again, how likely
+    is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is
+    P(logit + noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over
+    tokens, it is the load (E,). With noise_std = 0 the probability is 0 or 1: the plain count, which has no gradient.
+    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert.
+    """
+    threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
+    if noise_std == 0:
+        reaches = (logits >= threshold).float() + 0.0 * logits  # 0 * logits: a zero gradient, not a missing one
+    else:
+        reaches = torch.special.ndtr((logits - threshold) / noise_std)  # ndtr is Phi, and 1 - Phi(z) = Phi(-z)
+    return cv_squared(reaches.mean(0))
+
+
+# ---------------------------------------------------------------- there and back again
+
+
+def place_rows(rows, positions):
+    """Move row i to positions[i], for positions that are a permutation of 0 .. R-1.
+
+    The same as rows[order] with the inverse permutation, but its backward pass is a plain gather. The backward of
+    indexing adds up gradients with atomics on a GPU, which is slower and differs from run to run.
+    """
+    return torch.empty_like(rows).index_copy(0, positions, rows)
+
+
+def dispatch(tokens, experts, kept, num_experts):
+    """Copy each token once per choice and sort the copies by expert.
+
+    tokens (T, D), experts (T, K), kept (T, K) -> rows (R, D), counts (E,) int64, order (R,) int64.
+    Rows come expert by expert, dropped choices last (they belong to no expert, so sum(counts) may be less than R).
+    order[r] = t * K + j says that row r is choice j of token t. All shapes are known beforehand: nothing waits for a
+    GPU to report how many tokens chose an expert.
+    """
+    T, K = experts.shape
+    owner = experts.masked_fill(~kept, num_experts).reshape(-1)  # (R,) the dropped sort behind the last expert
+    order = owner.argsort(stable=True)
+    positions = torch.empty_like(order).scatter(0, order, torch.arange(T * K, device=order.device))  # its inverse
+    copies = tokens.unsqueeze(1).expand(-1, K, -1).reshape(T * K, -1)  # (T, D) -> (T, K, D) -> (R, D)
+    counts = (owner.unsqueeze(1) == torch.arange(num_experts, device=owner.device)).sum(0)
+    return place_rows(copies, positions), counts, order
+
+
+def combine(rows, weights, order):
+    """Bring the experts' answers back to their tokens and add them up, weighted: y (T, D).
+
+    rows (R, D) and order (R,) as dispatch() made them; weights (T, K): the gate of each choice, 0 where dropped.
+    This product is how a router learns: top-k has no gradient, but dy/d(gate) = the expert's answer, and the gate is
+    a softmax over all experts, so an expert that helps raises its own logit and lowers those of the others.
+    """
+    T, K = weights.shape
+    answers = place_rows(rows, order).view(T, K, -1)  # (R, D) -> (T, K, D)
+    return (answers * weights.unsqueeze(-1)).sum(1)
+
+
+# ---------------------------------------------------------------- the modules
+
+
+class MLP(nn.Sequential):
+    """The dense MLP of a ViT or ConvNeXt block, (..., D) -> (..., D). It is what the experts are copies of."""
+
+    def __init__(self, dim, hidden):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class Router(nn.Module):
+    """Score every token against every expert: (T, D) -> logits (T, E), in float32 even under autocast.
+
+    kind    logits                            as in
+    linear  W x                               the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
+    cosine  s * cos(P x, code_e)              Chi et al. 2022: P projects to a low dimension, one learned code per expert
+    l2      -s * |P x - code_e|               the same with distances
+
+    s = exp(log_scale) is a learned inverse temperature, starting at 2 and bounded by 100 as in Tutel.
+    proj_dim is the width of P x: 256, or half of D where that is less.
+    """
+
+    def __init__(self, dim, num_experts, kind="linear", proj_dim=None):
+        super().__init__()
+        if kind not in ROUTERS:
+            raise ValueError(f"unknown router {kind!r}: expected one of {', '.join(ROUTERS)}")
+        self.kind = kind
+        if kind == "linear":
+            self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        else:
+            proj_dim = proj_dim or max(1, min(256, dim // 2))
+            self.proj = nn.Parameter(torch.empty(proj_dim, dim))
+            self.codes = nn.Parameter(torch.empty(num_experts, proj_dim))
+            self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Small weights: at the start the linear router's probabilities are close to 1/E."""
+        for name, parameter in self.named_parameters():
+            if name != "log_scale":
+                nn.init.normal_(parameter, std=0.02 if name == "weight" else parameter.shape[-1] ** -0.5)
+
+    def forward(self, x):
+        # Autocast must be off, not only the input float32: it would cast the matrix product back to bfloat16, and
+        # with 8 bits of mantissa near ties among experts are decided by rounding.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.kind == "linear":
+                return F.linear(x, self.weight)
+            scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+            z = F.linear(x, self.proj)  # (T, P)
+            if self.kind == "cosine":
+                return scale * F.linear(F.normalize(z, dim=-1), F.normalize(self.codes, dim=-1))
+            return -scale * torch.cdist(z, self.codes)
+
+
+class Experts(nn.Module):
+    """E independent MLPs, Linear - GELU - Linear, with stacked weights.
+
+    forward(rows (R, D) sorted by expert, counts (E,)) -> (R, D): the first counts[0] rows go through expert 0, the
+    next counts[1] through expert 1, and so on. Rows beyond sum(counts) belong to nobody and come out as exactly 0.
+
+    Stacked, because then every expert is part of the graph at every step: an expert without tokens gets a zero
+    gradient instead of none, and no process of a DDP group waits for it. The price: Adam's momentum and weight decay
+    go on moving an idle expert.
+    """
+
+    def __init__(self, num_experts, dim, hidden):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.b1 = nn.Parameter(torch.empty(num_experts, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.b2 = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Uniform in +-1/sqrt(inputs), as nn.Linear, zero bias. Each expert has its own draw (V-MoE: all the same)."""
+        for weight in (self.w1, self.w2):
+            nn.init.uniform_(weight, -weight.shape[1] ** -0.5, weight.shape[1] ** -0.5)
+        for bias in (self.b1, self.b2):
+            nn.init.zeros_(bias)
+
+    def forward(self, rows, counts):
+        counts = counts.tolist()
+        *groups, dropped = rows.split(counts + [len(rows) - sum(counts)])
+        # unbind, not w1[e]: in the backward pass each w1[e] would fill a zero tensor as large as all experts together.
+        weights = zip(self.w1.unbind(0), self.b1.unbind(0), self.w2.unbind(0), self.b2.unbind(0))
+        answers = []
+        for group, (w1, b1, w2, b2) in zip(groups, weights):
+            hidden = F.gelu(torch.addmm(b1, group, w1))  # (counts[e], H)
+            answers.append(torch.addmm(b2, hidden, w2))  # (counts[e], D)
+        return torch.cat(answers + [torch.zeros_like(dropped, dtype=answers[0].dtype)])
+
+
+class MoE(nn.Module):
+    """The sparse layer: x (..., D) -> (y (..., D), Routing). Put it where a block has its MLP, inside the residual.
+
+    capacity_factor: None keeps every choice; a number limits each expert to expert_capacity() slots while training,
+        served in order of the top-1 gate if batch_priority (else by position).
+    eval_capacity_factor: the same for evaluation. None by default, because with a limit the prediction for one image
+        depends on the other images of its batch.
+    router_noise: while training, N(0, (router_noise / E)^2) is added to the logits before the choice (V-MoE); 0 is off.
+    Raises ValueError if k is not between 1 and num_experts.
+    """
+
+    def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
+                 eval_capacity_factor=None, batch_priority=True, router_noise=1.0):
+        super().__init__()
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k = {k} experts per token, but the layer has {num_experts}: k must be 1 to {num_experts}")
+        self.num_experts, self.k = num_experts, k
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.batch_priority = batch_priority
+        self.noise_std = router_noise / num_experts
+        self.router = Router(dim, num_experts, router)
+        self.experts = Experts(num_experts, dim, hidden)
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])  # (..., D) -> (T, D)
+        routing = self.route(tokens)  # who goes where, with what weight, at what cost
+        rows, counts, order = dispatch(tokens, routing.experts, routing.kept, self.num_experts)  # (R, D) by expert
+        rows = self.experts(rows, counts)  # each expert sees its own rows only
+        y = combine(rows, routing.gates * routing.kept, order)  # (T, D), a dropped choice adds exactly 0
+        return y.to(x.dtype).reshape(x.shape), routing
+
+    def route(self, tokens):
+        """Decide for tokens (T, D): scores, noise, choice, slots, balance losses. Returns a Routing."""
+        logits = self.router(tokens)  # (T, E)
+        probs = logits.softmax(-1)
+        noisy = logits
+        if self.training and self.noise_std > 0:
+            noisy = logits + self.noise_std * torch.randn_like(logits)
+        gates, experts = top_k_gates(noisy.softmax(-1), self.k)  # noise moves the choice and its weight, not the loss
+        kept = self.assign(gates, experts)
+        balance_loss = importance_loss(probs) + load_loss(logits, noisy, self.k, self.noise_std)
+        return Routing(logits, probs, experts, gates, kept, balance_loss)
+
+    def assign(self, gates, experts):
+        """kept (T, K) bool under the capacity that holds now; all True without one."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return torch.ones_like(experts, dtype=torch.bool)
+        capacity = expert_capacity(len(experts), self.k, self.num_experts, factor)
+        return assign_slots(experts, self.num_experts, capacity, gates[:, 0] if self.batch_priority else None)
+
+
+# ---------------------------------------------------------------- around the layer
+
+
+def count_parameters(model):
+    """(total, active) number of parameters: a token uses k of the E experts of each MoE layer, and all the rest."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = sum(sum(p.numel() for p in layer.experts.parameters()) * (layer.num_experts - layer.k) // layer.num_experts
+               for layer in model.modules() if isinstance(layer, MoE))
+    return total, total - idle
+
+
+def mean_balance_loss(routings):
+    """Mean of the layers' balance losses, so that its weight means the same at any number of MoE layers; 0 if none.
+
+    Under DDP each process computes it from its own tokens and DDP averages the gradients: the mean of local losses,
+    not the loss of the global batch. A local loss asks each process's share of the batch to be balanced.
+    """
+    return torch.stack([r.balance_loss for r in routings]).mean() if routings else torch.tensor(0.0)

@@ -1,0 +1,536 @@
+"""Train a dense or sparse image classifier, on a laptop or under torchrun.
+
+    python train.py                                            a sparse ConvNeXt on the embedded data, about 1 minute
+    python train.py --data FOLDER --model vit_nano             your own images, one folder per class
+    torchrun --nproc-per-node=8 train.py --data /imagenet --model vit_s --moe-layers every2 --experts 8 --k 2
+
+Results go to runs/<model>-<data>-<number>/, or to --out DIR; a run named by --out continues by itself when started
+again. There: last.pt and best.pt (checkpoints), log.jsonl (one line per epoch).
+
+Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed, epoch, image), a
+batch's mixing, noise and drop path on (seed, step). There is no generator state to save, and neither the number of
+worker processes nor an interruption changes a run.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from eval import (MEAN, STD, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate, normalize,
+                  open_dataset)
+from moe import count_parameters, mean_balance_loss
+
+# ---------------------------------------------------------------- recipes
+# One dictionary per family; a flag of the same name overrides an entry. lr holds for a global batch of lr_batch and
+# is scaled linearly with the batch. The MoE entries are stand-ins, as the paper does not publish its own: noise,
+# capacity and balance weight are V-MoE's (Riquelme et al. 2021).
+
+MOE = dict(moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0, capacity_factor=1.05,
+           balance_weight=0.005)
+IMAGENET = MOE | dict(
+    epochs=300, weight_decay=0.05, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaug=9, erasing=0.25, clip_grad=0.0,
+    crop_scale=0.08, flip=True, image_size=224, crop_ratio=0.875)
+CONVNEXT = IMAGENET | dict(  # Liu et al. 2022, TRAINING.md
+    k=1, lr=4e-3, lr_batch=4096, batch_size=4096, min_lr=1e-6, warmup_epochs=20, ema=0.9999)
+VIT = IMAGENET | dict(  # DeiT: Touvron et al. 2021, README_deit.md
+    k=2, lr=1e-3, lr_batch=1024, batch_size=1024, min_lr=1e-5, warmup_epochs=5, drop_path=0.1, ema=0.99996)
+NANO = MOE | dict(  # ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps
+    batch_size=64, lr_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, drop_path=0.0, label_smoothing=0.0,
+    mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, clip_grad=1.0, ema=0.0, crop_scale=1.0, flip=False, image_size=32,
+    crop_ratio=1.0, capacity_factor=0.0)
+RECIPES = dict(
+    convnext_nano=NANO | dict(k=1, lr=4e-3, steps=1250),
+    convnext_t=CONVNEXT | dict(drop_path=0.1),
+    convnext_s=CONVNEXT | dict(drop_path=0.4),
+    convnext_b=CONVNEXT | dict(drop_path=0.5),
+    convnext_iso_s=CONVNEXT | dict(drop_path=0.1, warmup_epochs=50),
+    convnext_iso_b=CONVNEXT | dict(drop_path=0.2, warmup_epochs=50),
+    vit_nano=NANO | dict(k=2, lr=3e-3, steps=1750),
+    vit_ti=VIT, vit_s=VIT, vit_b=VIT)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
+                                     "the value of the model's recipe (top of train.py).")
+    flag = parser.add_argument
+    flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
+    flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
+    flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
+    flag("--seed", type=int, default=0, help="start of all random draws (default: 0)")
+
+    flag("--moe-layers", help="none, every2, last2, last3, stage, or block indices such as 3,5")
+    flag("--experts", type=int, help="experts E per MoE layer")
+    flag("--k", type=int, help="experts K per token")
+    flag("--expert-ratio", type=float, help="hidden width of an expert, in units of the model's width")
+    flag("--router", help="linear, cosine or l2")
+    flag("--router-noise", type=float, help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
+    flag("--capacity-factor", type=float, help="slots per expert in training, in units of the even share; 0: no limit")
+    flag("--balance-weight", type=float, help="weight of the balance loss")
+
+    flag("--epochs", type=int)
+    flag("--batch-size", type=int, help="global: images per step over all processes")
+    flag("--accumulate", type=int, default=1, help="split each step's batch into this many passes (default: 1)")
+    flag("--lr", type=float, help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--warmup-epochs", type=float)
+    flag("--weight-decay", type=float)
+    flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
+    flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
+    flag("--ema", type=float, help="decay per step of the averaged weights; 0 is off")
+    flag("--drop-path", type=float, help="rate at the last block")
+    flag("--label-smoothing", type=float)
+    flag("--mixup", type=float, help="alpha; 0 is off")
+    flag("--cutmix", type=float, help="alpha; 0 is off")
+    flag("--randaug", type=int, help="magnitude of RandAugment, 1 to 10; 0 is off")
+    flag("--erasing", type=float, help="probability of erasing a rectangle")
+    flag("--image-size", type=int, help="pixels")
+
+    flag("--workers", type=int, help="processes per GPU that load images (default: 0 if they are few or in memory, else up to 12)")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """The configuration of a run: the model's recipe, overridden by the flags. A dict of plain values; ValueError if wrong."""
+    if args.model not in RECIPES:
+        raise ValueError(f"unknown model {args.model!r}: expected one of {', '.join(RECIPES)}")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    config = vars(args) | RECIPES[args.model] | given
+    for name in ("lr", "batch_size", "epochs"):
+        config[name] = given.get(name)  # None: fit_to_data() will settle it
+    config["expert_weight_decay"] = given.get("expert_weight_decay", config["weight_decay"])
+    if config["moe_layers"][0].isdigit():
+        config["moe_layers"] = [int(i) for i in config["moe_layers"].split(",")]
+    for name in ("epochs", "batch_size", "accumulate", "image_size"):
+        if config[name] is not None and config[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {config[name]}: expected at least 1")
+    return config
+
+
+def fit_to_data(config, num_images, world):
+    """Settle batch_size, lr and epochs for this data and number of processes, in place. ValueError if that is impossible."""
+    recipe, share = RECIPES[config["model"]], world * config["accumulate"]
+    batch = config["batch_size"]
+    if batch is None:  # the recipe's, or all images where there are fewer
+        batch = min(recipe["batch_size"], num_images)
+        batch = max(share, batch - batch % share)
+    if batch % share:
+        raise ValueError(f"--batch-size {batch} is not a multiple of {share} ({world} processes x {config['accumulate']} "
+                         f"accumulation passes): use {max(share, batch - batch % share)}")
+    if batch > num_images:
+        raise ValueError(f"--batch-size {batch} is more than the {num_images} training images: use {num_images} or less")
+    config["batch_size"] = batch
+    if config["lr"] is None:
+        config["lr"] = recipe["lr"] * batch / recipe["lr_batch"]
+    if config["epochs"] is None:
+        steps = recipe.get("steps", 0) / (num_images // batch)
+        config["epochs"] = recipe.get("epochs") or min(50, max(5, round(steps)))
+
+
+def model_config(config, num_classes):
+    """What eval.build_model needs to build this run's model again."""
+    names = ("model", "moe_layers", "k", "expert_ratio", "router", "router_noise", "drop_path", "image_size")
+    return {name: config[name] for name in names} | dict(
+        num_classes=num_classes, num_experts=config["experts"], capacity_factor=config["capacity_factor"] or None)
+
+
+# ---------------------------------------------------------------- data
+
+
+def draw_seed(*numbers):
+    """One 32-bit seed from several whole numbers, such as (seed, epoch, image)."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B1 + number + 0x7F4A7C15) % 2 ** 32
+    return mixed
+
+
+def train_transform(config):
+    """Augmentation of one image by the recipe: uint8 (3, H, W) -> uint8 (3, S, S)."""
+    if config["crop_scale"] < 1:
+        steps = [v2.RandomResizedCrop(config["image_size"], scale=(config["crop_scale"], 1.0),
+                                      interpolation=v2.InterpolationMode.BICUBIC, antialias=True)]
+    else:
+        steps = [eval_transform(config["image_size"], config["crop_ratio"])]
+    if config["flip"]:
+        steps.append(v2.RandomHorizontalFlip())
+    if config["randaug"]:
+        # Magnitude 9 of 10, as in timm's "rand-m9"; torchvision's default scale goes to 30. Without timm's mstd0.5.
+        steps.append(v2.RandAugment(num_ops=2, magnitude=config["randaug"], num_magnitude_bins=11))
+    if config["erasing"]:
+        steps.append(v2.RandomErasing(config["erasing"], value=[round(255 * mean) for mean in MEAN]))
+    return v2.Compose(steps)
+
+
+class Augmented:
+    """A data set whose items are asked for as (epoch, index): the draws of the transform depend on these two alone."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(draw_seed(self.seed, epoch, index))
+            return self.dataset[index]
+
+
+class Batches:
+    """The order of the images: an iterable of lists of (epoch, index), what DataLoader calls a batch sampler.
+
+    Each epoch is a permutation of all images, cut into steps of `batch_size`; the last, incomplete step is left out.
+    A process takes every world-th image of a step, in `accumulate` parts. Set .epoch before iterating.
+    """
+
+    def __init__(self, num_images, batch_size, accumulate, seed, rank, world):
+        self.num_images, self.batch_size, self.accumulate, self.seed = num_images, batch_size, accumulate, seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.steps = num_images // batch_size
+
+    def __len__(self):
+        return self.steps * self.accumulate
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        for step in order[:self.steps * self.batch_size].split(self.batch_size):
+            for part in step[self.rank::self.world].chunk(self.accumulate):
+                yield [(self.epoch, int(index)) for index in part]
+
+
+def make_mixer(config, num_classes):
+    """MixUp or CutMix, by lot for each batch: (images, labels (B,)) -> (images, targets (B, classes)); or None."""
+    mixers = [kind(alpha=config[name], num_classes=num_classes)
+              for name, kind in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if config[name]]
+    return v2.RandomChoice(mixers) if mixers else None
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def parameter_groups(model, weight_decay, expert_weight_decay):
+    """Three groups for the optimizer: weights, expert weights, and what must not decay.
+
+    Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
+    """
+    groups = {rate: dict(params=[], weight_decay=rate) for rate in (weight_decay, expert_weight_decay, 0.0)}
+    for name, parameter in model.named_parameters():
+        leaf = name.split(".")[-1]
+        if parameter.ndim < 2 or leaf in ("b1", "b2", "pos_embed", "class_token"):
+            groups[0.0]["params"].append(parameter)
+        else:
+            groups[expert_weight_decay if leaf in ("w1", "w2") else weight_decay]["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(step, steps_per_epoch, config):
+    """The rate of optimizer step `step` (0-based): linear warmup to the peak, then half a cosine down to the minimum.
+
+    The last step of the warmup has the peak, the last step of the run the minimum.
+    """
+    total, warmup = config["epochs"] * steps_per_epoch, round(config["warmup_epochs"] * steps_per_epoch)
+    if step < warmup:
+        return config["lr"] * (step + 1) / warmup
+    progress = (step + 1 - warmup) / max(1, total - warmup)
+    return config["min_lr"] + (config["lr"] - config["min_lr"]) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------- runs and checkpoints
+
+
+def choose_folder(config):
+    """The folder of this run, and its last checkpoint if it is to be continued: (path, checkpoint or None).
+
+    ValueError if --out holds a run of another configuration.
+    """
+    if config["out"] is None:
+        data = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
+        number = 1
+        while os.path.exists(f"runs/{config['model']}-{data}-{number}"):
+            number += 1
+        return f"runs/{config['model']}-{data}-{number}", None
+    last = os.path.join(config["out"], "last.pt")
+    if not os.path.exists(last):
+        return config["out"], None
+    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+    differing = [f"--{name.replace('_', '-')} {checkpoint['args'].get(name)} there, {config[name]} now"
+                 for name in config if name not in ("out", "workers") and checkpoint["args"].get(name) != config[name]]
+    if differing:
+        raise ValueError(f"{config['out']} holds a run of another configuration ({'; '.join(differing)}): give the same "
+                         f"options to continue it, or another --out")
+    return config["out"], checkpoint
+
+
+def save(checkpoint, path):
+    """Write a checkpoint so that at any moment either the old file or the new one is complete."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def make_checkpoint(run):
+    """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True."""
+    config = run.config
+    return dict(
+        config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
+        image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
+        model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
+        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, args=config)
+
+
+def restore(run, checkpoint):
+    """Put a run where its checkpoint was made."""
+    run.model.load_state_dict(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    if run.ema:
+        run.ema.module.load_state_dict(checkpoint["ema"])
+        run.ema.n_averaged.fill_(checkpoint["step"])
+    run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
+
+
+# ---------------------------------------------------------------- the run
+
+
+def setup_processes():
+    """(rank, world size, device): from torchrun's environment, or one process on the GPU or CPU at hand."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def open_data(config):
+    """(training set, validation set), their classes checked to be the same."""
+    train = open_dataset(config["data"], "train", train_transform(config))
+    val = open_dataset(config["data"], "val", eval_transform(config["image_size"], config["crop_ratio"]))
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        raise ValueError(f"train and val of {config['data']} have different classes; only one of them has "
+                         f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}")
+    return train, val
+
+
+def auto_workers(config, num_images, world):
+    """Worker processes for this process: none where loading is cheap, else its share of the processors, at most 12."""
+    if config["workers"] is not None:
+        return config["workers"]
+    in_memory = config["data"].startswith(("shapes", "cifar"))
+    return 0 if in_memory or num_images < 10_000 else min(12, (os.cpu_count() or 1) // world)
+
+
+def timed(loader, clock):
+    """Yield a loader's batches and add the seconds spent waiting for them to clock["wait"]."""
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        clock["wait"] += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+
+def count_routing(routings, num_experts):
+    """(L, E + 1) int64 for L MoE layers: choices per expert, before any is dropped, and in the last column the dropped."""
+    every = torch.arange(num_experts)
+    rows = [torch.cat([(r.experts.reshape(-1, 1) == every.to(r.experts.device)).sum(0), (~r.kept).sum().view(1)])
+            for r in routings]
+    return torch.stack(rows) if rows else torch.zeros(0, num_experts + 1, dtype=torch.int64)
+
+
+def prepare(args):
+    """Everything a run needs, settled before any file is written: a namespace. Raises ValueError for whatever is wrong."""
+    config = resolve(args)
+    rank, world, device = setup_processes()
+    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, unreadable=set())
+    run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
+    run.train_set, run.val_set = open_data(config)
+    fit_to_data(config, len(run.train_set), world)
+    torch.manual_seed(config["seed"])
+    run.model = build_model(model_config(config, len(run.train_set.classes))).to(device)
+    found = [choose_folder(config) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)  # rank 0 decides for all
+    run.folder, checkpoint = found[0]
+
+    workers = auto_workers(config, len(run.train_set), world)
+    run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
+    run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
+                            pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    run.val_loader = eval_loader(run.val_set, max(1, config["batch_size"] // world), workers, device)
+    run.mixer = make_mixer(config, len(run.train_set.classes))
+    run.optimizer = torch.optim.AdamW(parameter_groups(run.model, config["weight_decay"], config["expert_weight_decay"]),
+                                      betas=(0.9, 0.999), eps=1e-8, fused=True)
+    run.ema = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(config["ema"])) if config["ema"] else None
+    if checkpoint:
+        restore(run, checkpoint)
+    run.first_epoch = run.epoch
+    run.net = DistributedDataParallel(run.model) if world > 1 else run.model
+    run.net = torch.compile(run.net) if config["compile"] else run.net
+    return run
+
+
+def train_step(run, parts):
+    """One optimizer step on the next batch. Returns (cross-entropy, balance loss) (2,) and count_routing()'s counts."""
+    config, accumulate = run.config, run.config["accumulate"]
+    sums, routed = torch.zeros(2, device=run.device), 0
+    lr = learning_rate(run.step, run.batches.steps, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    for part in range(accumulate):
+        images, labels, unreadable = next(parts)
+        report_unreadable(run, unreadable)
+        images = normalize(images.to(run.device, non_blocking=True), MEAN, STD)
+        targets = labels.to(run.device, non_blocking=True)
+        torch.manual_seed(draw_seed(config["seed"], run.step, part))
+        if run.mixer:
+            images, targets = run.mixer(images, targets)
+        torch.manual_seed(draw_seed(config["seed"], run.step, part, run.rank))  # noise and drop path, own to each process
+        last = run.world == 1 or part == accumulate - 1
+        with nullcontext() if last else run.net.no_sync():  # DDP averages the gradients once per step
+            with autocast(run.device, run.dtype):
+                logits, routings = run.net(images, return_routing=True)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config["label_smoothing"])
+            balance = mean_balance_loss(routings).to(run.device)
+            ((loss + config["balance_weight"] * balance) / accumulate).backward()
+        sums += torch.stack([loss.detach(), balance.detach()]) / accumulate
+        routed = routed + count_routing(routings, config["experts"]).to(run.device)
+    if config["clip_grad"]:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config["clip_grad"])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema:
+        run.ema.update_parameters(run.model)
+    run.step += 1
+    return sums, routed
+
+
+def train_epoch(run):
+    """Train for one epoch, validate, and return the line for the log: a dict."""
+    start, clock = time.perf_counter(), {"wait": 0.0}
+    steps = run.batches.steps
+    sums, routed = torch.zeros(2, dtype=torch.float64, device=run.device), 0
+    run.batches.epoch = run.epoch
+    run.net.train()
+    parts = timed(run.loader, clock)
+    for _ in tqdm(range(steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
+                  disable=None if run.rank == 0 else True):
+        losses, counts = train_step(run, parts)
+        sums, routed = sums + losses, routed + counts
+    if run.world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(routed)
+    train_loss, balance_loss = (sums / steps / run.world).tolist()
+    seconds = time.perf_counter() - start
+    run.epoch += 1
+
+    val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
+    line = dict(epoch=run.epoch, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=train_loss,
+                balance_loss=balance_loss, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
+                images_per_s=steps * run.config["batch_size"] / seconds, data_wait=clock["wait"] / seconds, seconds=seconds)
+    if run.ema:
+        val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
+        line |= dict(ema_top1=val["top1"], ema_top5=val["top5"], ema_val_loss=val["loss"])
+    choices, dropped = routed[:, :-1].double(), routed[:, -1].double()
+    line["dropped"] = (dropped.sum() / choices.sum().clamp(min=1)).item()
+    line["load"] = (choices / choices.sum(1, keepdim=True)).tolist()
+    line["unreadable"] = len(run.unreadable)
+    return line
+
+
+def report_unreadable(run, indices):
+    """Name each image that could not be read, once."""
+    for index in set(indices[indices >= 0].tolist()) - run.unreadable:
+        run.unreadable.add(index)
+        tqdm.write(f"warning: cannot read {run.train_set.path(index)}: the next image takes its place", file=sys.stderr)
+
+
+def print_summary(run):
+    """What was chosen, and what follows from it."""
+    config, (total, active) = run.config, count_parameters(run.model)
+    blocks = run.model.moe_blocks
+    sparse = f"{config['experts']} experts, top {config['k']}, in blocks {blocks}" if blocks else "dense"
+    passes = f"{run.world} process(es) x {config['accumulate']} pass(es)"
+    print(f"data        {config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to validate, "
+          f"{len(run.train_set.classes)} classes\n"
+          f"model       {config['model']}, {sparse}\n"
+          f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M\n"
+          f"batch       {config['batch_size']} = {passes} x {config['batch_size'] // run.world // config['accumulate']}\n"
+          f"schedule    {config['epochs']} epochs x {run.batches.steps} steps, peak lr {config['lr']:.3g}\n"
+          f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}\n"
+          f"results     {run.folder}/")
+
+
+def print_result(run):
+    """The last lines: how good it got, and what to do with it."""
+    best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
+    held_out = "" if data.startswith(("shapes", "cifar")) or os.path.isdir(os.path.join(data, "val")) else " --split val"
+    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}\n"
+          f"evaluate    python eval.py {best} --data {data}{held_out}\n"
+          f"inspect     python inspect_experts.py {best} --data {data} --out {os.path.join(run.folder, 'inspect')}")
+
+
+def print_epoch(run, line):
+    """One aligned line per epoch."""
+    if run.epoch == run.first_epoch + 1:
+        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}{'images/s':>10}{'data wait':>11}")
+    print(f"{line['epoch']:>5}/{run.config['epochs']:<3}{line['train_loss']:>9.4f}{line['balance_loss']:>9.3f}"
+          f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}{line['images_per_s']:>10.0f}"
+          f"{line['data_wait']:>11.0%}", flush=True)
+
+
+def main(args):
+    run = prepare(args)
+    if run.rank == 0:
+        print_summary(run)
+        os.makedirs(run.folder, exist_ok=True)
+        if run.epoch:
+            print(f"{'finished already' if run.epoch >= run.config['epochs'] else 'continuing'} after epoch {run.epoch}")
+    while run.epoch < run.config["epochs"]:
+        line = train_epoch(run)
+        top1 = line.get("ema_top1", line["top1"])
+        improved = run.best is None or top1 > run.best["top1"]
+        if improved:
+            run.best = dict(top1=top1, epoch=run.epoch)
+        if run.rank == 0:
+            with open(os.path.join(run.folder, "log.jsonl"), "a") as log:
+                log.write(json.dumps(line) + "\n")
+            checkpoint = make_checkpoint(run)
+            save(checkpoint, os.path.join(run.folder, "last.pt"))
+            if improved:
+                save(checkpoint, os.path.join(run.folder, "best.pt"))
+            print_epoch(run, line)
+    if run.rank == 0:
+        print_result(run)
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

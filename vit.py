@@ -1,0 +1,163 @@
+"""Vision Transformer, dense or sparse: some blocks have a Mixture of Experts where the others have their MLP.
+
+Architecture: ViT (Dosovitskiy et al. 2021) with class token, learned position embedding and pre-norm blocks. With
+moe_layers="none" it is exactly that. The sparse variants follow Videau et al., TMLR 2025, section 3.
+
+    from vit import vit_s
+    model = vit_s(moe_layers="every2", num_experts=8, k=2)
+    logits = model(images)                                     # images (B, 3, 224, 224) -> logits (B, 1000)
+    logits, routings = model(images, return_routing=True)      # and one moe.Routing per sparse block
+
+Letters: B images, N tokens per image (class token first), D width, H hidden width, E experts, K experts per token.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.ops import StochasticDepth
+
+from moe import MLP, MoE
+
+PLACEMENTS = ("none", "every2", "last2", "last3")
+
+
+def place_moe(moe_layers, depth):
+    """Block indices (0-based, ascending) that get a MoE, for a placement name or a list of indices (paper, section 4).
+
+    every2: the odd blocks 1, 3, 5, ...; last2 and last3: the last two or three of these. Raises ValueError for a
+    placement that a network of `depth` blocks does not have.
+    """
+    if not isinstance(moe_layers, str):
+        wrong = [i for i in moe_layers if not 0 <= i < depth]
+        if wrong:
+            raise ValueError(f"moe_layers names block {wrong[0]}, but the model has blocks 0 to {depth - 1}")
+        return sorted(set(moe_layers))
+    odd = list(range(1, depth, 2))
+    blocks = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}.get(moe_layers)
+    if blocks is None:
+        raise ValueError(f"moe_layers {moe_layers!r} does not exist in a ViT: expected one of {', '.join(PLACEMENTS)} "
+                         f"or a list of block indices")
+    if moe_layers[:4] == "last" and len(blocks) < int(moe_layers[4:]):
+        raise ValueError(f"moe_layers {moe_layers!r} needs {moe_layers[4:]} odd blocks, but {depth} blocks have {len(odd)}")
+    return blocks
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        # softmax(q k^T / sqrt(d)) v, without ever storing the (N, N) matrix
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))  # heads side by side again
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): (B, N, D) -> (B, N, D), and the Routing of a sparse block."""
+
+    def __init__(self, dim, heads, mlp, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = StochasticDepth(drop_path, mode="row")  # drops the branch for whole images
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        y = self.mlp(self.norm2(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)  # a MoE also says how it routed
+        return x + self.drop_path(y), routing  # a token that found no slot has y = 0: it passes unchanged
+
+
+class ViT(nn.Module):
+    """images (B, 3, image_size, image_size) -> logits (B, num_classes), and with return_routing=True a list of Routing.
+
+    moe_layers: "none", "every2", "last2", "last3" or a list of block indices. mlp_ratio is H / D of the dense blocks,
+    expert_ratio that of one expert. drop_path grows linearly from 0 at the first block to its value at the last.
+    router, router_noise, capacity_factor: see moe.MoE. init_std: of the dense weights, as in DeiT; None leaves them to
+    PyTorch (uniform in +-1/sqrt(inputs)), which suits small widths better.
+    moe_blocks: the indices of the sparse blocks. grids: for each of them (class tokens, rows, columns), in the order of
+    the tokens, to lay a routing out as a picture.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, heads=6, mlp_ratio=4, num_classes=1000,
+                 moe_layers="none", num_experts=8, k=2, expert_ratio=4, router="linear", router_noise=1.0,
+                 capacity_factor=None, drop_path=0.0, init_std=0.02):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
+        side = image_size // patch_size
+        self.image_size = image_size
+        self.moe_blocks = place_moe(moe_layers, depth)
+        self.grids = [(1, side, side)] * len(self.moe_blocks)
+
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            if i in self.moe_blocks:
+                mlp = MoE(dim, int(expert_ratio * dim), num_experts, k, router, capacity_factor,
+                          router_noise=router_noise)
+            else:
+                mlp = MLP(dim, int(mlp_ratio * dim))
+            self.blocks.append(Block(dim, heads, mlp, drop_path * i / max(1, depth - 1)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        if init_std:
+            self.apply(partial(init_weights, std=init_std))
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, images, return_routing=False):
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, rows*columns, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x)
+            if routing is not None:
+                routings.append(routing)
+        logits = self.head(self.norm(x)[:, 0])  # the class token speaks for the image
+        return (logits, routings) if return_routing else logits
+
+
+def init_weights(module, std):
+    """Truncated normal weights, zero bias, as the official code. Routers and experts initialise themselves."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=std)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------- presets: the paper's sizes, and one for a laptop
+# options: moe_layers="none", num_experts=8, k=2, expert_ratio=4, router="linear", ... as in ViT above.
+
+
+def vit_nano(num_classes=1000, **options):
+    """For 32-pixel images on a CPU: width 64, 4 blocks, 4x4 patches of 8 pixels."""
+    sizes = dict(image_size=32, patch_size=8, dim=64, depth=4, heads=4, init_std=None)
+    return ViT(**sizes | options, num_classes=num_classes)
+
+
+def vit_ti(num_classes=1000, **options):
+    """ViT-Ti/16: width 192, 12 blocks, 3 heads; 5.7M parameters when dense."""
+    return ViT(**dict(dim=192, depth=12, heads=3) | options, num_classes=num_classes)
+
+
+def vit_s(num_classes=1000, **options):
+    """ViT-S/16: width 384, 12 blocks, 6 heads; 22.1M parameters when dense, 71.7M with moe_layers="every2"."""
+    return ViT(**dict(dim=384, depth=12, heads=6) | options, num_classes=num_classes)
+
+
+def vit_b(num_classes=1000, **options):
+    """ViT-B/16: width 768, 12 blocks, 12 heads; 86.6M parameters when dense, 284.9M with moe_layers="every2"."""
+    return ViT(**dict(dim=768, depth=12, heads=12) | options, num_classes=num_classes)
