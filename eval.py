@@ -169,12 +169,13 @@ def image_files(root, name):
 def read_image(path):
     """(3, H, W) uint8 RGB, or None if the file cannot be decoded.
 
-    torchvision decodes JPEG and PNG to a tensor directly, about twice as fast as Pillow, which reads the rest.
+    torchvision decodes JPEG and PNG to a tensor directly, faster than Pillow, which reads the rest. (Since 0.29 torchvision
+    announces that its decoders will go, in favour of another package: then Pillow reads everything.)
     """
     try:
         image = torchvision.io.decode_image(path, mode="RGB")
         return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
-    except RuntimeError:
+    except (RuntimeError, AttributeError):
         pass
     try:
         with Image.open(path) as image:
@@ -319,6 +320,11 @@ def match_classes(names, classes):
     return [position[name] for name in names]
 
 
+def auto_workers(dataset, world=1):
+    """Processes to load images with: none if they are in memory, else this process's share of the processors, at most 12."""
+    return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
+
+
 def eval_loader(dataset, batch_size, workers, device):
     """Batches of this process's share of a data set: every world-th image, so that each is counted exactly once.
 
@@ -326,7 +332,7 @@ def eval_loader(dataset, batch_size, workers, device):
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return DataLoader(dataset, batch_size, sampler=range(rank, len(dataset), world), num_workers=workers,
-                      pin_memory=device.type == "cuda")
+                      pin_memory=device.type == "cuda", persistent_workers=workers > 0)
 
 
 @torch.no_grad()
@@ -372,7 +378,7 @@ def parse_args():
                         help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
     parser.add_argument("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time (default: 128)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0, this one)")
+    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
     parser.add_argument("--json", help="write the result to this file, too")
     return parser.parse_args()
 
@@ -382,7 +388,8 @@ def main(args):
     model, checkpoint = load_checkpoint(args.checkpoint, device, args.raw)
     dataset = open_dataset(args.data, args.split, eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"]))
     columns = match_classes(dataset.classes, checkpoint["classes"])
-    loader = eval_loader(dataset, args.batch_size, args.workers, device)
+    workers = auto_workers(dataset) if args.workers is None else args.workers
+    loader = eval_loader(dataset, args.batch_size, workers, device)
     result = evaluate(model, loader, device, checkpoint["mean"], checkpoint["std"], columns, best_dtype(device), True)
 
     total, active = count_parameters(model)

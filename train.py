@@ -9,13 +9,16 @@ again. There: last.pt and best.pt (checkpoints), log.jsonl (one line per epoch).
 
 Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed, epoch, image), a
 batch's mixing, noise and drop path on (seed, step). There is no generator state to save, and neither the number of
-worker processes nor an interruption changes a run.
+worker processes nor an interruption changes a run: stopped by kill, Ctrl-C or a scheduler's SIGTERM and started again,
+it ends with the weights of a run that was never interrupted.
 """
 
 import argparse
 import json
 import math
 import os
+import pickle
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -30,8 +33,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (MEAN, STD, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate, normalize,
-                  open_dataset)
+from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
+                  normalize, open_dataset)
 from moe import count_parameters, mean_balance_loss
 
 # ---------------------------------------------------------------- recipes
@@ -98,9 +101,11 @@ def parse_args(argv=None):
     flag("--erasing", type=float, help="probability of erasing a rectangle")
     flag("--image-size", type=int, help="pixels")
 
-    flag("--workers", type=int, help="processes per GPU that load images (default: 0 if they are few or in memory, else up to 12)")
+    flag("--workers", type=int, help="processes that load images, for each training process (default: 0 if the images are "
+         "in memory, else its share of the processors, at most 12)")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
     flag("--compile", action="store_true", help="torch.compile the model")
+    flag("--save-every-minutes", type=float, default=30.0, help="also save within an epoch, this often (default: 30)")
     return parser.parse_args(argv)
 
 
@@ -193,22 +198,23 @@ class Batches:
     """The order of the images: an iterable of lists of (epoch, index), what DataLoader calls a batch sampler.
 
     Each epoch is a permutation of all images, cut into steps of `batch_size`; the last, incomplete step is left out.
-    A process takes every world-th image of a step, in `accumulate` parts. Set .epoch before iterating.
+    A process takes every world-th image of a step, in `accumulate` parts. Before iterating set .epoch, and .first_step to
+    continue inside an epoch.
     """
 
     def __init__(self, num_images, batch_size, accumulate, seed, rank, world):
         self.num_images, self.batch_size, self.accumulate, self.seed = num_images, batch_size, accumulate, seed
         self.rank, self.world = rank, world
-        self.epoch = 0
-        self.steps = num_images // batch_size
+        self.epoch, self.first_step = 0, 0
+        self.steps = num_images // batch_size  # per epoch
 
     def __len__(self):
-        return self.steps * self.accumulate
+        return (self.steps - self.first_step) * self.accumulate
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        for step in order[:self.steps * self.batch_size].split(self.batch_size):
+        for step in order[:self.steps * self.batch_size].split(self.batch_size)[self.first_step:]:
             for part in step[self.rank::self.world].chunk(self.accumulate):
                 yield [(self.epoch, int(index)) for index in part]
 
@@ -235,7 +241,7 @@ def parameter_groups(model, weight_decay, expert_weight_decay):
             groups[0.0]["params"].append(parameter)
         else:
             groups[expert_weight_decay if leaf in ("w1", "w2") else weight_decay]["params"].append(parameter)
-    return list(groups.values())
+    return [group for group in groups.values() if group["params"]]
 
 
 def learning_rate(step, steps_per_epoch, config):
@@ -253,10 +259,13 @@ def learning_rate(step, steps_per_epoch, config):
 # ---------------------------------------------------------------- runs and checkpoints
 
 
+FREE_TO_CHANGE = ("out", "workers", "save_every_minutes")  # options that a continued run may have otherwise
+
+
 def choose_folder(config):
     """The folder of this run, and its last checkpoint if it is to be continued: (path, checkpoint or None).
 
-    ValueError if --out holds a run of another configuration.
+    ValueError if --out holds a run of another configuration, or a last.pt that cannot be opened.
     """
     if config["out"] is None:
         data = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
@@ -264,45 +273,83 @@ def choose_folder(config):
         while os.path.exists(f"runs/{config['model']}-{data}-{number}"):
             number += 1
         return f"runs/{config['model']}-{data}-{number}", None
-    last = os.path.join(config["out"], "last.pt")
+    last, best = (os.path.join(config["out"], name) for name in ("last.pt", "best.pt"))
     if not os.path.exists(last):
         return config["out"], None
-    checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-    differing = [f"--{name.replace('_', '-')} {checkpoint['args'].get(name)} there, {config[name]} now"
-                 for name in config if name not in ("out", "workers") and checkpoint["args"].get(name) != config[name]]
+    try:
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        there = checkpoint["args"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
+        offer = f"; to continue from the best epoch, copy {best} over it" if os.path.exists(best) else ""
+        raise ValueError(f"{last} cannot be opened, it is truncated or not a checkpoint of train.py "
+                         f"({str(error).splitlines()[0][:100]}){offer}; or give another --out") from None
+    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {config[name]} now"
+                 for name in config if name not in FREE_TO_CHANGE and there.get(name) != config[name]]
     if differing:
         raise ValueError(f"{config['out']} holds a run of another configuration ({'; '.join(differing)}): give the same "
                          f"options to continue it, or another --out")
     return config["out"], checkpoint
 
 
-def save(checkpoint, path):
-    """Write a checkpoint so that at any moment either the old file or the new one is complete."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
 def make_checkpoint(run):
-    """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True."""
+    """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True.
+
+    epoch: finished ones. progress: what the unfinished epoch has added up so far, or None between epochs.
+    """
     config = run.config
+    progress = run.progress and {name: torch.as_tensor(value).tolist() for name, value in run.progress.items()}
     return dict(
         config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
         image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
         model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
-        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, args=config)
+        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, progress=progress, args=config)
 
 
 def restore(run, checkpoint):
-    """Put a run where its checkpoint was made."""
+    """Put a run where its checkpoint was made, and its log with it."""
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     if run.ema:
         run.ema.module.load_state_dict(checkpoint["ema"])
         run.ema.n_averaged.fill_(checkpoint["step"])
     run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
+    run.progress = checkpoint["progress"]
+
+
+def save(run, *names):
+    """Write the run's checkpoint to these files of its folder, by rank 0, while the others wait.
+
+    Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
+    If the disk is full the old file stays and the run goes on: the next save may have more luck.
+    """
+    if run.rank == 0:
+        checkpoint = make_checkpoint(run)
+        for path in (os.path.join(run.folder, name) for name in names):
+            try:
+                with open(path + ".tmp", "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(path + ".tmp", path)
+            except (OSError, RuntimeError) as error:
+                if os.path.exists(path + ".tmp"):
+                    os.remove(path + ".tmp")
+                tqdm.write(f"warning: cannot write {path} ({str(error).splitlines()[0]}); the file of the last successful "
+                           f"save is untouched", file=sys.stderr)
+    run.saved_at = time.monotonic()
+    if run.world > 1:
+        dist.barrier()
+
+
+def write_log(run, line):
+    """Append an epoch's line to log.jsonl, after removing what a killed process had written for this epoch or later."""
+    path, lines = os.path.join(run.folder, "log.jsonl"), []
+    if os.path.exists(path):
+        with open(path) as log:
+            lines = [old for old in log if old.endswith("\n") and json.loads(old)["epoch"] < line["epoch"]]
+    with open(path + ".tmp", "w") as log:
+        log.writelines(lines + [json.dumps(line) + "\n"])
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------- the run
@@ -331,26 +378,6 @@ def open_data(config):
     return train, val
 
 
-def auto_workers(config, num_images, world):
-    """Worker processes for this process: none where loading is cheap, else its share of the processors, at most 12."""
-    if config["workers"] is not None:
-        return config["workers"]
-    in_memory = config["data"].startswith(("shapes", "cifar"))
-    return 0 if in_memory or num_images < 10_000 else min(12, (os.cpu_count() or 1) // world)
-
-
-def timed(loader, clock):
-    """Yield a loader's batches and add the seconds spent waiting for them to clock["wait"]."""
-    batches = iter(loader)
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        clock["wait"] += time.perf_counter() - start
-        if batch is None:
-            return
-        yield batch
-
-
 def count_routing(routings, num_experts):
     """(L, E + 1) int64 for L MoE layers: choices per expert, before any is dropped, and in the last column the dropped."""
     every = torch.arange(num_experts)
@@ -363,7 +390,8 @@ def prepare(args):
     """Everything a run needs, settled before any file is written: a namespace. Raises ValueError for whatever is wrong."""
     config = resolve(args)
     rank, world, device = setup_processes()
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, unreadable=set())
+    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, progress=None,
+                          unreadable=set(), signal=0, saved_at=time.monotonic())
     run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
     run.train_set, run.val_set = open_data(config)
     fit_to_data(config, len(run.train_set), world)
@@ -374,7 +402,7 @@ def prepare(args):
         dist.broadcast_object_list(found)  # rank 0 decides for all
     run.folder, checkpoint = found[0]
 
-    workers = auto_workers(config, len(run.train_set), world)
+    workers = auto_workers(run.train_set, world) if config["workers"] is None else config["workers"]
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
     run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
                             pin_memory=device.type == "cuda", persistent_workers=workers > 0)
@@ -392,14 +420,15 @@ def prepare(args):
 
 
 def train_step(run, parts):
-    """One optimizer step on the next batch. Returns (cross-entropy, balance loss) (2,) and count_routing()'s counts."""
+    """One optimizer step on the next batch, a loader's next `accumulate` parts; adds its numbers to run.progress."""
     config, accumulate = run.config, run.config["accumulate"]
-    sums, routed = torch.zeros(2, device=run.device), 0
-    lr = learning_rate(run.step, run.batches.steps, config)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(run.step, run.batches.steps, config)
+    losses = torch.zeros(2, device=run.device)  # cross-entropy, balance
     for part in range(accumulate):
+        waiting = time.perf_counter()
         images, labels, unreadable = next(parts)
+        run.progress["wait"] += time.perf_counter() - waiting
         report_unreadable(run, unreadable)
         images = normalize(images.to(run.device, non_blocking=True), MEAN, STD)
         targets = labels.to(run.device, non_blocking=True)
@@ -407,15 +436,16 @@ def train_step(run, parts):
         if run.mixer:
             images, targets = run.mixer(images, targets)
         torch.manual_seed(draw_seed(config["seed"], run.step, part, run.rank))  # noise and drop path, own to each process
-        last = run.world == 1 or part == accumulate - 1
-        with nullcontext() if last else run.net.no_sync():  # DDP averages the gradients once per step
+        send = run.world == 1 or part == accumulate - 1  # DDP averages the gradients over the processes once per step
+        with nullcontext() if send else run.net.no_sync():
             with autocast(run.device, run.dtype):
                 logits, routings = run.net(images, return_routing=True)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=config["label_smoothing"])
             balance = mean_balance_loss(routings).to(run.device)
             ((loss + config["balance_weight"] * balance) / accumulate).backward()
-        sums += torch.stack([loss.detach(), balance.detach()]) / accumulate
-        routed = routed + count_routing(routings, config["experts"]).to(run.device)
+        losses += torch.stack([loss.detach(), balance.detach()]) / accumulate
+        run.progress["routed"] += count_routing(routings, config["experts"]).to(run.device)
+    agree(run, losses)
     if config["clip_grad"]:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config["clip_grad"])
     run.optimizer.step()
@@ -423,39 +453,66 @@ def train_step(run, parts):
     if run.ema:
         run.ema.update_parameters(run.model)
     run.step += 1
-    return sums, routed
+    run.progress["losses"] += losses
+
+
+def agree(run, losses):
+    """Let all processes know, before the weights change, what one of them knows: a loss that is not finite, a signal to
+    stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all for the loss."""
+    minutes = (time.monotonic() - run.saved_at) / 60
+    flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
+    flags[0] = ~losses.isfinite().all()
+    if run.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
+    if broken:
+        raise FloatingPointError(
+            f"the loss is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, balance "
+            f"{losses[1].item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, the last "
+            f"good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or --dtype float32")
 
 
 def train_epoch(run):
-    """Train for one epoch, validate, and return the line for the log: a dict."""
-    start, clock = time.perf_counter(), {"wait": 0.0}
-    steps = run.batches.steps
-    sums, routed = torch.zeros(2, dtype=torch.float64, device=run.device), 0
-    run.batches.epoch = run.epoch
+    """Train to the end of the epoch, from where it was left. False if a signal ended it early."""
+    layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
+    start = run.progress or dict(losses=[0.0, 0.0], routed=[[0] * (run.config["experts"] + 1)] * layers, wait=0.0, seconds=0.0)
+    run.progress = start | dict(
+        losses=torch.tensor(start["losses"], dtype=torch.float64, device=run.device),
+        routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, run.config["experts"] + 1))
+    run.batches.epoch, run.batches.first_step = run.epoch, first
     run.net.train()
-    parts = timed(run.loader, clock)
-    for _ in tqdm(range(steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
-                  disable=None if run.rank == 0 else True):
-        losses, counts = train_step(run, parts)
-        sums, routed = sums + losses, routed + counts
-    if run.world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(routed)
-    train_loss, balance_loss = (sums / steps / run.world).tolist()
-    seconds = time.perf_counter() - start
-    run.epoch += 1
+    parts = iter(run.loader)
+    clock = time.perf_counter() - run.progress["seconds"]
+    for _ in tqdm(range(first, run.batches.steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
+                  initial=first, total=run.batches.steps, disable=None if run.rank == 0 else True):
+        train_step(run, parts)
+        run.progress["seconds"] = time.perf_counter() - clock
+        if run.stop or run.save_now:
+            save(run, "last.pt")
+        if run.stop:
+            return False
+    return True
 
+
+def validate_epoch(run):
+    """Evaluate after the epoch's last step; the epoch's line for the log, a dict."""
+    progress, steps = run.progress, run.batches.steps
+    losses, routed = progress["losses"] / steps / run.world, progress["routed"].double()
+    unreadable = torch.tensor(len(run.unreadable), device=run.device)
+    if run.world > 1:
+        for numbers in (losses, routed, unreadable):
+            dist.all_reduce(numbers)
+    choices, dropped = routed[:, :-1], routed[:, -1]
     val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
-    line = dict(epoch=run.epoch, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=train_loss,
-                balance_loss=balance_loss, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
-                images_per_s=steps * run.config["batch_size"] / seconds, data_wait=clock["wait"] / seconds, seconds=seconds)
+    line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=losses[0].item(),
+                balance_loss=losses[1].item(), val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
+                images_per_s=steps * run.config["batch_size"] / progress["seconds"],
+                data_wait=progress["wait"] / progress["seconds"], seconds=progress["seconds"],
+                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
+                load=(choices / choices.sum(1, keepdim=True)).tolist())
     if run.ema:
         val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
-        line |= dict(ema_top1=val["top1"], ema_top5=val["top5"], ema_val_loss=val["loss"])
-    choices, dropped = routed[:, :-1].double(), routed[:, -1].double()
-    line["dropped"] = (dropped.sum() / choices.sum().clamp(min=1)).item()
-    line["load"] = (choices / choices.sum(1, keepdim=True)).tolist()
-    line["unreadable"] = len(run.unreadable)
+        line |= dict(ema_val_loss=val["loss"], ema_top1=val["top1"], ema_top5=val["top5"])
     return line
 
 
@@ -492,35 +549,40 @@ def print_result(run):
 
 
 def print_epoch(run, line):
-    """One aligned line per epoch."""
+    """One aligned line per epoch, and once a warning if the data come too slowly."""
     if run.epoch == run.first_epoch + 1:
         print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}{'images/s':>10}{'data wait':>11}")
     print(f"{line['epoch']:>5}/{run.config['epochs']:<3}{line['train_loss']:>9.4f}{line['balance_loss']:>9.3f}"
           f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}{line['images_per_s']:>10.0f}"
           f"{line['data_wait']:>11.0%}", flush=True)
+    if line["data_wait"] > 0.2 and run.epoch == run.first_epoch + 1:
+        print(f"warning: {line['data_wait']:.0%} of the time went into waiting for data; more --workers (now "
+              f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
 
 
 def main(args):
     run = prepare(args)
+    finished = run.epoch >= run.config["epochs"]
     if run.rank == 0:
         print_summary(run)
         os.makedirs(run.folder, exist_ok=True)
-        if run.epoch:
-            print(f"{'finished already' if run.epoch >= run.config['epochs'] else 'continuing'} after epoch {run.epoch}")
+        if run.step:
+            print(f"{'finished' if finished else 'continuing'} after epoch {run.epoch}, step {run.step}", flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: setattr(run, "signal", number))  # finish the step, save, exit
     while run.epoch < run.config["epochs"]:
-        line = train_epoch(run)
+        if not train_epoch(run):
+            raise SystemExit(128 + run.stop)
+        line = validate_epoch(run)
+        run.epoch, run.progress = run.epoch + 1, None
         top1 = line.get("ema_top1", line["top1"])
         improved = run.best is None or top1 > run.best["top1"]
         if improved:
             run.best = dict(top1=top1, epoch=run.epoch)
         if run.rank == 0:
-            with open(os.path.join(run.folder, "log.jsonl"), "a") as log:
-                log.write(json.dumps(line) + "\n")
-            checkpoint = make_checkpoint(run)
-            save(checkpoint, os.path.join(run.folder, "last.pt"))
-            if improved:
-                save(checkpoint, os.path.join(run.folder, "best.pt"))
+            write_log(run, line)
             print_epoch(run, line)
+        save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
     if run.rank == 0:
         print_result(run)
     if run.world > 1:
@@ -530,7 +592,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, FloatingPointError) else 2)

@@ -1,0 +1,350 @@
+"""train.py: the schedule, the order of the images, checkpoints, and small runs from the first step to the last line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+import eval as evaluation
+import train
+from moe import MoE
+from vit import vit_nano
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--data shapes:96 --model vit_nano --batch-size 32 --workers 0".split()  # 3 steps per epoch
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Runs write into an empty folder, validate on 40 pictures, and leave the signal handlers as they were."""
+    monkeypatch.chdir(tmp_path)
+    small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
+    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1])))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*flags):
+    """The whole program, as `python train.py <flags>` would run it."""
+    train.main(train.parse_args([*TINY, *flags]))
+
+
+def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            write_png(torch.full((3, *size), 100 * label + i, dtype=torch.uint8), str(root / name / f"{i}.png"))
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--model resnet", "unknown model 'resnet': expected one of convnext_nano"),
+    ("--moe-layers every3", "expected one of none, every2, last2, last3"),
+    ("--moe-layers stage", "'stage' does not exist in a ViT"),
+    ("--moe-layers 1,9", "names block 9"),
+    ("--router quadratic", "expected one of linear, cosine, l2"),
+    ("--experts 4 --k 5", "k must be 1 to 4"),
+    ("--data nowhere", "no data at 'nowhere'"),
+    ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
+    ("--batch-size 1000", "more than the 96 training images"),
+    ("--epochs 0", "--epochs 0: expected at least 1"),
+])
+def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tmp_path):
+    """The message says what was expected, and the working folder stays empty."""
+    with pytest.raises(ValueError) as error:
+        run(*flags.split())
+    assert expected in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_batch_must_be_a_multiple_of_the_processes():
+    """32 images cannot be shared equally by 3 processes; 30 can."""
+    config = train.resolve(train.parse_args(TINY))
+    with pytest.raises(ValueError, match="--batch-size 32 is not a multiple of 3 .* use 30"):
+        train.fit_to_data(config, num_images=96, world=3)
+
+
+def test_the_learning_rate_follows_the_batch():
+    """DeiT's rule: 1e-3 at 1024 images per step, so 5e-4 at 512; a given --lr is taken as it is."""
+    config = train.resolve(train.parse_args("--model vit_s --batch-size 512".split()))
+    train.fit_to_data(config, num_images=10_000, world=1)
+    assert config["lr"] == 5e-4
+    config = train.resolve(train.parse_args("--model vit_s --batch-size 512 --lr 0.002".split()))
+    train.fit_to_data(config, num_images=10_000, world=1)
+    assert config["lr"] == 0.002
+
+
+def test_train_and_val_must_have_the_same_classes(tmp_path):
+    """The classes that only one of them has are named."""
+    make_folder(tmp_path / "d" / "train", ("cat", "dog"))
+    make_folder(tmp_path / "d" / "val", ("cat", "emu"))
+    with pytest.raises(ValueError, match="different classes; only one of them has dog, emu"):
+        run("--data", "d")
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def test_learning_rate_by_hand():
+    """Warmup of 2 of 10 steps to the peak 1.0, then half a cosine to 0.1 at the last step."""
+    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1)
+    rates = [train.learning_rate(step, 2, config) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]  # 1/2 and 2/2 of the peak
+    assert math.isclose(rates[5], 0.1 + 0.9 * 0.5)  # step 5 is 4 of the 8 steps after the warmup: cos(pi/2) = 0
+    assert math.isclose(rates[9], 0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_what_decays_and_what_does_not():
+    """Weights decay, expert weights with their own rate; norms, biases, embeddings and class token do not."""
+    model = vit_nano(num_classes=4, moe_layers="last2", router="cosine")
+    rate = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in train.parameter_groups(model, weight_decay=0.05, expert_weight_decay=0.2):
+        rate |= {names[id(p)]: group["weight_decay"] for p in group["params"]}
+    assert set(rate) == set(names.values()), "every parameter must be in exactly one group"
+    expected = {"head.weight": 0.05, "blocks.1.mlp.experts.w1": 0.2, "blocks.1.mlp.experts.w2": 0.2,
+                "blocks.1.mlp.router.proj": 0.05, "blocks.1.mlp.experts.b1": 0.0, "blocks.1.mlp.experts.b2": 0.0,
+                "blocks.1.mlp.router.log_scale": 0.0, "pos_embed": 0.0, "class_token": 0.0, "head.bias": 0.0,
+                "blocks.0.norm1.weight": 0.0, "patch_embed.weight": 0.05}
+    assert {name: rate[name] for name in expected} == expected
+
+
+def test_mixed_targets_sum_to_one():
+    """MixUp and CutMix make two-class targets: probabilities, one row per image."""
+    for name in ("mixup", "cutmix"):
+        mixer = train.make_mixer(dict(mixup=0, cutmix=0) | {name: 1.0}, num_classes=5)
+        images, targets = mixer(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+        assert targets.shape == (4, 5) and images.shape == (4, 3, 8, 8)
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+
+
+# ---------------------------------------------------------------- the order of the images
+
+
+def order(rank, world, accumulate=1, epoch=0, first_step=0):
+    batches = train.Batches(22, 8, accumulate, seed=3, rank=rank, world=world)
+    batches.epoch, batches.first_step = epoch, first_step
+    return [[index for _, index in batch] for batch in batches]
+
+
+def test_an_epoch_shows_no_image_twice():
+    """22 images in steps of 8: two steps of different images, the incomplete third is left out."""
+    shown = sum(order(0, 1), [])
+    assert len(shown) == 16 and len(set(shown)) == 16
+
+
+def test_a_step_has_the_same_images_at_every_world_size():
+    """What two processes load for step 1, together and in parts, is what one process loads for it."""
+    alone = order(0, 1)
+    for step in range(2):
+        halves = order(0, 2)[step] + order(1, 2)[step]
+        assert sorted(halves) == sorted(alone[step])
+    quarters = order(0, 2, accumulate=2)
+    assert sorted(quarters[0] + quarters[1]) == sorted(order(0, 2)[0])
+
+
+def test_epochs_differ_and_can_be_entered_in_the_middle():
+    """Each epoch has its own order; starting at step 1 gives that epoch's second step."""
+    assert order(0, 1, epoch=0) != order(0, 1, epoch=1)
+    assert order(0, 1, epoch=1, first_step=1) == order(0, 1, epoch=1)[1:]
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    """Asked in any order, after any other draws, an item is the same; another epoch gives another crop."""
+    config = train.resolve(train.parse_args("--model vit_s --image-size 32".split()))
+    data = train.Augmented(evaluation.Shapes(4, 1, train.train_transform(config)), seed=0)
+    first = data[0, 2][0]
+    torch.manual_seed(99)
+    data[0, 1]
+    assert torch.equal(data[0, 2][0], first)
+    assert not torch.equal(data[1, 2][0], first)
+    before = torch.get_rng_state()
+    data[0, 0]
+    assert torch.equal(torch.get_rng_state(), before), "loading in the main process must not disturb its other draws"
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_checkpoints_and_a_log(capsys):
+    """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and the next commands."""
+    run("--epochs", "2", "--out", "r")
+    assert sorted(os.listdir("r")) == ["best.pt", "last.pt", "log.jsonl"]
+    lines = [json.loads(line) for line in open("r/log.jsonl")]
+    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [3, 6]
+    fields = "epoch step lr train_loss balance_loss val_loss top1 top5 images_per_s data_wait seconds dropped load"
+    assert set(fields.split()) <= set(lines[0])
+    assert len(lines[0]["load"]) == 2, "one list per MoE layer"
+    assert all(math.isclose(sum(shares), 1) for shares in lines[0]["load"])
+    out = capsys.readouterr().out
+    assert "python eval.py r/best.pt --data shapes:96" in out and "python inspect_experts.py r/best.pt" in out
+
+
+def test_the_log_and_eval_agree(capsys):
+    """The accuracy in the log is the one that eval.py's functions find for the checkpoint."""
+    run("--epochs", "1", "--out", "r")
+    model, checkpoint = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
+    data = evaluation.open_dataset("shapes:96", "val")
+    loader = evaluation.eval_loader(data, 7, 0, torch.device("cpu"))
+    found = evaluation.evaluate(model, loader, torch.device("cpu"), checkpoint["mean"], checkpoint["std"])
+    assert found["top1"] == json.loads(open("r/log.jsonl").readline())["top1"]
+    assert checkpoint["classes"] == data.classes
+
+
+def test_training_learns():
+    """Two pictures of different classes, repeated: the loss falls from ln 2 towards 0."""
+    make_folder(Path("d/train"), images=8)
+    make_folder(Path("d/val"), images=2)
+    run("--data", "d", "--epochs", "20", "--batch-size", "8", "--out", "r")
+    losses = [json.loads(line)["train_loss"] for line in open("r/log.jsonl")]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
+    """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result is the same."""
+    flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2 --capacity-factor 1.05".split()
+    run(*flags, "--out", "whole")
+    original, calls = train.agree, []
+
+    def agree_and_interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # in the second of epoch 2's three steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(train, "agree", agree_and_interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", "broken")
+    assert stop.value.code == 143
+    saved = torch.load("broken/last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 5)
+    monkeypatch.setattr(train, "agree", original)
+    run(*flags, "--out", "broken")
+
+    whole, broken = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "broken"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole[part]), part
+    for key, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], broken["optimizer"]["state"][key][name]) for name in state)
+    timing = ("seconds", "images_per_s", "data_wait")
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in timing} for line in open(f"{name}/log.jsonl")]
+            for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_says_so(capsys):
+    """The same command again trains nothing and shows the result."""
+    run("--epochs", "1", "--out", "r")
+    before = Path("r/last.pt").read_bytes()
+    capsys.readouterr()
+    run("--epochs", "1", "--out", "r")
+    assert "finished after epoch 1" in (out := capsys.readouterr().out) and "best top-1" in out
+    assert Path("r/last.pt").read_bytes() == before
+
+
+def test_another_configuration_does_not_continue_a_run():
+    """The differing options are named with both values, and the run is left alone."""
+    run("--epochs", "1", "--out", "r")
+    with pytest.raises(ValueError, match=r"another configuration \(--experts 8 there, 4 now\)"):
+        run("--epochs", "1", "--out", "r", "--experts", "4")
+
+
+def test_runs_are_numbered():
+    """Without --out every run gets a folder of its own."""
+    run("--epochs", "1")
+    run("--epochs", "1")
+    assert sorted(os.listdir("runs")) == ["vit_nano-shapes-96-1", "vit_nano-shapes-96-2"]
+
+
+def test_a_truncated_checkpoint_is_not_overwritten():
+    """It is named, the best one is offered in its place, and no file changes."""
+    run("--epochs", "1", "--out", "r")
+    whole = Path("r/last.pt").read_bytes()
+    Path("r/last.pt").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="r/last.pt cannot be opened.*copy r/best.pt over it"):
+        run("--epochs", "1", "--out", "r")
+    assert Path("r/last.pt").read_bytes() == whole[:1000]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
+    """When the new file cannot be written the old one is still there, and the message says so."""
+    run("--epochs", "1", "--out", "r")
+    before = Path("r/last.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.os, "fsync", full)
+    state = train.prepare(train.parse_args([*TINY, "--epochs", "1", "--out", "r"]))
+    train.save(state, "last.pt")
+    assert Path("r/last.pt").read_bytes() == before and not Path("r/last.pt.tmp").exists()
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
+    """The message names step, lr and the last good checkpoint, and the weights are still finite."""
+    monkeypatch.setattr(train, "normalize", lambda images, mean, std: images.float() * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"not finite at step 0 .* lr .*r/last.pt"):
+        run("--epochs", "1", "--out", "r")
+    assert not os.path.exists("r/last.pt")
+
+
+def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
+    """Three epochs meet the broken file three times: one warning with its path, counted in the log."""
+    make_folder(Path("d/train"), images=4)
+    make_folder(Path("d/val"), images=2)
+    Path("d/train/cat/1.png").write_bytes(b"not an image")
+    run("--data", "d", "--epochs", "3", "--batch-size", "8", "--out", "r")
+    assert capsys.readouterr().err.count("d/train/cat/1.png") == 1
+    assert [json.loads(line)["unreadable"] for line in open("r/log.jsonl")] == [1, 1, 1]
+
+
+def test_routing_is_counted_before_anything_is_dropped():
+    """Three tokens choose expert 0, which keeps two: the count says 3 chosen, 1 dropped."""
+    routing = SimpleNamespace(experts=torch.tensor([[0], [0], [1], [0]]), kept=torch.tensor([[True], [True], [True], [False]]))
+    assert train.count_routing([routing], num_experts=3).tolist() == [[3, 1, 0, 1]]
+
+
+def test_dense_models_train_too():
+    """--moe-layers none: no MoE layer, balance loss 0."""
+    run("--epochs", "1", "--out", "r", "--moe-layers", "none")
+    model, _ = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
+    assert not any(isinstance(module, MoE) for module in model.modules())
+    assert json.loads(open("r/log.jsonl").readline())["balance_loss"] == 0
+
+
+# ---------------------------------------------------------------- real processes
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes(tmp_path):
+    """Two processes on a CPU finish an epoch; only one of them prints and writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
+               "--epochs", "1", "--data", "shapes:128", "--model", "vit_nano", "--out", "r"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("best top-1") == 1
+    assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    """From a shell: one line on stderr, nothing on stdout, nothing written."""
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--experts", "2", "--k", "3"], cwd=tmp_path,
+                            capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith("error: k = 3")
+    assert os.listdir(tmp_path) == []
