@@ -1,0 +1,802 @@
+"""eval.py: the embedded pictures, folders of images, counting what is right, checkpoints, and the command line."""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.testing import assert_close
+from torchvision.transforms import v2
+
+import eval as evaluation
+from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, FolderImages, Shapes, TensorImages, auto_workers, autocast,
+                  best_dtype, build_model, eval_loader, eval_transform, evaluate, load_checkpoint, match_classes,
+                  normalize, open_dataset, read_image, shapes_size)
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---------------------------------------------------------------- shapes: the embedded data
+
+
+@cache
+def shapes(count, seed):
+    """Drawn once for all tests; nobody changes them."""
+    return Shapes(count, seed)
+
+
+def test_the_same_pictures_on_every_machine():
+    """The first eight pictures to train on are, bit by bit, these; a new version of PyTorch must not change them."""
+    checksum = hashlib.sha256(shapes(500, seed=1).images[:8].numpy().tobytes()).hexdigest()
+    assert checksum == "8347a917a37522c1e356cc2102a50295b327ec70f150725e927926cf52a84468", "was a draw changed?"
+
+
+def test_labels_are_what_one_sees():
+    """The labels of the first sixteen pictures are those that the author of this test wrote down looking at them."""
+    data = shapes(500, seed=1)
+    assert [data.classes[data[i][1]] for i in range(16)] == [
+        "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
+        "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
+        "square-dots", "circle-stripes", "square-dots", "square-plain",
+        "circle-plain", "square-plain", "circle-checks", "cross-plain"]
+
+
+def test_a_longer_set_begins_with_the_shorter():
+    """20 pictures are the first 20 of 600 of the same seed, also where pictures are drawn in parts of 500."""
+    short, long = Shapes(20, seed=3), Shapes(600, seed=3)
+    assert (len(short), len(long)) == (20, 600)
+    assert torch.equal(short.images, long.images[:20]) and torch.equal(short.labels, long.labels[:20])
+    assert torch.equal(short.masks, long.masks[:20])
+    for name, factor in short.factors.items():
+        assert torch.equal(factor, long.factors[name][:20]), name
+    assert len(long.images.flatten(1).unique(dim=0)) == 600, "the same part again and again?"
+
+
+def test_training_and_validation_pictures_differ():
+    """No picture to validate with is among those to train on."""
+    train, val = ({image.numpy().tobytes() for image in shapes(500, seed).images} for seed in (1, 2))
+    assert len(train) == len(val) == 500 and not train & val
+
+
+def test_classes_are_shape_times_texture():
+    """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
+    data = shapes(500, seed=1)
+    assert data.classes == [
+        "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
+        "square-plain", "square-stripes", "square-checks", "square-dots",
+        "triangle-plain", "triangle-stripes", "triangle-checks", "triangle-dots",
+        "cross-plain", "cross-stripes", "cross-checks", "cross-dots"]
+    assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
+
+
+def test_all_classes_are_about_equally_frequent():
+    """Of 1,600 pictures each of the 16 classes has 100, give or take four deviations of 10."""
+    # one class: mean 1600 / 16 = 100, deviation sqrt(1600 * 1/16 * 15/16) = 9.7
+    counts = shapes(1600, seed=1).labels.bincount(minlength=16)
+    assert len(counts) == 16 and counts.min() > 60 and counts.max() < 140, counts
+
+
+def test_the_mask_is_where_the_object_is():
+    """Inside its mask a picture is bright, outside it is dark."""
+    # The dimmest object colour is (0, 158, 115): its brightest channel, less 25 of shade and 12 of noise, is 121.
+    # The brightest background is a quarter of 240 + 25: 66, with 12 of noise 78. So 100 separates them always.
+    data = shapes(500, seed=1)
+    assert torch.equal(data.images.amax(dim=1) > 100, data.masks)
+
+
+def test_row_and_column_are_the_centre():
+    """The centre of mass of a circle's mask is at the factors row and column, in this order."""
+    data = shapes(500, seed=1)
+    circles = data.factors["shape"] == 0
+    masks = data.masks[circles].double()
+    area = masks.sum((1, 2))
+    row = (masks.sum(2) * torch.arange(32)).sum(1) / area
+    column = (masks.sum(1) * torch.arange(32)).sum(1) / area
+    assert_close(row, data.factors["row"][circles].double(), msg=lambda m: f"rows and columns swapped? {m}")
+    assert_close(column, data.factors["column"][circles].double())
+
+
+def test_the_mask_has_the_shape_of_its_factor():
+    """A triangle changes in half a turn, a circle is round, a square is full and a cross is not: as the factor says."""
+    data = shapes(500, seed=1)
+    mask, row, column = data.masks, *(data.factors[name].view(-1, 1, 1) for name in ("row", "column"))
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    turned_y, turned_x = 2 * row - y, 2 * column - x  # half a turn about the centre may lead out of the picture
+    visible = (turned_y >= 0) & (turned_y < 32) & (turned_x >= 0) & (turned_x < 32)
+    turned = mask[torch.arange(500).view(-1, 1, 1), turned_y.clamp(0, 31), turned_x.clamp(0, 31)]
+    changes = (visible & (turned != mask)).any(dim=2).any(dim=1)
+    r = ((y - row) ** 2 + (x - column) ** 2).sqrt()
+    reach = (r * mask).amax((1, 2))
+    is_round = mask.sum((1, 2)) / (math.pi * reach ** 2) > 0.85  # circle 1; square 2 reach^2 / (pi reach^2) = 0.64
+    is_full = (mask | (r > 8.2)).all(dim=2).all(dim=1)  # the smallest square is 8.75 from centre to side
+
+    seen = torch.where(changes, 2, torch.where(is_round, 0, torch.where(is_full, 1, 3)))
+    wrong = (seen != data.factors["shape"]).nonzero().flatten().tolist()
+    assert not wrong, f"pictures {wrong[:10]} do not show the shape of their factor"
+
+
+def test_colours_are_those_of_the_factors():
+    """A plain object has the colour of its factor, its background a quarter of the other; shades differ by up to 25."""
+    data = shapes(500, seed=1)
+    palette = torch.tensor(PALETTE).float()
+    plain = data.factors["texture"] == 0
+    for inside, factor, brightness in [(True, "colour", 1), (False, "background", 4)]:
+        where = (data.masks == inside).unsqueeze(1)
+        mean = (data.images * where).sum((2, 3)) / where.sum((2, 3))  # (N, 3)
+        error = (brightness * mean - palette[data.factors[factor]]).abs()
+        # 25 of shade, 3 of rounding down, and the noise of a black pixel is cut off at 0: its mean is 3, times 4 is 12
+        assert error[plain].max() <= 25 + 3 + 12, f"{factor}: another layer's colour?"
+    assert (data.factors["colour"] != data.factors["background"]).all()
+
+
+def test_only_plain_objects_have_one_colour():
+    """Within a plain object a channel varies by the noise of +-12 only; a texture adds a second colour."""
+    data = shapes(500, seed=1)
+    inside = data.masks.unsqueeze(1)
+    spread = (data.images.masked_fill(~inside, 0).amax((2, 3)).int() -
+              data.images.masked_fill(~inside, 255).amin((2, 3)).int()).amax(1)
+    assert torch.equal(spread <= 24, data.factors["texture"] == 0)
+
+
+def test_an_item_is_image_label_and_no_complaint():
+    """Item i is (image, label, -1), its image through the transform, and path(i) has a name for messages."""
+    data = Shapes(3, seed=1, transform=lambda image: image[:, :4])
+    image, label, unreadable = data[2]
+    assert torch.equal(image, data.images[2, :, :4]) and label == int(data.labels[2]) and unreadable == -1
+    assert data.path(2) == "image 2" and len(data) == 3
+
+
+def test_a_linear_classifier_cannot_solve_it():
+    """Ridge regression on the pixels of 1,600 pictures stays under 40% on others: class is not colour or place."""
+    train, val = shapes(1600, seed=1), shapes(500, seed=2)
+    x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
+    y = F.one_hot(train.labels, 16).float()
+    # weights = x^T (x x^T + lambda)^-1 y: the same as (x^T x + lambda)^-1 x^T y, with the smaller matrix
+    weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
+    accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
+    assert 1 / 16 < accuracy < 0.4, f"{accuracy:.0%}: easier than it should be (or noise, below 6%)"
+
+
+def test_the_size_of_shapes():
+    """`shapes` is 16,000 pictures to train on and 2,000 others to validate; `shapes:COUNT` changes the first only."""
+    assert shapes_size("shapes", "train")[0] == 16_000 and shapes_size("shapes:40", "train")[0] == 40
+    assert shapes_size("shapes", "val") == shapes_size("shapes:40", "val") == shapes_size("shapes:40", "all")
+    count, seed = shapes_size("shapes", "val")
+    assert count == 2000 and seed != shapes_size("shapes", "train")[1]
+    data = open_dataset("shapes:40", "train", transform=lambda image: image[:, :1])
+    assert len(data) == 40 and data[0][0].shape == (3, 1, 32)
+
+
+@pytest.mark.parametrize("spec", ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001"])
+def test_a_wrong_count_of_shapes(spec):
+    """Only a count of 1 to 100000 can follow `shapes:`, and the message says so."""
+    with pytest.raises(ValueError, match="expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"):
+        open_dataset(spec, "train")
+
+
+# ---------------------------------------------------------------- reading image files
+
+
+COLOURS = ((200, 60, 20), (20, 180, 60), (40, 40, 220), (250, 250, 130))  # of four fields of 16 x 16
+
+
+def picture(mode="RGB"):
+    """32 rows, 32 columns in four fields: top left, top right, bottom left, bottom right."""
+    image = Image.new("RGB", (32, 32))
+    for colour, corner in zip(COLOURS, [(0, 0), (16, 0), (0, 16), (16, 16)]):
+        image.paste(colour, (*corner, corner[0] + 16, corner[1] + 16))
+    return image.convert(mode)
+
+
+def fields(colours):
+    """The same as a tensor (3, 32, 32)."""
+    quarters = torch.tensor(colours, dtype=torch.uint8).view(2, 2, 3).permute(2, 0, 1)
+    return quarters.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
+
+
+GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOURS]  # luma, the "L" of Pillow
+
+
+@pytest.mark.parametrize("name, mode, expected", [
+    ("rgb.png", "RGB", COLOURS),
+    ("grey.png", "L", GREYS),
+    ("palette.png", "P", None),  # None: what Pillow reads
+    ("alpha.png", "RGBA", COLOURS),
+    ("grey_alpha.png", "LA", GREYS),
+    ("black_and_white.png", "1", None),
+    ("rgb.jpg", "RGB", COLOURS),
+    ("LOUD.JPEG", "RGB", COLOURS),
+    ("grey.jpg", "L", GREYS),
+    ("cmyk.jpg", "CMYK", COLOURS),
+    ("rgb.bmp", "RGB", COLOURS),
+    ("palette.gif", "P", None),
+    ("rgb.webp", "RGB", None),
+    ("rgb.tif", "RGB", COLOURS),
+    ("grey.pgm", "L", GREYS),
+])
+@pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
+def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
+    """Whatever the mode and the format, a file is read as (3, H, W) uint8 RGB, also when Pillow reads them all."""
+    if decoders == "Pillow":  # torchvision has announced that its decoders will go
+        monkeypatch.delattr(evaluation.torchvision.io, "decode_image")
+    picture(mode).save(tmp_path / name, **({"quality": 100, "subsampling": 0} if "j" in name.lower() else {}))
+    image = read_image(str(tmp_path / name))
+    assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
+    if expected is None:
+        with Image.open(tmp_path / name) as file:
+            expected_image = v2.functional.pil_to_tensor(file.convert("RGB"))
+    else:
+        expected_image = fields(expected)
+    # JPEG rounds in its own colour space, and decoders differ: 3 of 255. All others are exact.
+    worst = (image.int() - expected_image.int()).abs().max()
+    assert worst <= (3 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0), f"{worst}: inverted? BGR? transposed?"
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    """A 16-bit grey PNG is scaled to 8 bits, not cut off at 255."""
+    levels = torch.arange(256).repeat(2, 1).to(torch.int32)
+    # 16-bit white is 65535 = 255 * 257, so level v is stored as 257 v
+    Image.fromarray((levels * 257).numpy().astype("uint16")).save(tmp_path / "deep.png")
+    assert_close(read_image(str(tmp_path / "deep.png")), levels.to(torch.uint8).expand(3, 2, 256))
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (7, 3), (3, 7)])
+def test_images_keep_their_size(tmp_path, width, height):
+    """A file of W x H pixels is read as (3, H, W): rows first."""
+    Image.new("RGB", (width, height), (1, 2, 3)).save(tmp_path / "any.png")
+    assert read_image(str(tmp_path / "any.png")).shape == (3, height, width)
+
+
+def saved(kind):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    picture().save(file, kind)
+    return file.getvalue()
+
+
+BROKEN = {"empty.png": b"", "text.png": b"this is no image", "half.jpg": saved("jpeg")[:400],
+          "half.png": saved("png")[:90], "half.gif": saved("gif")[:60], "half.bmp": saved("bmp")[:500]}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_none(tmp_path, name):
+    """A file that is empty, cut off or no image is None, and not an exception of some decoder."""
+    (tmp_path / name).write_bytes(BROKEN[name])
+    assert read_image(str(tmp_path / name)) is None
+    assert read_image(str(tmp_path / "gone.png")) is None, "a file that has disappeared, too"
+
+
+# ---------------------------------------------------------------- folders
+
+
+def make_folder(root, files):
+    """Write small images: file i is grey level i all over. Returns the folder as open_dataset() wants it."""
+    for level, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), (level, level, level)).save(root / name)
+    return str(root)
+
+
+def contents(dataset):
+    """(file relative to the folder, class name, grey level) of every item."""
+    items = [dataset[i] for i in range(len(dataset))]
+    return [(os.path.relpath(dataset.path(i), dataset.root), dataset.classes[label], int(image[0, 0, 0]))
+            for i, (image, label, _) in enumerate(items)]
+
+
+def test_classes_and_files_are_sorted(tmp_path):
+    """Labels follow the sorted class names, items the sorted files: no order of the file system gets in."""
+    root = make_folder(tmp_path, ["b/2.png", "b/10.png", "a/x.png", "C/y.png"])
+    data = open_dataset(root, "all")
+    assert data.classes == ["C", "a", "b"]  # by code point, capitals first
+    assert contents(data) == [("C/y.png", "C", 3), ("a/x.png", "a", 2), ("b/10.png", "b", 1), ("b/2.png", "b", 0)]
+    assert [data[i][1:] for i in range(4)] == [(0, -1), (1, -1), (2, -1), (2, -1)]
+
+
+def test_subfolders_belong_to_their_class(tmp_path):
+    """An image at any depth below a class folder is of that class."""
+    root = make_folder(tmp_path, ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png", "dog/a/b/c/4.png"])
+    data = open_dataset(root, "all")
+    assert contents(data) == [("cat/1.png", "cat", 0), ("cat/indoor/2.png", "cat", 1),
+                              ("cat/indoor/sofa/3.png", "cat", 2), ("dog/a/b/c/4.png", "dog", 3)]
+
+
+def test_odd_names(tmp_path):
+    """Spaces, accents, other scripts, emoji and several dots in names are read, and path() gives them back."""
+    names = ["big cat/my photo (1).png", "chien à poil/éléphant.v2.PNG", "猫/写真.png", "🐈/👍.png"]
+    data = open_dataset(make_folder(tmp_path, names), "all")
+    assert contents(data) == [(name, name.split("/")[0], level) for level, name in enumerate(names)]
+
+
+def test_what_is_no_image_is_left_out(tmp_path):
+    """Hidden folders are no classes, files beside the class folders no items, and other files no images."""
+    root = make_folder(tmp_path, ["a/1.png", "b/2.png", ".cache/3.png", "4.png"])
+    (tmp_path / "a" / "notes.txt").write_text("ignored")
+    (tmp_path / "a" / "png").write_text("a name without extension")
+    data = open_dataset(root, "all")
+    assert data.classes == ["a", "b"] and contents(data) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
+
+
+def test_train_and_val_folders(tmp_path):
+    """Where there are train/ and val/, "train" is the one, and "val" and "all" are the other."""
+    root = make_folder(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png"])
+    assert contents(open_dataset(root, "train")) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
+    val = [("a/3.png", "a", 2), ("b/4.png", "b", 3), ("b/5.png", "b", 4)]
+    assert contents(open_dataset(root, "val")) == contents(open_dataset(root, "all")) == val
+
+
+def test_a_flat_folder_holds_out_a_fifth(tmp_path):
+    """Without train/ and val/ every fifth file of each class is for validation, and the rest to train on."""
+    files = [f"{name}/{i:02}.png" for name in "ab" for i in range(11)]
+    root = make_folder(tmp_path, files)
+    train, val, everything = ([item[0] for item in contents(open_dataset(root, s))] for s in ("train", "val", "all"))
+    # of the files 00, 01, ..., 10 of a class the fifth and the tenth
+    assert val == ["a/04.png", "a/09.png", "b/04.png", "b/09.png"], "counted through the whole folder, not per class?"
+    assert sorted(train + val) == everything == files and not set(train) & set(val)
+
+
+def test_a_transform_sees_every_image(tmp_path):
+    """The transform is applied to what was read, so that images of all sizes fit in one batch."""
+    (tmp_path / "a").mkdir()
+    for i, size in enumerate([(40, 20), (20, 40), (8, 8)]):
+        Image.new("L", size, 9).save(tmp_path / "a" / f"{i}.png")
+    data = open_dataset(str(tmp_path), "all", eval_transform(16, 1.0))
+    images, labels, unreadable = next(iter(eval_loader(data, 3, 0, CPU)))
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and (images == 9).all()
+    assert labels.tolist() == [0, 0, 0] and unreadable.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("make, expected", [
+    (lambda root: None, "no data at"),
+    (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
+    (lambda root: root.mkdir(), "no class folders in"),
+    (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
+    (lambda root: (root / "a").mkdir(parents=True), "no images in the 1 class folders of"),
+    (lambda root: (root / "train" / "a").mkdir(parents=True) or (root / "val").mkdir(), "no class folders in"),
+], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
+def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
+    """A data set that is not there is a ValueError with the place and a picture of the expected tree."""
+    root = tmp_path / "here"
+    make(root)
+    with pytest.raises(ValueError) as error:
+        open_dataset(str(root), "val")
+    message = str(error.value)
+    assert expected in message and str(root) in message
+    assert "FOLDER/train/<class>/<image>.jpg" in message and " or FOLDER/<class>/<image>.jpg" in message
+
+
+@pytest.mark.parametrize("broken, item, replaced_by", [
+    ([1], 1, 2),  # by the next
+    ([1, 2], 1, 3),  # by the next that can be read
+    ([3], 3, 0),  # after the last comes the first
+])
+def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, replaced_by):
+    """In place of a broken file comes the next that can be read, with ITS label and the index of the broken one."""
+    root = make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "c/3.png"])
+    data = open_dataset(root, "all")
+    for i in broken:
+        Path(data.path(i)).write_bytes(b"")
+    image, label, unreadable = data[item]
+    assert int(image[0, 0, 0]) == replaced_by
+    assert label == [0, 0, 1, 2][replaced_by], "the label must be that of the picture"
+    assert unreadable == item, "report the file that was asked for"
+
+
+def test_a_folder_of_broken_files_is_an_error(tmp_path):
+    """The search for a readable file ends after 100, with the name of the first."""
+    root = make_folder(tmp_path, ["a/0.png", "a/1.png"])
+    for name in ("0.png", "1.png"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"100 images in a row cannot be read, from .*1\.png"):
+        open_dataset(root, "all")[1]
+
+
+@pytest.mark.parametrize("spec, kind", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
+def test_cifar_has_channels_first(monkeypatch, spec, kind):
+    """torchvision has CIFAR as (N, rows, columns, 3), we have (N, 3, rows, columns); its test half is to validate."""
+    class Fake:
+        classes, targets = ["cat", "dog"], [1, 0]
+
+        def __init__(self, root, train, download):
+            self.data = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8).view(2, 4, 5, 3).numpy() + train
+
+    monkeypatch.setattr(evaluation.torchvision.datasets, kind, Fake)
+    for split, plus in [("train", 1), ("val", 0), ("all", 0)]:
+        data = open_dataset(spec, split)
+        image, label, unreadable = data[1]
+        assert image.shape == (3, 4, 5) and (label, unreadable, data.classes) == (0, -1, ["cat", "dog"])
+        # image 1, row 2, column 3, channel 0 is value 1 * 60 + 2 * 15 + 3 * 3 + 0
+        assert image[0, 2, 3] == 99 + plus, "channels last, or the other half"
+
+
+@pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")])
+def test_cifar_without_a_network(monkeypatch, problem):
+    """If the download fails, one line says what went wrong and which file to get by hand."""
+    class Fake:
+        filename = "cifar-10-python.tar.gz"
+
+        def __init__(self, *_, **__):
+            raise problem
+
+    monkeypatch.setattr(evaluation.torchvision.datasets, "CIFAR10", Fake)
+    with pytest.raises(ValueError, match="cifar10 could not be downloaded .*place cifar-10-python") as error:
+        open_dataset("cifar10", "train")
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- from pixels to the model
+
+
+@pytest.mark.parametrize("image_size, crop_ratio, height, width, rows, columns", [
+    (32, 0.5, 64, 64, (16, 48), (16, 48)),  # 32 / 0.5 = 64: no resizing; (64 - 32) / 2 = 16
+    (224, 0.875, 256, 300, (16, 240), (38, 262)),  # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
+    (224, 0.875, 300, 256, (38, 262), (16, 240)),
+    (32, 1.0, 32, 48, (0, 32), (8, 40)),  # a ratio of 1: all of the short side
+])
+def test_the_centre_is_evaluated(image_size, crop_ratio, height, width, rows, columns):
+    """The short side becomes image_size / crop_ratio pixels, then the centre square is cut out."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    expected = image[:, slice(*rows), slice(*columns)]  # the short side has its size already: nothing is interpolated
+    assert torch.equal(eval_transform(image_size, crop_ratio)(image), expected)
+
+
+@pytest.mark.parametrize("height, width, resized", [(96, 120, (64, 80)), (20, 10, (128, 64))])
+def test_resizing_is_bicubic(height, width, resized):
+    """Larger and smaller images are resized with the bicubic filter of Pillow, to one grey value."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    pillow = v2.functional.to_pil_image(image).resize(resized[::-1], Image.BICUBIC)
+    top, left = (resized[0] - 48) // 2, (resized[1] - 48) // 2
+    expected = v2.functional.pil_to_tensor(pillow)[:, top:top + 48, left:left + 48]
+    difference = (eval_transform(48, 0.75)(image).int() - expected.int()).abs().max()  # 48 / 0.75 = 64
+    assert difference <= 1, "bilinear, or not antialiased?"
+
+
+def test_normalize_by_hand():
+    """A pixel becomes (pixel / 255 - mean) / std with the mean and the deviation of its own colour."""
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)  # red 0, green 51 = 0.2 * 255, blue 255
+    # (0 - 0.5) / 0.25 = -2;  (0.2 - 0.4) / 0.5 = -0.4;  (1 - 0.6) / 0.2 = 2
+    expected = torch.tensor([-2.0, -0.4, 2.0]).view(1, 3, 1, 1)
+    actual = normalize(images, mean=(0.5, 0.4, 0.6), std=(0.25, 0.5, 0.2))
+    assert_close(actual, expected, msg=lambda m: f"std and mean swapped? {m}")
+
+
+def test_autocast_is_on_for_bfloat16_only():
+    """Under autocast() a matrix product is computed in the dtype of the run; a CPU runs in float32."""
+    a = torch.ones(2, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        with autocast(CPU, dtype):
+            assert (a @ a).dtype == dtype
+    assert best_dtype(CPU) == torch.float32
+
+
+def test_match_classes_by_name():
+    """Each class of the data gets the position of the same name in the checkpoint, whatever the order of either."""
+    assert match_classes(["cat", "dog"], ["dog", "ant", "cat"]) == [2, 0]
+
+
+def test_unknown_classes_are_named():
+    """Classes that the checkpoint does not know are counted and named, with examples of what it knows."""
+    with pytest.raises(ValueError, match=r"2 of 3 classes .* unknown .*\(cow, eel.*it knows ant, cat"):
+        match_classes(["cat", "cow", "eel"], ["ant", "cat"])
+
+
+def test_loading_needs_processes_only_for_files(tmp_path):
+    """Images in memory are served by this process, files by 1 to 12 others."""
+    assert auto_workers(shapes(500, seed=1)) == 0
+    files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
+    assert 1 <= auto_workers(files) <= 12 and auto_workers(files, world=1000) == 1
+
+
+# ---------------------------------------------------------------- counting
+
+
+class Known(nn.Module):
+    """A model whose logits are known: for an image of grey level i it returns row i of the table."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.modes = table, []
+
+    def forward(self, images):  # evaluated with mean 0 and std 1, so that a pixel is level / 255
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.table[(images[:, 0, 0, 0] * 255).round().long()]
+
+
+def count(table, labels, columns=None, batch_size=2, model=None):
+    """evaluate() for images of grey levels 0, 1, 2, ..., with the logits in the table."""
+    levels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    loader = eval_loader(TensorImages(levels, torch.tensor(labels), ["-"]), batch_size, 0, CPU)
+    return evaluate(model or Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, columns)
+
+
+def test_counting_by_hand():
+    """top1 and top5 are percentages of the images, loss is the mean cross-entropy."""
+    ln2 = math.log(2)
+    table = torch.tensor([[ln2, 0.0, 0.0],  # softmax 1/2, 1/4, 1/4
+                          [0.0, ln2, 0.0],
+                          [0.0, 0.0, ln2],
+                          [ln2, 0.0, 0.0]])
+    result = count(table, labels=[0, 1, 2, 1])  # right, right, right, wrong
+    # loss: -ln 1/2 three times, -ln 1/4 = 2 ln 2 once
+    assert result == pytest.approx(dict(images=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
+def test_counting_against_a_loop(batch_size):
+    """The last, smaller batch counts like the others: 23 images give the same at every batch size."""
+    table, labels = torch.randn(23, 12), torch.randint(0, 12, (23,)).tolist()
+    labels[:8] = table[:8].argmax(1).tolist()  # so that not all are wrong
+    top1 = top5 = loss = 0
+    for logits, label in zip(table.double(), labels):
+        better = sum(float(value) > float(logits[label]) for value in logits)  # classes ahead of the right one
+        top1 += better < 1
+        top5 += better < 5
+        loss -= float(logits.log_softmax(0)[label])
+    expected = dict(images=23, top1=100 * top1 / 23, top5=100 * top5 / 23, loss=loss / 23)
+    assert count(table, labels, batch_size=batch_size) == pytest.approx(expected), "a mean of means of unequal batches?"
+
+
+def test_top5_with_fewer_than_five_classes():
+    """With three classes every label is among the best five: top5 is 100."""
+    assert count(torch.randn(6, 3), [0, 1, 2, 0, 1, 2])["top5"] == 100.0
+
+
+def test_columns_restrict_the_prediction():
+    """With columns the prediction and the loss are made among the data's classes only."""
+    table = torch.tensor([[9.0, 1.0, 2.0, 3.0],   # column 0 is best, but no class of the data; of 3 and 1, 3 is best
+                          [9.0, 5.0, 2.0, 3.0],   # of 3 and 1, 1 is best
+                          [9.0, 0.0, 2.0, 1.0]])  # of 3 and 1, 3 is best
+    result = count(table, labels=[0, 1, 1], columns=[3, 1])  # label 0 of the data is column 3, label 1 is column 1
+    assert result["top1"] == pytest.approx(100 * 2 / 3), "0 if the maximum was taken over all four columns"
+    # two logits 2 apart, right and wrong: ln(1 + e^-2) twice; and 1 apart, wrong: ln(1 + e^1)
+    assert result["loss"] == pytest.approx((2 * math.log1p(math.exp(-2)) + math.log1p(math.e)) / 3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_comes_back(training):
+    """A model is evaluated in evaluation mode, without gradients, and left in the mode that it came in."""
+    model = Known(torch.randn(4, 3)).train(training)
+    count(None, [0, 1, 2, 0], model=model)
+    assert model.modes == [(False, False)] * 2, "(training, gradients) at each batch"
+    assert model.training == training
+
+
+def test_mean_and_std_reach_the_model():
+    """evaluate() shows the model normalized images: black and white become (0 - 0.5) / 0.5 and (1 - 0.5) / 0.5."""
+    class Watch(nn.Module):
+        def forward(self, images):
+            self.seen = images
+            return torch.zeros(len(images), 2)
+
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    model, data = Watch(), TensorImages(images, torch.tensor([0, 1]), ["black", "white"])
+    evaluate(model, eval_loader(data, 2, 0, CPU), CPU, (0.5,) * 3, (0.5,) * 3)
+    assert_close(model.seen, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+
+
+def test_an_accuracy_without_an_image_is_refused(tmp_path):
+    """evaluate() stops at an unreadable file and names it: an accuracy of the others would not be comparable."""
+    data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"]), "all")
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read .*1\.png: .*repair or remove the file"):
+        evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
+    (tmp_path / "a" / "1.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())
+    (tmp_path / "a" / "0.png").write_bytes(b"")  # the first file of all has index 0
+    with pytest.raises(ValueError, match=r"cannot read .*0\.png"):
+        evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_processes_share_the_images(monkeypatch):
+    """Three processes get every image once, though 3 does not divide 11, and none gets one twice to fill up."""
+    images = torch.arange(11, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    data = TensorImages(images, torch.arange(11), ["-"])
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(evaluation.dist, "get_rank", lambda rank=rank: rank)
+        shares.append([int(label) for _, labels, _ in eval_loader(data, 2, 0, CPU) for label in labels])
+    assert sorted(itertools.chain(*shares)) == list(range(11)), "an image twice, or not at all"
+    assert sorted(map(len, shares)) == [3, 4, 4]
+
+
+def test_the_sums_of_all_processes_are_added(monkeypatch):
+    """Under torchrun the counts are summed before dividing: here a twin process that counted exactly the same."""
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums: sums.mul_(2))
+    table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    result = count(table, [0, 1, 1])
+    assert result["images"] == 6 and result["top1"] == pytest.approx(100 * 4 / 6)
+
+
+# ---------------------------------------------------------------- models and checkpoints
+
+
+def test_every_model_has_a_name():
+    """build_model() makes each preset from its name and options, and leaves the config as it was."""
+    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "convnext_nano", "convnext_t", "convnext_s",
+                            "convnext_b", "convnext_iso_s", "convnext_iso_b"]
+    config = dict(model="convnext_nano", num_classes=3, moe_layers="last2")
+    for _ in range(2):
+        model = build_model(config)
+        assert model.head.out_features == 3 and model.moe_blocks == [4, 6]
+
+
+@pytest.mark.parametrize("config, expected", [
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, convnext_nano, "),
+    (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
+    (dict(model="vit_nano", moe_layers="last2", router="round"), "expected one of linear, cosine, l2"),
+    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k must be 1 to 2"),
+])
+def test_a_wrong_config_lists_what_exists(config, expected):
+    """An unknown model, placement or router, or k > experts, is a ValueError that lists the valid ones."""
+    with pytest.raises(ValueError) as error:
+        build_model(config)
+    assert expected in str(error.value)
+
+
+def checkpoint_of(config, weights, averaged=None, **changes):
+    """A checkpoint as train.py writes it, for a model of three classes and images in 0..1."""
+    checkpoint = dict(config=config, classes=["a", "b", "c"], image_size=32, crop_ratio=1.0, mean=(0.0,) * 3,
+                      std=(1.0,) * 3, model=weights, ema=averaged, optimizer={}, epoch=1, step=1, best=0.0, args={})
+    assert set(checkpoint) == CHECKPOINT_KEYS
+    return checkpoint | changes
+
+
+CONFIG = dict(model="vit_nano", num_classes=3, depth=2, dim=16, moe_layers=[1])
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """A model that always says "b", and the path of its checkpoint. Its averaged weights always say "c"."""
+    model = build_model(CONFIG)
+    nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, 5.0, 0.0])
+    averaged = {name: weight.clone() for name, weight in model.state_dict().items()}
+    averaged["head.bias"] = torch.tensor([0.0, 0.0, 5.0])
+    torch.save(checkpoint_of(CONFIG, model.state_dict(), averaged), tmp_path / "both.pt")
+    torch.save(checkpoint_of(CONFIG, model.state_dict()), tmp_path / "plain.pt")
+    return model, tmp_path
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    """load_checkpoint() gives the same model in evaluation mode, and all that was stored beside it."""
+    model = build_model(CONFIG).eval()
+    checkpoint = checkpoint_of(CONFIG, model.state_dict(), epoch=7)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    loaded, stored = load_checkpoint(str(tmp_path / "last.pt"), CPU)
+    images = torch.rand(2, 3, 32, 32)
+    assert_close(loaded(images), model(images))
+    assert not loaded.training and stored["epoch"] == 7 and stored["classes"] == ["a", "b", "c"]
+
+
+def test_averaged_weights_are_preferred(saved_model):
+    """If the run kept averaged weights (EMA) these are loaded, with raw=True or without any the plain ones."""
+    _, folder = saved_model
+    for name, raw, says in [("both.pt", False, 2), ("both.pt", True, 1), ("plain.pt", False, 1), ("plain.pt", True, 1)]:
+        model, _ = load_checkpoint(str(folder / name), CPU, raw)
+        assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
+
+
+def write_checkpoint(path, config=CONFIG, **changes):
+    """A checkpoint with something wrong."""
+    model = build_model(CONFIG)
+    torch.save(checkpoint_of(config, model.state_dict(), **changes), path)
+
+
+def cut_off(path):
+    """A checkpoint of which the end is missing, as after a full disk."""
+    write_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("make, expected", [
+    (lambda path: None, "no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt"),
+    (lambda path: path.mkdir(), "no checkpoint at {path}"),
+    (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+    (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
+    (lambda path: torch.save(dict(model={}, epoch=3), path), "{path} is not a checkpoint of train.py: it lacks args,"),
+    (lambda path: torch.save([1, 2, 3], path), "{path} is not a checkpoint of train.py: it lacks args,"),
+    (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}), "the weights in {path} do not fit its own config"),
+    (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}), "the weights in {path} do not fit its own config"),
+    (lambda path: write_checkpoint(path, {"model": "resnet"}), "unknown model 'resnet': expected one of vit_nano,"),
+], ids=["missing", "folder", "cut off", "image", "foreign dict", "list", "other width", "other depth", "other model"])
+def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
+    """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
+    path = tmp_path / "last.pt"
+    make(path)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(str(path), CPU)
+    message = str(error.value)
+    assert message.startswith(expected.format(path=path)) and "\n" not in message
+
+
+class Burglar:
+    """Unpickled the old way, it would create the file it was given."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    """A file that would execute something when opened is refused, and nothing is executed."""
+    proof = str(tmp_path / "was here")
+    write_checkpoint(tmp_path / "evil.pt", args=Burglar(proof))
+    with pytest.raises(ValueError, match="evil.pt cannot be opened as a checkpoint"):
+        load_checkpoint(str(tmp_path / "evil.pt"), CPU)
+    assert not os.path.exists(proof), "opened without weights_only=True"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def run(monkeypatch, *arguments):
+    """The whole program, as `python eval.py <arguments>` would run it."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    evaluation.main(evaluation.parse_args())
+
+
+def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, capsys):
+    """`eval.py CHECKPOINT --data FOLDER --json FILE` prints one line per checkpoint and writes the same numbers."""
+    model, folder = saved_model
+    # Classes b and c, which the model knows as 1 and 2, and never a: of 5 images 3 are "b", what the raw weights say.
+    data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
+    run(monkeypatch, folder / "both.pt", "--data", data, "--raw", "--batch-size", 2, "--workers", 0,
+        "--json", folder / "result.json")
+    header, line, *rest = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "model" and rest == []
+    params = sum(p.numel() for p in model.parameters())
+    expert = 2 * 4 * 16 * 16 + 4 * 16 + 16  # width 16, hidden 64
+    active = params - 6 * expert  # 2 of the 8 experts of one layer work
+    # the logits of b and c are 5 and 0: -ln(e^5 / (e^5 + 1)) if b is right, -ln(1 / (e^5 + 1)) if c is
+    loss = (3 * math.log1p(math.exp(-5)) + 2 * math.log1p(math.exp(5))) / 5
+    millions = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
+    assert line.split() == ["vit_nano", *millions, "5", "60.00", "100.00", f"{loss:.4f}"]
+    written = json.loads((folder / "result.json").read_text())
+    expected = dict(params=params, active=active, images=5, top1=60.0, top5=100.0, loss=loss)
+    assert {name: written.pop(name) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert written == dict(checkpoint=str(folder / "both.pt"), data=data)
+
+
+@pytest.mark.parametrize("flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
+def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatch, capsys, flags, images):
+    """A folder without val/ is evaluated whole, unless --split asks for the part that training holds out or uses."""
+    _, folder = saved_model
+    data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
+    run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags.split())
+    cells = capsys.readouterr().out.splitlines()[1].split()
+    assert cells[3:5] == [str(images), "50.00"]  # the averaged weights say "c", which is half
+
+
+def test_data_of_other_classes_is_refused(saved_model, monkeypatch):
+    """A class that the checkpoint has never seen cannot be counted as right or wrong."""
+    _, folder = saved_model
+    data = make_folder(folder / "data", ["b/0.png", "zebra/1.png"])
+    with pytest.raises(ValueError, match="1 of 2 classes of the data are unknown to the checkpoint .zebra"):
+        run(monkeypatch, folder / "plain.pt", "--data", data)
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_and_status_2(tmp_path):
+    """What is wrong with the input is one line on stderr, nothing on stdout, exit status 2, and no traceback."""
+    command = [sys.executable, str(ROOT / "eval.py"), "nowhere.pt", "--data", "shapes", "--json", "result.json"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: no checkpoint at nowhere.pt") and process.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []

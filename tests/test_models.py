@@ -1,0 +1,609 @@
+"""vit.py and convnext.py: where the experts sit, what a model costs, and that dense and sparse compute the right thing.
+
+Models are compared in float64 and with every weight drawn at random, so that a forgotten weight, a bias at its initial
+zero or a norm with another epsilon shows in the logits.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import ConvNeXt as OfficialConvNeXt
+from torchvision.models.vision_transformer import VisionTransformer as OfficialViT
+from torchvision.ops import StochasticDepth
+
+import convnext
+import vit
+from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano, convnext_s, convnext_t
+from moe import MLP, MoE, count_parameters
+from vit import ViT, vit_b, vit_nano, vit_s, vit_ti
+
+PRESETS = [vit_nano, vit_ti, vit_s, vit_b,
+           convnext_nano, convnext_t, convnext_s, convnext_b, convnext_iso_s, convnext_iso_b]
+
+# Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of the ConvNeXt.
+SMALL = {"vit": partial(vit_nano, num_classes=5, dim=32, moe_layers="every2", num_experts=4),
+         "convnext": partial(convnext_nano, num_classes=5, widths=(8, 16, 32), moe_layers="every2", num_experts=4)}
+both = pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
+
+
+def blocks_of(model):
+    """All blocks from input to output, whether in one list (ViT) or in stages (ConvNeXt)."""
+    return list(model.blocks) if isinstance(model, ViT) else [block for stage in model.stages for block in stage]
+
+
+def with_random_weights(module, std=0.2):
+    """The module in float64 and evaluation mode, with no weight at a special value such as zero or one."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module.double().eval()
+
+
+# ---------------------------------------------------------------- placement: which blocks hold a MoE
+
+
+@pytest.mark.parametrize("name, depth, expected", [
+    ("none", 12, []),
+    ("every2", 12, [1, 3, 5, 7, 9, 11]),
+    ("last2", 12, [9, 11]),
+    ("last3", 12, [7, 9, 11]),
+    ("every2", 5, [1, 3]),
+    ("last2", 5, [1, 3]),
+])
+def test_placements_in_a_vit(name, depth, expected):
+    """Counted from 0, the sparse blocks of a ViT are the odd ones, or the last two or three of these."""
+    assert vit.place_moe(name, depth) == expected, "one too low or high: counted from 0, odd means 1, 3, 5"
+
+
+@pytest.mark.parametrize("name, depths, expected", [
+    # isotropic: one stage of 18 blocks, placed as in a ViT
+    ("none", (18,), []),
+    ("every2", (18,), [1, 3, 5, 7, 9, 11, 13, 15, 17]),
+    ("last2", (18,), [15, 17]),
+    ("last3", (18,), [13, 15, 17]),
+    # hierarchical: the stages are blocks 0-2, 3-5, 6-14 and 15-17
+    ("none", (3, 3, 9, 3), []),
+    ("every2", (3, 3, 9, 3), [1, 4, 7, 9, 11, 13, 16]),  # 3+1, 6+1, 6+3, ...: odd WITHIN the stage
+    ("last2", (3, 3, 9, 3), [14, 17]),
+    ("last3", (3, 3, 9, 3), [10, 14, 17]),  # 10 = 6 + 4, the middle of 6..14
+    ("stage", (3, 3, 9, 3), [2, 5, 14, 17]),
+    # ConvNeXt-S and -B: the third stage is 6-32, its middle 6 + 13
+    ("last3", (3, 3, 27, 3), [19, 32, 35]),
+    ("stage", (3, 3, 27, 3), [2, 5, 32, 35]),
+])
+def test_placements_in_a_convnext(name, depths, expected):
+    """With stages, "odd" and "last" are counted inside each stage; with one stage they are counted as in a ViT."""
+    assert convnext.place_moe(name, depths) == expected, "odd within the whole network, or within its stage?"
+
+
+@pytest.mark.parametrize("place, sizes", [(vit.place_moe, 12), (convnext.place_moe, (3, 3, 9, 3))])
+def test_a_placement_may_be_a_list_of_blocks(place, sizes):
+    """Blocks may be named one by one, in any order and twice, and come out ascending and once."""
+    assert place([5, 0, 11, 5], sizes) == [0, 5, 11]
+    assert place([], sizes) == []
+
+
+@pytest.mark.parametrize("place, sizes, moe_layers, expected", [
+    (vit.place_moe, 12, "stage", "'stage' does not exist in a ViT: expected one of none, every2, last2, last3"),
+    (vit.place_moe, 12, "every3", "'every3' does not exist in a ViT: expected one of none, every2, last2, last3"),
+    (vit.place_moe, 12, [3, 12], "block 12, but the model has blocks 0 to 11"),
+    (vit.place_moe, 12, [-1], "block -1, but the model has blocks 0 to 11"),
+    (vit.place_moe, 3, "last2", "'last2' needs 2 odd blocks, but 3 blocks have 1"),
+    (vit.place_moe, 5, "last3", "'last3' needs 3 odd blocks, but 5 blocks have 2"),
+    (convnext.place_moe, (18,), "stage", "of 1 stage(s): expected one of none, every2, last2, last3 or"),
+    (convnext.place_moe, (3, 3, 9, 3), "last4", "expected one of none, every2, last2, last3, stage or"),
+    (convnext.place_moe, (3, 3, 9, 3), [18], "block 18, but the model has blocks 0 to 17"),
+    (convnext.place_moe, (3, 3, 9, 3), [-1], "block -1, but the model has blocks 0 to 17"),
+    (convnext.place_moe, (5,), "last3", "'last3' needs 3 different blocks"),
+    (convnext.place_moe, (3, 1, 1), "last3", "'last3' needs 3 different blocks"),  # block 3 is middle and last
+])
+def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers, expected):
+    """A placement that the network does not have is a ValueError that lists what it has."""
+    with pytest.raises(ValueError) as error:
+        place(moe_layers, sizes)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("model, sparse", [
+    (partial(vit_nano, moe_layers="last2"), [1, 3]),
+    (partial(vit_nano, moe_layers=[2, 0]), [0, 2]),
+    (partial(convnext_nano, moe_layers="stage"), [1, 4, 6]),  # stages of 2, 3 and 2 blocks: 0-1, 2-4, 5-6
+    (partial(convnext_nano, moe_layers=[2, 0]), [0, 2]),
+])
+def test_the_model_holds_its_experts_where_it_was_told(model, sparse):
+    """moe_blocks lists exactly the blocks whose MLP is a MoE, counted through the whole network."""
+    with torch.device("meta"):
+        model = model()
+    assert [i for i, block in enumerate(blocks_of(model)) if isinstance(block.mlp, MoE)] == sparse
+    assert model.moe_blocks == sparse
+
+
+@pytest.mark.parametrize("model, grids", [
+    (partial(vit_s, moe_layers="last2"), [(1, 14, 14)] * 2),  # 224 / 16 = 14 patches a side, and a class token
+    (partial(vit_nano, moe_layers=[3]), [(1, 4, 4)]),  # 32 / 8
+    (partial(convnext_t, moe_layers="stage"), [(0, 56, 56), (0, 28, 28), (0, 14, 14), (0, 7, 7)]),  # 224 / 4, halved
+    (partial(convnext_t, moe_layers=[5, 6]), [(0, 28, 28), (0, 14, 14)]),  # the last block of stage 2, the first of 3
+    (partial(convnext_iso_s, moe_layers="last2"), [(0, 14, 14)] * 2),
+    (partial(convnext_iso_s), []),
+])
+def test_grids_say_how_the_tokens_lie_in_the_image(model, grids):
+    """grids has (class tokens, rows, columns) for each sparse block: the resolution of its stage."""
+    with torch.device("meta"):
+        model = model()
+    assert model.grids == grids, "is the resolution halved before or after the stage?"
+
+
+# ---------------------------------------------------------------- what a model costs
+
+
+T4 = dict(moe_layers="last2", num_experts=4, k=1, expert_ratio=2)
+TABLE_1 = [  # paper, Table 1: model, options, millions of parameters in total and per token
+    (convnext_t, {}, 28.6, 28.6),
+    (convnext_t, T4, 34.5, 25.6),
+    (convnext_s, {}, 50.2, 50.2),  # the paper rounds to 50
+    (convnext_s, T4, 56.1, 47.3),
+    (convnext_b, {}, 88.6, 88.6),
+    (convnext_b, T4, 99.1, 83.4),
+    (convnext_iso_s, {}, 22.3, 22.3),
+    (convnext_iso_s, dict(moe_layers="last2", num_experts=8, k=1), 38.9, 22.3),
+    (convnext_iso_b, {}, 87.1, 87.1),  # the paper says 82.4 here and 115.4 below, the code of ConvNeXt agrees with us
+    (convnext_iso_b, dict(moe_layers="last2", num_experts=8, k=1), 153.2, 87.1),
+    (vit_ti, {}, 5.7, 5.7),
+    (vit_s, {}, 22.0, 22.0),
+    (vit_s, dict(moe_layers="last2", num_experts=8, k=2), 38.6, 24.4),  # the paper counts 25.0 active ...
+    (vit_s, dict(moe_layers="every2", num_experts=8, k=2), 71.7, 29.2),  # ... 33.1 ...
+    (vit_b, {}, 86.6, 86.6),
+    (vit_b, dict(moe_layers="every2", num_experts=8, k=2), 284.9, 114.9),  # ... and 129.9; exact top-2 gives ours
+]
+
+
+@pytest.mark.parametrize("preset, options, total, active", TABLE_1)
+def test_parameter_counts_of_the_paper(preset, options, total, active):
+    """Every row of Table 1 has the paper's number of parameters, in total and at work for one token, to 0.1 million."""
+    with torch.device("meta"):  # shapes without memory: ViT-B with 8 experts would fill a gigabyte
+        counted = count_parameters(preset(**options))
+    for count, millions in zip(counted, (total, active)):
+        assert abs(count / 1e6 - millions) < 0.1, f"{count / 1e6:.2f}, not {millions}: expert_ratio? router? gamma?"
+
+
+def test_parameters_of_a_vit_by_hand():
+    """ViT-S has 22,050,664 parameters, and 4,729,352 more for each MLP that becomes 5 more experts and a router."""
+    D, H = 384, 4 * 384
+    mlp = D * H + H + H * D + D  # 1,181,568
+    block = 2 * 2 * D + (D * 3 * D + 3 * D) + (D * D + D) + mlp  # two norms, q k v, projection, MLP: 1,774,464
+    dense = (3 * 16 * 16 * D + D) + D + 197 * D + 12 * block + 2 * D + (D * 1000 + 1000)  # 197 = 14 * 14 + class token
+    assert dense == 22_050_664
+    with torch.device("meta"):
+        assert count_parameters(vit_s()) == (dense, dense)
+        sparse = vit_s(moe_layers=[11], num_experts=5, k=3)
+    router = 5 * D
+    assert count_parameters(sparse) == (dense + 4 * mlp + router, dense + 2 * mlp + router), "4 more experts, 2 at work"
+
+
+# ---------------------------------------------------------------- shapes and options
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_output_shape_of_every_preset(preset):
+    """Images (B, 3, S, S) become logits (B, 1000), where S is the preset's image_size."""
+    with torch.device("meta"):
+        model = preset(init_std=None)
+    images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
+    assert model(images).shape == (2, 1000)
+    assert model.image_size == (32 if "nano" in preset.__name__ else 224)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_every_preset_passes_its_options_on(preset):
+    """The options of a preset reach each of its MoE layers, and its head."""
+    options = dict(moe_layers="last2", num_experts=6, k=3, expert_ratio=0.5, router="cosine", router_noise=1.5,
+                   capacity_factor=1.25)
+    with torch.device("meta"):
+        model = preset(num_classes=7, **options)
+    layers = [block.mlp for block in blocks_of(model) if isinstance(block.mlp, MoE)]
+    assert len(layers) == 2 and model.head.out_features == 7
+    for layer in layers:
+        E, D, H = layer.experts.w1.shape
+        assert (E, H) == (6, D // 2), "the hidden width of an expert is expert_ratio * D, not mlp_ratio * D"
+        assert (layer.num_experts, layer.k, layer.router.kind, layer.capacity_factor) == (6, 3, "cosine", 1.25)
+        assert layer.noise_std == 1.5 / 6, "router_noise is in units of 1 / E"
+        assert layer.eval_capacity_factor is None, "capacity_factor limits training only"
+
+
+@pytest.mark.parametrize("preset, k", [(vit_nano, 2), (convnext_nano, 1)])
+def test_the_default_k_is_the_papers(preset, k):
+    """Unless told otherwise a ViT uses two experts per token and a ConvNeXt one."""
+    _, routings = preset(moe_layers="last2").eval()(torch.zeros(1, 3, 32, 32), return_routing=True)
+    assert [routing.experts.shape[1] for routing in routings] == [k, k]
+
+
+@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
+    """mlp_ratio widens the dense MLPs and leaves the experts alone."""
+    with torch.device("meta"):
+        blocks = blocks_of(preset(moe_layers=[1], mlp_ratio=3, expert_ratio=2))
+    dense, sparse = blocks[0].mlp[0], blocks[1].mlp.experts.w1
+    assert dense.out_features == 3 * dense.in_features and sparse.shape[2] == 2 * sparse.shape[1]
+
+
+@pytest.mark.parametrize("model, expected", [
+    (partial(ViT, image_size=30, patch_size=8), "image size 30 is not a multiple of the patch size 8"),
+    (partial(ConvNeXt, image_size=48), "image size 48 is not a multiple of 32"),  # stem 4, between stages 2 * 2 * 2
+    (partial(convnext_iso_s, image_size=40), "image size 40 is not a multiple of 16"),
+    (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "k must be 1 to 2"),
+    (partial(convnext_nano, moe_layers="last2", router="round"), "expected one of linear, cosine, l2"),
+])
+def test_impossible_sizes_are_refused(model, expected):
+    """Sizes that do not fit are a ValueError that names the numbers, before any image is seen."""
+    with torch.device("meta"), pytest.raises(ValueError) as error:
+        model()
+    assert expected in str(error.value)
+
+
+def test_a_convnext_classifies_images_of_other_sizes():
+    """Convolutions and the mean over positions do not ask for one image size: 64 x 96 works with a model for 32."""
+    logits, routings = SMALL["convnext"]()(torch.zeros(2, 3, 64, 96), return_routing=True)
+    assert logits.shape == (2, 5)
+    assert [len(r.logits) for r in routings] == [2 * 16 * 24, 2 * 8 * 12, 2 * 4 * 6]
+
+
+# ---------------------------------------------------------------- routings: what a sparse model says about itself
+
+
+@both
+def test_one_routing_per_sparse_block_in_order(small):
+    """return_routing=True adds a list with the Routing of each MoE layer, from input to output."""
+    model, seen = small(), {}
+    for i, block in enumerate(blocks_of(model)):
+        if isinstance(block.mlp, MoE):  # a hook sees what the layer returned: (y, Routing)
+            block.mlp.register_forward_hook(lambda _, __, output, i=i: seen.update({i: output[1]}))
+    _, routings = model(torch.randn(2, 3, 32, 32), return_routing=True)
+    assert len(routings) == len(model.moe_blocks)
+    for routing, block in zip(routings, model.moe_blocks):
+        assert routing is seen[block], "is the list in the order of moe_blocks?"
+
+
+@both
+def test_the_grid_counts_the_tokens(small):
+    """A Routing has B * (class tokens + rows * columns) tokens, with rows and columns from grids."""
+    model = small()
+    _, routings = model(torch.randn(3, 3, 32, 32), return_routing=True)
+    for routing, (class_tokens, rows, columns) in zip(routings, model.grids, strict=True):
+        assert len(routing.logits) == 3 * (class_tokens + rows * columns)
+
+
+@both
+def test_asking_for_routings_does_not_change_the_logits(small):
+    """Without return_routing the model returns the same logits, alone."""
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
+    assert_close(model(images), model(images, return_routing=True)[0])
+
+
+@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def test_a_dense_model_has_no_routings(preset):
+    """With moe_layers="none" the list of routings is empty."""
+    assert preset()(torch.zeros(1, 3, 32, 32), return_routing=True)[1] == []
+
+
+@both
+def test_tokens_are_in_reading_order(small):
+    """Tokens come image by image, the class token first if there is one, then row by row."""
+    model = with_random_weights(small(moe_layers=[0]))
+    block = blocks_of(model)[0]
+    if isinstance(model, ViT):  # let nothing mix the patches, nor tell them apart by place
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(model.pos_embed)
+    else:  # a convolution that looks at the centre only
+        nn.init.dirac_(block.dwconv.weight, groups=block.dwconv.groups)
+    class_tokens, rows, columns = model.grids[0]
+    patch = 32 // rows
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
+    images[1, :, 2 * patch:3 * patch, 1 * patch:2 * patch] = 1.0  # in the second image row 2, column 1 is bright
+    logits = model(images, return_routing=True)[1][0].logits  # (T, E)
+
+    per_image = class_tokens + rows * columns
+    bright = per_image + class_tokens + 2 * columns + 1
+    black = logits[class_tokens]  # the first patch of the first image
+    different = [t for t in range(len(logits)) if not torch.allclose(logits[t], black)]
+    assert different == [0] * class_tokens + [per_image] * class_tokens + [bright], "rows and columns swapped?"
+
+
+# ---------------------------------------------------------------- the dense models are the published ones
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
+    """A block computes what nn.TransformerEncoderLayer computes with norm_first=True, given the same weights."""
+    ours = with_random_weights(vit.Block(16, heads, MLP(16, 48), drop_path=0.0))
+    theirs = nn.TransformerEncoderLayer(16, heads, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
+                                        batch_first=True, norm_first=True).double().eval()
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.0.",
+             "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
+    weights = ours.state_dict()
+    theirs.load_state_dict({a + kind: weights[b + kind] for a, b in names.items() for kind in ("weight", "bias")})
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    y, routing = ours(x)
+    assert_close(y, theirs(x), msg=lambda m: f"heads split wrongly, post-norm, a skip missing? {m}")
+    assert routing is None
+
+
+def test_a_dense_vit_is_torchvisions():
+    """The whole dense ViT gives the logits of torchvision's VisionTransformer with the same weights."""
+    ours = with_random_weights(ViT(image_size=24, patch_size=8, dim=16, depth=3, heads=2, mlp_ratio=2, num_classes=5))
+    theirs = OfficialViT(24, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+    renamed = {}
+    for name, weight in ours.state_dict().items():
+        for old, new in [("patch_embed", "conv_proj"), ("pos_embed", "encoder.pos_embedding"), ("head.", "heads.head."),
+                         ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
+                         ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
+                         ("mlp.2", "mlp.3")]:  # theirs has a dropout in between
+            name = name.replace(old, new)
+        renamed["encoder.ln." + name[5:] if name.startswith("norm.") else name] = weight
+    theirs.load_state_dict(renamed)
+    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    assert_close(ours(images), theirs.double().eval()(images),
+                 msg=lambda m: f"class token first? position added to it, too? final norm? {m}")
+
+
+def official_convnext(ours, depths, widths, layer_scale):
+    """torchvision's ConvNeXt with our weights."""
+    settings = [CNBlockConfig(a, b, n) for a, b, n in zip(widths, [*widths[1:], None], depths)]
+    theirs = OfficialConvNeXt(settings, layer_scale=layer_scale, num_classes=5)
+    names = {"dwconv": "block.0", "norm": "block.2", "mlp.0": "block.3", "mlp.2": "block.5", "gamma": "layer_scale"}
+    renamed = {}
+    for name, weight in ours.state_dict().items():
+        part, *rest = name.split(".")
+        if part == "stem":  # theirs keeps stem, stage, downsampling, stage, ... in one list
+            name = ".".join(["features.0", *rest])
+        elif part == "downsample":
+            name = ".".join([f"features.{2 * int(rest[0]) + 2}", *rest[1:]])
+        elif part == "stages":
+            layer = ".".join(rest[2:])
+            for old, new in names.items():
+                layer = new + layer.removeprefix(old) if layer.startswith(old) else layer
+            name = f"features.{2 * int(rest[0]) + 1}.{rest[1]}.{layer}"
+        else:
+            name = ".".join([{"norm": "classifier.0", "head": "classifier.2"}[part], *rest])
+        renamed[name] = weight.view(-1, 1, 1) if name.endswith("layer_scale") else weight
+    theirs.load_state_dict(renamed)
+    return theirs.double().eval()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_dense_convnext_is_torchvisions(memory_format):
+    """The whole dense ConvNeXt gives the logits of torchvision's with the same weights, in either memory layout."""
+    depths, widths = (2, 1, 2), (8, 16, 12)
+    ours = with_random_weights(ConvNeXt(image_size=32, depths=depths, widths=widths, num_classes=5, layer_scale=0.5))
+    theirs = official_convnext(ours, depths, widths, layer_scale=0.5)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ours = ours.to(memory_format=memory_format)
+    assert_close(ours(images.to(memory_format=memory_format)), theirs(images),
+                 msg=lambda m: f"norm over the channels? gamma? norm AFTER the pooling? {m}")
+
+
+def test_an_isotropic_convnext_by_hand():
+    """One stage: patches, blocks x + MLP(norm(dwconv(x))) without layer scale, mean over positions, norm, head."""
+    model = with_random_weights(ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = model.stem[0](images)  # (2, 16, 4, 4), and no norm behind it
+    for block in model.stages[0]:
+        h = block.dwconv(x).permute(0, 2, 3, 1)
+        x = x + block.mlp(block.norm(h)).permute(0, 3, 1, 2)
+    assert_close(model(images), model.head(model.norm(x.mean(dim=(2, 3)))))
+    assert not [name for name in model.state_dict() if "gamma" in name or name.startswith(("stem.1", "downsample"))]
+
+
+@pytest.mark.parametrize("model", [vit_nano, convnext_nano, convnext_t])
+def test_every_norm_has_the_published_epsilon(model):
+    """All LayerNorms add 1e-6 to the variance, as both papers' code does, and not the 1e-5 that PyTorch would."""
+    with torch.device("meta"):
+        assert {m.eps for m in model().modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+# ---------------------------------------------------------------- the sparse blocks
+
+
+def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
+    """A sparse ViT block is x + MoE(norm(x)) after its attention, with no other skip."""
+    block = with_random_weights(vit.Block(16, 2, MoE(16, 32, num_experts=4, k=2), drop_path=0.0))
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    after_attention = x + block.attn(block.norm1(x))
+    y, _ = block.mlp(block.norm2(after_attention))
+    assert_close(block(x)[0], after_attention + y)
+
+
+def test_a_sparse_convnext_block_has_one_more_skip():
+    """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))): h is the convolution, a token one position of it."""
+    block = with_random_weights(convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1))
+    x = torch.randn(2, 16, 5, 4, dtype=torch.float64)
+    h = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=16)
+    expected = torch.empty_like(x)
+    for b in range(2):
+        for row in range(5):
+            for column in range(4):
+                position = h[b, :, row, column]  # (16,), one token
+                y, _ = block.mlp(block.norm(position))
+                expected[b, :, row, column] = x[b, :, row, column] + block.gamma * (position + y)
+    assert_close(block(x)[0], expected, msg=lambda m: f"h + MoE(norm(h))? gamma around both? permuted back? {m}")
+
+
+def with_few_slots(dim):
+    """One expert choice per token, and slots for half of the tokens at most."""
+    return MoE(dim, 32, num_experts=2, k=1, capacity_factor=0.5, router_noise=0.0)
+
+
+def test_a_dropped_token_passes_a_vit_block():
+    """In a ViT a token that finds no slot leaves the sparse half of the block as it came."""
+    block = with_random_weights(vit.Block(16, 2, with_few_slots(16), drop_path=0.0)).train()
+    x = torch.randn(4, 5, 16, dtype=torch.float64)
+    y, routing = block(x)
+    dropped = ~routing.kept.view(4, 5)  # 20 tokens, 2 experts with ceil(20 * 0.5 / 2) = 5 slots: at least 10 go without
+    assert dropped.sum() >= 10
+    after_attention = x + block.attn(block.norm1(x))
+    assert_close(y[dropped], after_attention[dropped])
+    assert not torch.isclose(y[~dropped], after_attention[~dropped]).all(dim=1).any()
+
+
+def test_a_dropped_token_keeps_its_convolution():
+    """In a ConvNeXt a position that finds no slot gets x + gamma * h: the added skip is there for it."""
+    block = with_random_weights(convnext.Block(16, with_few_slots(16), drop_path=0.0, layer_scale=0.1)).train()
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    y, routing = block(x)
+    dropped = ~routing.kept.view(2, 4, 4)
+    assert dropped.sum() >= 16  # 32 tokens, 2 experts with 8 slots each
+    without_experts = (x + block.gamma.view(1, 16, 1, 1) * block.dwconv(x)).permute(0, 2, 3, 1)
+    assert_close(y.permute(0, 2, 3, 1)[dropped], without_experts[dropped])
+
+
+def test_with_one_expert_a_sparse_vit_is_the_dense_one():
+    """With a single expert every gate is 1, and the model is the dense ViT of the same weights."""
+    dense = with_random_weights(vit_nano(num_classes=5, dim=16))
+    sparse = with_random_weights(vit_nano(num_classes=5, dim=16, moe_layers="last2", num_experts=1, k=1))
+    weights = dense.state_dict()
+    for i in sparse.moe_blocks:
+        for ours, theirs in [("w1", "0.weight"), ("b1", "0.bias"), ("w2", "2.weight"), ("b2", "2.bias")]:
+            # nn.Linear stores (outputs, inputs), an expert (inputs, outputs)
+            weights[f"blocks.{i}.mlp.experts.{ours}"] = weights.pop(f"blocks.{i}.mlp.{theirs}").t().unsqueeze(0)
+        weights[f"blocks.{i}.mlp.router.weight"] = torch.randn(1, 16)  # whatever it says, there is only one expert
+    sparse.load_state_dict(weights)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert_close(sparse(images), dense(images))
+
+
+@pytest.mark.parametrize("mlp", [MLP(8, 32), MoE(8, 32, num_experts=2, k=1)], ids=["dense", "sparse"])
+def test_gamma_zero_switches_a_block_off(mlp):
+    """Layer scale multiplies everything that a ConvNeXt block adds: with gamma = 0 the block is the identity."""
+    block = convnext.Block(8, mlp, drop_path=0.0, layer_scale=0.1)
+    nn.init.zeros_(block.gamma)
+    x = torch.randn(2, 8, 4, 4)
+    assert_close(block(x)[0], x)
+
+
+def test_gamma_starts_at_layer_scale():
+    """gamma has one value per channel and starts at 1e-6, or at the layer_scale asked for; None leaves it out."""
+    for options, expected in [({}, 1e-6), ({"layer_scale": 0.1}, 0.1)]:
+        model = ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), **options)
+        for width, block in zip((4, 8), blocks_of(model)):
+            assert_close(block.gamma.data, torch.full((width,), expected))
+    assert ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None).stages[0][0].gamma is None
+
+
+# ---------------------------------------------------------------- drop path
+
+
+@pytest.mark.parametrize("model", [partial(vit_nano, depth=7), partial(convnext_nano, depths=(2, 3, 2)),
+                                   partial(convnext_iso_s, depths=(7,))])
+def test_drop_path_grows_linearly_with_depth(model):
+    """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, counted through all stages."""
+    with torch.device("meta"):
+        blocks = blocks_of(model(drop_path=0.6))
+    rates = [m.p for block in blocks for m in block.modules() if isinstance(m, StochasticDepth)]
+    assert_close(rates, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def branch_of(name):
+    """A block with drop path 0.75 and one branch, and an input for it: the two branches of a ViT block draw apart."""
+    if name == "convnext":
+        return convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5), torch.randn(200, 8, 2, 2)
+    block = vit.Block(8, 2, MLP(8, 16), drop_path=0.75)
+    silent = block.attn.proj if name == "vit mlp" else block.mlp[2]
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    return block, torch.randn(200, 3, 8)
+
+
+@pytest.mark.parametrize("name", ["vit attention", "vit mlp", "convnext"])
+def test_drop_path_keeps_the_mean(name):
+    """Drop path removes a branch for whole images and multiplies it by 1 / (1 - rate) for the others."""
+    block, x = branch_of(name)
+    branch = block.eval()(x)[0] - x
+    trained = block.train()(x)[0] - x
+    dropped = torch.tensor([torch.equal(image, torch.zeros_like(image)) for image in trained])
+    # The mean is 0.75 * 0 + 0.25 * 4 * branch = branch.
+    assert_close(trained[~dropped], 4 * branch[~dropped], msg=lambda m: f"not rescaled, or dropped by element? {m}")
+    assert 20 < (~dropped).sum() < 80, "of 200 images about 50 keep the branch: is the rate that of keeping?"
+
+
+@both
+def test_evaluation_is_deterministic(small):
+    """In evaluation there is no drop path, no router noise and no capacity: the same images give the same logits."""
+    model, images = small(drop_path=0.5, capacity_factor=1.0).eval(), torch.randn(4, 3, 32, 32)
+    assert torch.equal(model(images), model(images))
+    assert not torch.equal(model.train()(images), model(images)), "in training there are all three"
+
+
+# ---------------------------------------------------------------- guarantees of the whole model
+
+
+@both
+def test_a_prediction_does_not_depend_on_the_batch(small):
+    """In evaluation an image has the same logits alone and among others, also where training limits the experts."""
+    model = with_random_weights(small(capacity_factor=1.0))
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    alone = torch.cat([model(image.unsqueeze(0)) for image in images])
+    assert_close(model(images), alone)
+
+
+@pytest.mark.parametrize("model", [
+    SMALL["vit"],
+    partial(SMALL["vit"], router="cosine"),
+    SMALL["convnext"],
+    partial(SMALL["convnext"], router="l2"),
+    partial(ConvNeXt, image_size=32, depths=(2, 2), widths=(8, 16), num_classes=5, moe_layers="last2", layer_scale=0.1),
+    partial(convnext_iso_s, image_size=32, depths=(4,), widths=(16,), num_classes=5, moe_layers="last2"),
+], ids=["vit", "vit cosine", "convnext", "convnext l2", "convnext with layer scale", "isotropic"])
+def test_the_gradient_reaches_every_parameter(model):
+    """No weight is left out of the loss: each gets a gradient, and not only zeros."""
+    model = model()
+    logits, routings = model(torch.randn(8, 3, 32, 32), return_routing=True)
+    (F.cross_entropy(logits, torch.arange(8) % 5) + sum(r.balance_loss for r in routings)).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, f"created but never used, or cut off: {without}"
+
+
+@both
+def test_the_router_learns_from_the_labels_alone(small):
+    """One step of SGD on the cross-entropy moves every router, even with one expert per token."""
+    model = small(k=1)
+    routers = [block.mlp.router.weight for block in blocks_of(model) if isinstance(block.mlp, MoE)]
+    before = [weight.detach().clone() for weight in routers]
+    F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8) % 5).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for old, new in zip(before, routers, strict=True):
+        assert not torch.equal(old, new), "a gate that is always 1 has no gradient: renormalised?"
+
+
+# ---------------------------------------------------------------- the start
+
+
+@pytest.mark.parametrize("model", [partial(vit_nano, dim=128), partial(convnext_nano, widths=(96, 96, 192))])
+def test_init_std_is_the_spread_of_the_dense_weights(model):
+    """init_std=0.02 is the deviation of the dense weights, with biases zero; experts keep theirs, +-1/sqrt(inputs)."""
+    model = model(init_std=0.02, moe_layers=[1])
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            # The fewest are 96 * 3 * 4 * 4 = 4,608 weights: their deviation is exact to 0.02 / sqrt(2 * 4608) = 0.0002.
+            assert abs(module.weight.std() - 0.02) < 0.001 and not module.bias.any(), module
+    w1 = blocks_of(model)[1].mlp.experts.w1
+    bound = w1.shape[1] ** -0.5
+    assert 0.99 * bound < w1.abs().max() <= bound, "experts initialise themselves"
+
+
+@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def test_without_init_std_pytorch_draws_the_weights(preset):
+    """The nano presets leave dense weights as PyTorch draws them, uniform in +-1/sqrt(inputs)."""
+    for module in preset().modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.99 * bound < module.weight.abs().max() <= 1.000001 * bound, module
+
+
+def test_token_and_positions_of_a_vit_start_apart():
+    """Class token and positions start random: were all positions alike, attention could not tell them apart."""
+    model = vit_s(depth=1)
+    assert abs(model.pos_embed.std() - 0.02) < 0.001  # 197 * 384 = 75,648 values
+    assert 0.01 < model.class_token.std() < 0.03  # 384 values
