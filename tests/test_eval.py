@@ -43,7 +43,7 @@ def test_the_same_pictures_on_every_machine():
 
 
 def test_labels_are_what_one_sees():
-    """The labels of the first sixteen pictures are those that the author of this test wrote down looking at them."""
+    """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
     data = shapes(500, seed=1)
     assert [data.classes[data[i][1]] for i in range(16)] == [
         "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
@@ -244,11 +244,14 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, m
 
 
 def test_sixteen_bits_become_eight(tmp_path):
-    """A 16-bit grey PNG is scaled to 8 bits, not cut off at 255."""
-    levels = torch.arange(256).repeat(2, 1).to(torch.int32)
-    # 16-bit white is 65535 = 255 * 257, so level v is stored as 257 v
-    Image.fromarray((levels * 257).numpy().astype("uint16")).save(tmp_path / "deep.png")
-    assert_close(read_image(str(tmp_path / "deep.png")), levels.to(torch.uint8).expand(3, 2, 256))
+    """A 16-bit grey PNG is scaled to 8 bits, neither cut off at 255 nor deprived of its upper byte."""
+    # White is 65535 and becomes 255: value / 257, rounded up or down.
+    deep = torch.tensor([[0, 255, 256, 1000, 32768, 65000, 65535]])
+    Image.fromarray(deep.numpy().astype("uint16")).save(tmp_path / "deep.png")
+    image = read_image(str(tmp_path / "deep.png"))
+    assert image.shape == (3, 1, 7) and image.dtype == torch.uint8
+    difference = (image - deep / 257).abs().max()  # 0, 0.99, 0.996, 3.89, 127.5, 252.9, 255
+    assert difference < 1, image[0].tolist()
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (7, 3), (3, 7)])
@@ -413,11 +416,11 @@ def test_cifar_has_channels_first(monkeypatch, spec, kind):
 
     monkeypatch.setattr(evaluation.torchvision.datasets, kind, Fake)
     for split, plus in [("train", 1), ("val", 0), ("all", 0)]:
-        data = open_dataset(spec, split)
+        data = open_dataset(spec, split, transform=lambda image: image[:, 1:])  # without its first row
         image, label, unreadable = data[1]
-        assert image.shape == (3, 4, 5) and (label, unreadable, data.classes) == (0, -1, ["cat", "dog"])
+        assert image.shape == (3, 3, 5) and (label, unreadable, data.classes) == (0, -1, ["cat", "dog"])
         # image 1, row 2, column 3, channel 0 is value 1 * 60 + 2 * 15 + 3 * 3 + 0
-        assert image[0, 2, 3] == 99 + plus, "channels last, or the other half"
+        assert image[0, 1, 3] == 99 + plus, "channels last, or the other half"
 
 
 @pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")])
@@ -472,12 +475,18 @@ def test_normalize_by_hand():
 
 
 def test_autocast_is_on_for_bfloat16_only():
-    """Under autocast() a matrix product is computed in the dtype of the run; a CPU runs in float32."""
+    """Under autocast() a matrix product is computed in the dtype of the run."""
     a = torch.ones(2, 2)
     for dtype in (torch.bfloat16, torch.float32):
         with autocast(CPU, dtype):
             assert (a @ a).dtype == dtype
-    assert best_dtype(CPU) == torch.float32
+
+
+def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
+    """A GPU that computes in bfloat16 runs in it, an older one and a CPU in float32."""
+    for supported, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+        assert best_dtype(torch.device("cuda")) == dtype and best_dtype(CPU) == torch.float32
 
 
 def test_match_classes_by_name():
@@ -491,11 +500,12 @@ def test_unknown_classes_are_named():
         match_classes(["cat", "cow", "eel"], ["ant", "cat"])
 
 
-def test_loading_needs_processes_only_for_files(tmp_path):
-    """Images in memory are served by this process, files by 1 to 12 others."""
-    assert auto_workers(shapes(500, seed=1)) == 0
+def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
+    """Images in memory are served by this process, files by a share of the processors, 1 to 12."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
-    assert 1 <= auto_workers(files) <= 12 and auto_workers(files, world=1000) == 1
+    assert auto_workers(shapes(500, seed=1)) == 0
+    assert [auto_workers(files, world) for world in (1, 8, 100)] == [12, 8, 1]
 
 
 # ---------------------------------------------------------------- counting
@@ -585,15 +595,27 @@ def test_mean_and_std_reach_the_model():
     assert_close(model.seen, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
 
 
-def test_an_accuracy_without_an_image_is_refused(tmp_path):
+def test_the_model_runs_in_the_dtype_asked_for():
+    """With dtype=bfloat16 the model runs under autocast, and its logits are counted in float32."""
+    class Product(nn.Module):
+        def forward(self, images):
+            self.logits = images.flatten(1) @ torch.tensor([[0.0, 1.0]] * 3)
+            return self.logits
+
+    images = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)  # logits 0 and 3
+    loader = eval_loader(TensorImages(images, torch.tensor([0]), ["-"]), 1, 0, CPU)
+    for dtype in (torch.bfloat16, torch.float32):
+        result = evaluate(model := Product(), loader, CPU, (0.0,) * 3, (1.0,) * 3, dtype=dtype)
+        assert model.logits.dtype == dtype
+        assert result["loss"] == pytest.approx(math.log1p(math.exp(3)), rel=1e-6), "summed in bfloat16?"
+
+
+@pytest.mark.parametrize("broken", ["a/0.png", "a/1.png", "b/2.png"])  # batches of two: the third opens the second
+def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
     """evaluate() stops at an unreadable file and names it: an accuracy of the others would not be comparable."""
     data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"]), "all")
-    (tmp_path / "a" / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"cannot read .*1\.png: .*repair or remove the file"):
-        evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
-    (tmp_path / "a" / "1.png").write_bytes((tmp_path / "a" / "0.png").read_bytes())
-    (tmp_path / "a" / "0.png").write_bytes(b"")  # the first file of all has index 0
-    with pytest.raises(ValueError, match=r"cannot read .*0\.png"):
+    (tmp_path / broken).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"cannot read .*{broken}: .*repair or remove the file"):
         evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
 
 
@@ -612,14 +634,15 @@ def test_processes_share_the_images(monkeypatch):
 
 
 def test_the_sums_of_all_processes_are_added(monkeypatch):
-    """Under torchrun the counts are summed before dividing: here a twin process that counted exactly the same."""
+    """Under torchrun the counts are added before dividing, exactly: here to those of another process with 2^24 hits."""
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums: sums.mul_(2))
+    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums: sums.add_(2 ** 24))
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    result = count(table, [0, 1, 1])
-    assert result["images"] == 6 and result["top1"] == pytest.approx(100 * 4 / 6)
+    result = count(table, [0, 1, 1])  # two of three are right
+    assert result["images"] == 2 ** 24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
+    assert result["top1"] == pytest.approx(100 * (2 ** 24 + 2) / (2 ** 24 + 3), rel=1e-12)
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -709,11 +732,11 @@ def cut_off(path):
     (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
     (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
     (lambda path: torch.save(dict(model={}, epoch=3), path), "{path} is not a checkpoint of train.py: it lacks args,"),
-    (lambda path: torch.save([1, 2, 3], path), "{path} is not a checkpoint of train.py: it lacks args,"),
+    (lambda path: torch.save(7, path), "{path} is not a checkpoint of train.py: it lacks args,"),
     (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}), "the weights in {path} do not fit its own config"),
     (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}), "the weights in {path} do not fit its own config"),
     (lambda path: write_checkpoint(path, {"model": "resnet"}), "unknown model 'resnet': expected one of vit_nano,"),
-], ids=["missing", "folder", "cut off", "image", "foreign dict", "list", "other width", "other depth", "other model"])
+], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -722,6 +745,17 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
         load_checkpoint(str(path), CPU)
     message = str(error.value)
     assert message.startswith(expected.format(path=path)) and "\n" not in message
+
+
+def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    """A file without permission, or on a disk that fails, is an error that names it, too."""
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    write_checkpoint(tmp_path / "last.pt")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ValueError, match="last.pt cannot be opened as a checkpoint.*Permission denied"):
+        load_checkpoint(str(tmp_path / "last.pt"), CPU)
 
 
 class Burglar:
@@ -749,6 +783,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def run(monkeypatch, *arguments):
     """The whole program, as `python eval.py <arguments>` would run it."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
     evaluation.main(evaluation.parse_args())
 
 
@@ -772,6 +807,24 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     expected = dict(params=params, active=active, images=5, top1=60.0, top5=100.0, loss=loss)
     assert {name: written.pop(name) for name in expected} == pytest.approx(expected, rel=1e-5)
     assert written == dict(checkpoint=str(folder / "both.pt"), data=data)
+
+
+def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
+    """Image size, crop, mean and deviation are those that the model was trained with, as its checkpoint says."""
+    model = build_model(CONFIG).eval()
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    checkpoint = checkpoint_of(CONFIG, model.state_dict(), crop_ratio=0.5, mean=mean, std=std)
+    torch.save(checkpoint, tmp_path / "best.pt")
+    for name in "abc":  # three classes, one image
+        (tmp_path / "data" / name).mkdir(parents=True)
+    pixels = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
+    v2.functional.to_pil_image(pixels).save(tmp_path / "data" / "c" / "0.png")
+    run(monkeypatch, tmp_path / "best.pt", "--data", tmp_path / "data", "--workers", 0, "--json", tmp_path / "out.json")
+    # 32 / 0.5 = 64 is the short side already; the centre of 64 x 80 begins at row 16, column 24
+    centre = pixels[:, 16:48, 24:56].float() / 255
+    x = torch.stack([(centre[i] - mean[i]) / std[i] for i in range(3)])
+    loss = -model(x.unsqueeze(0)).log_softmax(1)[0, 2].item()
+    assert json.loads((tmp_path / "out.json").read_text())["loss"] == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])

@@ -207,13 +207,13 @@ def test_place_rows_by_hand():
 
 
 @pytest.mark.parametrize("kept, order, counts", [
-    # Choices 0 .. 5 are experts 1 0 0 2 1 2: expert 0 has choices 1 and 2, expert 1 has 0 and 4, expert 2 has 3 and 5.
+    # Choices 0 .. 5 are experts 1 0 0 2 1 2: expert 0 has choices 1 and 2, expert 1 has 0 and 4, expert 2 the rest.
     ([[True, True], [True, True], [True, True]], [1, 2, 0, 4, 3, 5], [2, 2, 2]),
     # Choices 0 and 2 are dropped: behind everybody else, and in nobody's count.
     ([[False, True], [False, True], [True, True]], [1, 4, 3, 5, 0, 2], [1, 1, 2]),
 ])
 def test_dispatch_by_hand(kept, order, counts):
-    """Every choice is a row, sorted by expert, then by token, dropped ones last; row r is choice order[r] = t * K + j."""
+    """A row per choice, sorted by expert, then by token, dropped ones last; row r is choice order[r] = t * K + j."""
     tokens, experts = torch.tensor([[0.0], [10.0], [20.0]]), torch.tensor([[1, 0], [0, 2], [1, 2]])
     result = dispatch(tokens, experts, torch.tensor(kept), 3)
     close(result[2], order)
@@ -391,6 +391,14 @@ def test_the_task_alone_teaches_the_router():
     assert gradient is not None and (gradient.abs().amax(1) > 1e-6).all(), "no gradient: gates always 1, or detached?"
 
 
+def test_the_balance_loss_teaches_the_router_only():
+    """The balance loss reaches the router and no expert: it asks who works, not how."""
+    layer = randomise(MoE(6, 8, num_experts=4, k=1))
+    layer(randn(20, 6))[1].balance_loss.backward()
+    assert layer.router.weight.grad.abs().max() > 1e-6, "no gradient: detached on its way into Routing?"
+    assert all(parameter.grad is None for parameter in layer.experts.parameters())
+
+
 def test_layer_gradcheck():
     """y and the balance loss agree with finite differences in x and every parameter, through router and experts."""
     layer, x = randomise(MoE(2, 3, num_experts=3, k=2, router="cosine")).eval(), randn(3, 2).requires_grad_()
@@ -482,8 +490,8 @@ def test_a_dropped_token_is_exactly_zero(batch_priority, dropped):
 def test_batch_priority_ranks_tokens_by_their_best_gate():
     """With K = 2 too a token's priority is its first gate, for both choices."""
     layer = randomise(MoE(6, 8, num_experts=4, k=2, capacity_factor=0.5))
-    routing = layer(randn(40, 6))[1]
-    close(routing.kept, assign_slots(routing.experts, 4, 10, priority=routing.gates[:, 0]))  # 40 * 2 * 0.5 / 4 = 10 slots
+    routing = layer(randn(40, 6))[1]  # each expert has 40 * 2 * 0.5 / 4 = 10 slots
+    close(routing.kept, assign_slots(routing.experts, 4, 10, priority=routing.gates[:, 0]))
 
 
 @pytest.mark.parametrize("T", [1, 3])
