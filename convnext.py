@@ -80,6 +80,8 @@ class Block(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
+        if isinstance(mlp, MoE):
+            self.register_buffer("skip", torch.ones(()))  # 1: the added skip is there; moe.upcycle() makes it 0
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.drop_path = StochasticDepth(drop_path, mode="row")  # drops the branch for whole images
 
@@ -88,7 +90,7 @@ class Block(nn.Module):
         y, routing = self.mlp(self.norm(h)), None
         if isinstance(y, tuple):  # a MoE also says how it routed
             y, routing = y
-            y = h + y
+            y = self.skip * h + y
         if self.gamma is not None:
             y = self.gamma * y
         return x + self.drop_path(y.permute(0, 3, 1, 2)), routing  # (B, H, W, C) -> (B, C, H, W)

@@ -18,6 +18,7 @@ question everybody asks, "how does the router learn if top-k has no gradient?", 
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
     logits: torch.Tensor  # (T, E) float32, without the training noise
     probs: torch.Tensor  # (T, E) float32, softmax of these clean logits
     experts: torch.Tensor  # (T, K) int64, the chosen experts, best first
-    gates: torch.Tensor  # (T, K) float32, the weight of each choice; they need not sum to 1
+    gates: torch.Tensor  # (T, K) float32, their probabilities (with the noise, while training); need not sum to 1
     kept: torch.Tensor  # (T, K) bool, False where the expert was full and the choice was dropped
     balance_loss: torch.Tensor  # scalar, importance + load
 
@@ -88,8 +89,8 @@ def assign_slots(experts, num_experts, capacity, priority=None):
 def cv_squared(x):
     """Squared coefficient of variation of x (E,): var / mean^2, with the population variance (divide by E).
 
-    Never (std / mean)^2: when all experts are equal the derivative of std is infinite, and the loss becomes NaN
-    just when the router is perfect. Also 0, with a finite gradient, for E = 1.
+    No square root on the way: (sqrt(var) / mean)^2 is the same number, but where all experts are equal the root's derivative
+    is infinite and the gradient NaN, just when the router is perfect. Also 0, with a finite gradient, for E = 1.
     """
     return x.var(correction=0) / x.mean().square()
 
@@ -109,7 +110,8 @@ def load_loss(logits, noisy_logits, k, noise_std):
     is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is
     P(logit + noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over
     tokens, it is the load (E,). With noise_std = 0 the probability is 0 or 1: the plain count, which has no gradient.
-    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert.
+    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert. Once an expert is
+    many noise_std away from every top k, Phi and its gradient are 0: then only the importance loss can bring it back.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std == 0:
@@ -174,7 +176,7 @@ class Router(nn.Module):
     """Score every token against every expert: (T, D) -> logits (T, E), in float32 even under autocast.
 
     kind    logits                            as in
-    linear  W x                               the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
+    linear  code_e . x                        the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
     cosine  s * cos(P x, code_e)              Chi et al. 2022: P projects to a low dimension, one learned code per expert
     l2      -s * |P x - code_e|               the same with distances
 
@@ -188,32 +190,27 @@ class Router(nn.Module):
             raise ValueError(f"unknown router {kind!r}: expected one of {', '.join(ROUTERS)}")
         self.kind = kind
         if kind == "linear":
-            self.weight = nn.Parameter(torch.empty(num_experts, dim))
+            self.codes = nn.Parameter(torch.randn(num_experts, dim) * 0.02)  # at the start all probabilities are near 1/E
         else:
             proj_dim = proj_dim or max(1, min(256, dim // 2))
-            self.proj = nn.Parameter(torch.empty(proj_dim, dim))
-            self.codes = nn.Parameter(torch.empty(num_experts, proj_dim))
+            self.proj = nn.Parameter(torch.randn(proj_dim, dim) * dim ** -0.5)
+            self.codes = nn.Parameter(torch.randn(num_experts, proj_dim) * proj_dim ** -0.5)
             self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Small weights: at the start the linear router's probabilities are close to 1/E."""
-        for name, parameter in self.named_parameters():
-            if name != "log_scale":
-                nn.init.normal_(parameter, std=0.02 if name == "weight" else parameter.shape[-1] ** -0.5)
 
     def forward(self, x):
         # Autocast must be off, not only the input float32: it would cast the matrix product back to bfloat16, and
         # with 8 bits of mantissa near ties among experts are decided by rounding.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            x, codes = x.to(dtype), self.codes.to(dtype)
             if self.kind == "linear":
-                return F.linear(x, self.weight)
-            scale = self.log_scale.clamp(max=math.log(100.0)).exp()
-            z = F.linear(x, self.proj)  # (T, P)
+                return F.linear(x, codes)
+            scale = self.log_scale.to(dtype).clamp(max=math.log(100.0)).exp()
+            z = F.linear(x, self.proj.to(dtype))  # (T, P)
             if self.kind == "cosine":
-                return scale * F.linear(F.normalize(z, dim=-1), F.normalize(self.codes, dim=-1))
-            return -scale * torch.cdist(z, self.codes)
+                return scale * F.linear(F.normalize(z, dim=-1), F.normalize(codes, dim=-1))
+            # The default mode takes a less exact formula for large batches: scores would depend on the batch's size.
+            return -scale * torch.cdist(z, codes, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class Experts(nn.Module):
@@ -243,15 +240,57 @@ class Experts(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, rows, counts):
-        counts = counts.tolist()
-        *groups, dropped = rows.split(counts + [len(rows) - sum(counts)])
-        # unbind, not w1[e]: in the backward pass each w1[e] would fill a zero tensor as large as all experts together.
-        weights = zip(self.w1.unbind(0), self.b1.unbind(0), self.w2.unbind(0), self.b2.unbind(0))
-        answers = []
-        for group, (w1, b1, w2, b2) in zip(groups, weights):
-            hidden = F.gelu(torch.addmm(b1, group, w1))  # (counts[e], H)
-            answers.append(torch.addmm(b2, hidden, w2))  # (counts[e], D)
-        return torch.cat(answers + [torch.zeros_like(dropped, dtype=answers[0].dtype)])
+        run = grouped_experts if use_grouped_mm(rows, self.w1) else loop_experts
+        return run(rows, counts, self.w1, self.b1, self.w2, self.b2)
+
+
+def use_grouped_mm(rows, w1):
+    """Which of the two ways to run the experts: True for one kernel, False for the loop.
+
+    On a CPU the loop is the faster one (python moe.py prints both). On a GPU the loop would wait for the counts to reach
+    the host and start 2E small kernels; and torch.compile cannot trace a loop whose shapes depend on the data. The kernel
+    does not know float64 and wants both widths to be multiples of 16 bytes.
+    """
+    itemsize = compute_dtype(rows).itemsize
+    aligned = all(width * itemsize % 16 == 0 for width in w1.shape[1:])
+    return (rows.is_cuda or torch.compiler.is_compiling()) and rows.dtype != torch.float64 and aligned
+
+
+def compute_dtype(rows):
+    """Autocast's type where it is on (it does not know grouped_mm, so we cast by hand), else that of the rows."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+
+def loop_experts(rows, counts, w1, b1, w2, b2):
+    """The experts one after the other. Arguments and result as Experts."""
+    counts = counts.tolist()
+    *groups, dropped = rows.split(counts + [len(rows) - sum(counts)])
+    answers = []
+    # unbind, not w1[e]: in the backward pass each w1[e] would fill a zero tensor as large as all experts together.
+    for group, v1, c1, v2, c2 in zip(groups, w1.unbind(0), b1.unbind(0), w2.unbind(0), b2.unbind(0)):
+        hidden = F.gelu(torch.addmm(c1, group, v1))  # (counts[e], H)
+        answers.append(torch.addmm(c2, hidden, v2))  # (counts[e], D)
+    return torch.cat(answers + [torch.zeros_like(dropped, dtype=answers[0].dtype)])
+
+
+def grouped_experts(rows, counts, w1, b1, w2, b2):
+    """All experts in one kernel per linear layer, without asking the GPU for the counts. Arguments and result as Experts.
+
+    The kernel leaves rows behind the last group unset (whatever was in memory, even NaN), in its output and in the
+    gradient of its input. So there are none here: the last group takes the ownerless rows along, and the mask at the end
+    makes them 0, forward and backward.
+    """
+    R, dtype = len(rows), compute_dtype(rows)
+    ends = counts.cumsum(0)  # (E,) the row behind each expert's last
+    row = torch.arange(R, device=rows.device).unsqueeze(1)  # (R, 1)
+    member = ((row < ends) & (row >= ends - counts)).to(dtype)  # (R, E) one-hot: whose row it is
+    groups = ends.index_fill(0, torch.tensor([len(ends) - 1], device=rows.device), R).to(torch.int32)
+    rows, w1, b1, w2, b2 = (x.to(dtype) for x in (rows, w1, b1, w2, b2))
+    # The kernel has no bias yet. member @ b adds the right one to each row, and its backward is a plain matrix product.
+    hidden = F.gelu(torch.addmm(F.grouped_mm(rows, w1, offs=groups), member, b1))  # (R, H)
+    answers = torch.addmm(F.grouped_mm(hidden, w2, offs=groups), member, b2)  # (R, D)
+    return torch.where(row < ends[-1], answers, 0)
 
 
 class MoE(nn.Module):
@@ -262,7 +301,7 @@ class MoE(nn.Module):
     eval_capacity_factor: the same for evaluation. None by default, because with a limit the prediction for one image
         depends on the other images of its batch.
     router_noise: while training, N(0, (router_noise / E)^2) is added to the logits before the choice (V-MoE); 0 is off.
-    Raises ValueError if k is not between 1 and num_experts.
+    Raises ValueError if k is not between 1 and num_experts, or for a negative factor or noise.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -270,6 +309,9 @@ class MoE(nn.Module):
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} experts per token, but the layer has {num_experts}: k must be 1 to {num_experts}")
+        if min(capacity_factor or 1, eval_capacity_factor or 1) <= 0 or router_noise < 0:
+            raise ValueError(f"capacity factors {capacity_factor} and {eval_capacity_factor} must be above 0 (or None), router "
+                             f"noise {router_noise} at least 0")
         self.num_experts, self.k = num_experts, k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.batch_priority = batch_priority
@@ -324,3 +366,79 @@ def mean_balance_loss(routings):
     not the loss of the global batch. A local loss asks each process's share of the batch to be balanced.
     """
     return torch.stack([r.balance_loss for r in routings]).mean() if routings else torch.tensor(0.0)
+
+
+@torch.no_grad()
+def upcycle(dense_state_dict, model, exact=True):
+    """Start a sparse model from the weights of the dense model of the same backbone: every expert is the dense MLP.
+
+    The kept gates sum to less than 1, so copies alone would shrink the layer's output. exact=True makes the sparse model
+    compute the dense function at the start (in evaluation, without a capacity limit): equal router rows give every expert
+    the gate 1/E, K of them sum to K/E, and w2 and b2 are multiplied by E/K. The router noise then breaks the tie, so do
+    not turn it off. exact=False copies and leaves the router its random start. The skip that a sparse ConvNeXt block adds
+    has no counterpart in a dense one: exact=True switches it off for good (the block's buffer `skip` becomes 0).
+    Raises KeyError or RuntimeError naming what does not fit.
+    """
+    state = dict(dense_state_dict)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        w1, b1, w2, b2 = (state.pop(f"{name}.{leaf}") for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"))
+        scale = layer.num_experts / layer.k if exact else 1.0
+        for stacked, dense in zip(layer.experts.parameters(), (w1.T, b1, scale * w2.T, scale * b2)):
+            stacked.copy_(dense)  # the same for all E
+        if exact:
+            layer.router.codes.copy_(layer.router.codes[0].clone())
+        state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    state |= {name: torch.zeros_like(skip) if exact else skip for name, skip in model.named_buffers()}
+    model.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- python moe.py: what does sparse cost?
+
+
+def compare(tokens, dim, hidden, num_experts, k, device, rounds):
+    """Median seconds, forward + backward, of a dense MLP on tokens * k rows and of the whole MoE layer with either path.
+
+    Returns ({"dense": s, "loop": s, "grouped_mm": s}, largest difference between the two paths' outputs).
+    """
+    layer, dense = MoE(dim, hidden, num_experts, k).to(device), MLP(dim, hidden).to(device)
+    x = torch.randn(tokens, dim, device=device, requires_grad=True)
+    rows = torch.randn(tokens * k, dim, device=device, requires_grad=True)
+    paths = {"loop": loop_experts, "grouped_mm": grouped_experts}
+    seconds, outputs = {"dense": [], "loop": [], "grouped_mm": []}, {}
+    for name in list(seconds) * (rounds + 1):  # in turn, so that all meet the same moods of the machine
+        for tensor in (x, rows, *layer.parameters(), *dense.parameters()):
+            tensor.grad = None
+        if name in paths:
+            layer.experts.forward = lambda rows, counts: paths[name](rows, counts, *layer.experts.parameters())
+        torch.manual_seed(0)  # the same router noise for both paths
+        start = clock(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            y, routing = layer(x) if name in paths else (dense(rows), None)
+        loss = y.float().square().mean() + (0.005 * routing.balance_loss if routing else 0)
+        loss.backward()
+        seconds[name].append(clock(device) - start)
+        outputs[name] = y.detach()
+    medians = {name: sorted(times[1:])[rounds // 2] for name, times in seconds.items()}  # the first is a warm-up
+    return medians, (outputs["loop"] - outputs["grouped_mm"]).abs().max().item()
+
+
+def clock(device):
+    """Seconds, read when the device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    device, rounds, times = ("cuda", 31, 8) if torch.cuda.is_available() else ("cpu", 7, 1)
+    print(f"Forward + backward in ms, median of {rounds} interleaved runs on {device}, torch {torch.__version__}. The ratios "
+          f"are to dense.\nHere the layer takes the {'grouped_mm' if device == 'cuda' else 'loop'} path by itself.\n\n"
+          f"{'':<58}{'dense':>7}{'loop':>8}{'ratio':>7}{'grouped_mm':>12}{'ratio':>7}{'difference':>12}")
+    for name, T, D, H, E, K in (("ViT-S", 6272, 384, 1536, 8, 2), ("ViT-S", 6272, 384, 1536, 16, 1),
+                                ("ConvNeXt-T stage 4", 1568, 768, 3072, 4, 1)):
+        ms, difference = compare(times * T, D, H, E, K, device, rounds)
+        dense, loop, grouped = (1e3 * ms[path] for path in ("dense", "loop", "grouped_mm"))
+        shape = f"{name}: {times * T} tokens, {D} -> {H}, E {E}, k {K}"
+        print(f"{shape:<58}{dense:>7.1f}{loop:>8.1f}{loop / dense:>7.2f}{grouped:>12.1f}{grouped / dense:>7.2f}{difference:>12.1e}")

@@ -486,7 +486,7 @@ def test_with_one_expert_a_sparse_vit_is_the_dense_one():
         for ours, theirs in [("w1", "0.weight"), ("b1", "0.bias"), ("w2", "2.weight"), ("b2", "2.bias")]:
             # nn.Linear stores (outputs, inputs), an expert (inputs, outputs)
             weights[f"blocks.{i}.mlp.experts.{ours}"] = weights.pop(f"blocks.{i}.mlp.{theirs}").t().unsqueeze(0)
-        weights[f"blocks.{i}.mlp.router.weight"] = torch.randn(1, 16)  # whatever it says, there is only one expert
+        weights[f"blocks.{i}.mlp.router.codes"] = torch.randn(1, 16)  # whatever it says, there is only one expert
     sparse.load_state_dict(weights)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert_close(sparse(images), dense(images))
@@ -587,7 +587,7 @@ def test_the_gradient_reaches_every_parameter(model):
 def test_the_router_learns_from_the_labels_alone(small):
     """One step of SGD on the cross-entropy moves every router, even with one expert per token."""
     model = small(k=1)
-    routers = [block.mlp.router.weight for block in blocks_of(model) if isinstance(block.mlp, MoE)]
+    routers = [block.mlp.router.codes for block in blocks_of(model) if isinstance(block.mlp, MoE)]
     before = [weight.detach().clone() for weight in routers]
     F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8) % 5).backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()

@@ -306,7 +306,7 @@ def test_experts_start_like_linear_and_all_different():
 
 
 @pytest.mark.parametrize("kind, score", [
-    ("linear", lambda r, x, e: r.weight[e] @ x),  # no bias
+    ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
     ("cosine", lambda r, x, e: r.log_scale.exp() * (r.proj @ x) @ r.codes[e] / (r.proj @ x).norm() / r.codes[e].norm()),
     ("l2", lambda r, x, e: -r.log_scale.exp() * ((r.proj @ x - r.codes[e]) ** 2).sum().sqrt()),  # the nearest wins
 ])
@@ -387,7 +387,7 @@ def test_the_task_alone_teaches_the_router():
     """k = 1 and no balance loss: every expert's logit gets a gradient, since the gate is a softmax over all experts."""
     layer = randomise(MoE(6, 8, num_experts=4, k=1))
     layer(randn(20, 6))[0].square().sum().backward()
-    gradient = layer.router.weight.grad
+    gradient = layer.router.codes.grad
     assert gradient is not None and (gradient.abs().amax(1) > 1e-6).all(), "no gradient: gates always 1, or detached?"
 
 
@@ -395,7 +395,7 @@ def test_the_balance_loss_teaches_the_router_only():
     """The balance loss reaches the router and no expert: it asks who works, not how."""
     layer = randomise(MoE(6, 8, num_experts=4, k=1))
     layer(randn(20, 6))[1].balance_loss.backward()
-    assert layer.router.weight.grad.abs().max() > 1e-6, "no gradient: detached on its way into Routing?"
+    assert layer.router.codes.grad.abs().max() > 1e-6, "no gradient: detached on its way into Routing?"
     assert all(parameter.grad is None for parameter in layer.experts.parameters())
 
 
@@ -475,7 +475,7 @@ def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
 def test_a_dropped_token_is_exactly_zero(batch_priority, dropped):
     """Where the expert was full y is exactly 0 (the residual carries the token); the others are as without a limit."""
     layer = randomise(MoE(2, 8, 2, k=1, capacity_factor=1.0, batch_priority=batch_priority, router_noise=0.0))
-    nn.init.eye_(layer.router.weight)  # the logits are x itself
+    nn.init.eye_(layer.router.codes)  # the logits are x itself
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]).double()
     # Tokens 0, 1, 2 want expert 0, with gates sigmoid(1), sigmoid(2), sigmoid(3); it has 4 * 1 * 1.0 / 2 = 2 slots:
     # by priority token 0 is dropped, by position token 2. Token 3 has expert 1 for itself.
