@@ -4,7 +4,6 @@ Models are compared in float64 and with every weight drawn at random, so that a 
 zero or a norm with another epsilon shows in the logits.
 """
 
-import shutil
 from functools import partial
 
 import pytest
@@ -19,6 +18,7 @@ from torchvision.ops import StochasticDepth
 
 import convnext
 import vit
+from conftest import needs_compile
 from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano, convnext_s, convnext_t
 from moe import MLP, MoE, count_flops, count_parameters, mean_balance_loss, upcycle
 from vit import ViT, vit_b, vit_nano, vit_s, vit_ti
@@ -632,7 +632,7 @@ def test_token_and_positions_of_a_vit_start_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compile
 @pytest.mark.parametrize("model", [
     ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
     ConvNeXt(image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0)], ids=["vit", "convnext"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import needs_compile
 from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, combine, count_flops, count_parameters,
                  dispatch, expert_capacity, grouped_experts, importance_loss, load_loss, loop_experts, mean_balance_loss,
                  place_rows, top_k_gates, use_grouped_mm)
@@ -410,6 +411,7 @@ def test_both_ways_give_the_same_bits_twice():
         assert all(torch.equal(first, second) for first, second in zip(*runs))
 
 
+@needs_compile
 def test_compiled_layer_is_the_same_layer():
     """torch.compile(fullgraph=True) takes the kernel, and gives the loop's loss and gradients to 1e-5."""
     layer, x = MoE(16, 32, 4, 2, capacity_factor=1.0, router_noise=0.0), torch.randn(3, 10, 16)
