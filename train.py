@@ -20,6 +20,7 @@ import os
 import pickle
 import signal
 import sys
+import textwrap
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -480,7 +481,10 @@ def prepare(args):
     run.train_set, run.val_set = open_data(config)
     fit_to_data(config, len(run.train_set), world)
     torch.manual_seed(config["seed"])
-    run.model = build_model(model_config(config, len(run.train_set.classes))).to(device)
+    run.model = build_model(model_config(config, len(run.train_set.classes)))
+    nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
+    run.layout = torch.channels_last if nhwc else torch.contiguous_format
+    run.model.to(device, memory_format=run.layout)
     found = [choose_folder(config) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(found)  # rank 0 decides for all
@@ -518,7 +522,7 @@ def train_step(run, parts):
         images, labels, unreadable = next(parts)
         run.progress["wait"] += time.perf_counter() - waiting
         report_unreadable(run, unreadable)
-        images = normalize(images.to(run.device, non_blocking=True), MEAN, STD)
+        images = normalize(images.to(run.device, non_blocking=True), MEAN, STD).contiguous(memory_format=run.layout)
         targets = labels.to(run.device, non_blocking=True)
         torch.manual_seed(draw_seed(config["seed"], run.step, part))
         if run.mixer:
@@ -626,6 +630,8 @@ def print_summary(run):
           f"schedule    {config['epochs']} epochs x {run.batches.steps} steps, peak lr {config['lr']:.3g}\n"
           f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}\n"
           f"results     {run.folder}/")
+    options = ", ".join(f"{name} {config[name]}" for name in sorted(find_recipe(config)) if name in config)
+    print(textwrap.fill(f"recipe      {options}", 110, subsequent_indent=12 * " "))
 
 
 def print_result(run):

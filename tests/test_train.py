@@ -308,6 +308,48 @@ def test_a_truncated_checkpoint_is_not_overwritten():
     assert Path("r/last.pt").read_bytes() == whole[:1000]
 
 
+def test_a_checkpoint_that_would_run_code_is_refused():
+    """A last.pt that carries a command is reported, and the command has not run."""
+
+    class Command:
+        def __reduce__(self):
+            return os.mkdir, ("proof",)
+
+    os.mkdir("r")
+    torch.save(dict(args=Command()), "r/last.pt")
+    with pytest.raises(ValueError, match="r/last.pt cannot be opened"):
+        run("--epochs", "1", "--out", "r")
+    assert not os.path.exists("proof")
+
+
+def test_ema_by_formula(monkeypatch):
+    """The averaged weights start as those of step 1, then become 0.9 * average + 0.1 * weights after each step."""
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda r, parts: (step(r, parts), seen.append(r.model.head.weight.detach().clone())))
+    run("--epochs", "2", "--ema", "0.9", "--out", "r")
+    average = seen[0]
+    for weights in seen[1:]:
+        average = 0.9 * average + 0.1 * weights
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    assert checkpoint["ema"]["head.weight"].dtype == torch.float32
+    torch.testing.assert_close(checkpoint["ema"]["head.weight"], average)
+    assert {"ema_top1", "ema_val_loss"} <= set(json.loads(open("r/log.jsonl").readline())), "evaluated, too"
+
+
+def test_accumulation_changes_nothing_but_memory():
+    """Two passes of 16 images are one step of 32: the same losses (without noise and capacity, which see a pass at a time)."""
+    for passes in ("1", "2"):
+        run("--epochs", "2", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--out", passes)
+    losses = [[json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")] for passes in ("1", "2")]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
+
+
+def test_every_value_of_a_recipe_has_a_flag():
+    """Whatever a recipe sets can be overridden on the command line (but for the batch that its lr belongs to, and nano's steps)."""
+    for recipe in [*train.RECIPES.values(), train.CONVNEXT_TUNE, train.VIT_TUNE]:
+        assert set(recipe) - {"lr_batch", "steps"} <= set(vars(train.parse_args([])))
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     """When the new file cannot be written the old one is still there, and the message says so."""
     run("--epochs", "1", "--out", "r")
