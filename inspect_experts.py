@@ -79,6 +79,16 @@ def cumulative(histogram):
     return [(row.cumsum(0) / row.sum()).tolist() if row.sum() > 0 else None for row in users]
 
 
+def top_classes(table, classes, count=5):
+    """For each expert [[class, share of the expert's tokens], ...], largest first, only classes that have some.
+
+    table (classes, E): tokens.
+    """
+    order = table.argsort(dim=0, descending=True, stable=True)[:count].T.tolist()  # (E, count)
+    shares = table.double() / table.sum(0).clamp(min=1)
+    return [[[classes[c], shares[c, e].item()] for c in best if table[c, e] > 0] for e, best in enumerate(order)]
+
+
 class LayerCounts:
     """Running sums of one MoE layer over the images seen so far.
 
@@ -88,14 +98,14 @@ class LayerCounts:
     """
 
     def __init__(self, num_experts, grid, factors, all_choices=False, device="cpu", patches=6):
-        self.num_experts, self.grid, self.factors, self.all_choices, self.device = num_experts, grid, factors, all_choices, device
-        N = grid[1] * grid[2]
-        self.images, self.entropy = 0, torch.zeros((), dtype=torch.float64, device=device)  # entropy: sum, in nats
+        self.num_experts, self.grid, self.factors = num_experts, grid, factors
+        self.all_choices, self.device, self.images, N = all_choices, device, 0, grid[1] * grid[2]
         self.shuffled = torch.randperm(len(factors["class"][0]), generator=torch.Generator().manual_seed(0))
         sizes = {name: count for name, (_, count) in factors.items()} | {"position": N}
         self.tables = {name: self.zeros(count, num_experts) for name, count in sizes.items()}  # (levels, E) patches
         self.by_chance = {name: self.zeros(count, num_experts) for name, count in sizes.items()}
         self.class_token = self.zeros(num_experts)
+        self.entropy = torch.zeros((), dtype=torch.float64, device=device)  # nats, summed over patches
         self.histogram = self.zeros(num_experts, 1 + N)  # images that send expert e exactly n patches
         self.shared = self.zeros(num_experts, num_experts)  # see similarity()
         self.surest = torch.zeros(num_experts, patches, device=device)  # highest probabilities met, at most one per image,
@@ -136,40 +146,31 @@ class LayerCounts:
 
     def add_surest(self, first, probs):
         """Keep, for each expert, the patches that chose it with the highest probability: first (B, N), probs (B, N, E)."""
-        B = len(first)
         chosen = first.unsqueeze(2) == torch.arange(self.num_experts, device=self.device)  # (B, N, E)
         value, patch = (probs * chosen).max(1)  # (B, E): the best patch of each image
-        at = torch.stack([torch.arange(self.images, self.images + B, device=self.device).unsqueeze(1).expand_as(patch), patch], 2)
-        value, at = torch.cat([self.surest, value.T], 1), torch.cat([self.surest_at, at.transpose(0, 1)], 1)
+        image = torch.arange(self.images, self.images + len(first), device=self.device).unsqueeze(1).expand_as(patch)
+        value = torch.cat([self.surest, value.T], 1)  # (E, patches + B)
+        at = torch.cat([self.surest_at, torch.stack([image, patch], 2).transpose(0, 1)], 1)  # (E, patches + B, 2)
         order = value.argsort(dim=1, descending=True, stable=True)[:, :self.surest.shape[1]]  # (E, patches)
         self.surest, self.surest_at = value.gather(1, order), at.gather(1, order.unsqueeze(2).expand(-1, -1, 2))
 
     def summary(self, classes):
         """The numbers of this layer as plain values for JSON; the report explains each."""
-        tokens = self.tables["position"].sum(0).cpu()  # (E,)
-        share = tokens.double() / tokens.sum()
-        information = {}
-        for name, table in self.tables.items():
-            bits, normalized = mutual_information(table.cpu())
-            information[name] = dict(bits=bits, normalized=normalized,
-                                     normalized_by_chance=mutual_information(self.by_chance[name].cpu())[1])
         _, rows, columns = self.grid
-        N, spatial = rows * columns, self.tables["position"].T.double() / self.images
-        class_token = self.class_token.double() / self.class_token.sum().clamp(min=1)
+        tables, by_chance = ({name: table.cpu() for name, table in t.items()} for t in (self.tables, self.by_chance))
+        tokens, spatial = tables["position"].sum(0), tables["position"].T.double() / self.images  # (E,), (E, N)
+        share = tokens.double() / tokens.sum()
+        information = {name: (*mutual_information(tables[name]), mutual_information(by_chance[name])[1]) for name in tables}
         return dict(
-            grid=[rows, columns], share=share.tolist(), coefficient_of_variation=(share.std(correction=0) / share.mean()).item(),
-            class_token_share=class_token.tolist() if self.grid[0] else None,
+            grid=[rows, columns], share=share.tolist(),
+            coefficient_of_variation=(share.std(correction=0) / share.mean()).item(),
+            class_token_share=(self.class_token.double() / self.class_token.sum()).tolist() if self.grid[0] else None,
             experts_per_image=self.histogram[:, 1:].sum().item() / self.images,
-            router_entropy_bits=self.entropy.item() / (self.images * N * math.log(2)),
-            information=information, similarity=similarity(self.shared.cpu(), tokens).tolist(),
-            top_classes=self.top_classes(classes), spatial=spatial.view(-1, rows, columns).tolist(),
-            patches_per_image_cdf=cumulative(self.histogram.cpu()))
-
-    def top_classes(self, classes, count=5):
-        """For each expert [[class, share of the expert's tokens], ...], largest first; only classes that have some."""
-        table = self.tables["class"].T.cpu()  # (E, classes)
-        best = (row.argsort(descending=True, stable=True)[:count].tolist() for row in table)
-        return [[[classes[c], row[c].item() / row.sum().item()] for c in order if row[c] > 0] for row, order in zip(table, best)]
+            router_entropy_bits=self.entropy.item() / (self.images * rows * columns * math.log(2)),
+            information={name: dict(zip(("bits", "normalized", "normalized_by_chance"), values))
+                         for name, values in information.items()},
+            similarity=similarity(self.shared.cpu(), tokens).tolist(), top_classes=top_classes(tables["class"], classes),
+            spatial=spatial.view(-1, rows, columns).tolist(), patches_per_image_cdf=cumulative(self.histogram.cpu()))
 
 
 # ---------------------------------------------------------------- one pass over the data
@@ -185,7 +186,7 @@ class Run(NamedTuple):
     counts: list  # a LayerCounts per MoE layer
     layers: list  # its summary()
     examples: list  # (title, image (3, S, S) uint8, [(rows, columns) experts per layer])
-    patches: list  # per layer and expert, a list of cut-outs (3, h, w) uint8
+    patches: list  # per layer and expert, surest_patches()
 
 
 def known_factors(dataset, chosen, grid, transform):
@@ -217,7 +218,8 @@ def count_routing(model, loader, layers, device, mean, std, examples=()):
     shown, seen = [], 0
     for images, _, unreadable in tqdm(loader, desc="inspect", unit="batch", leave=False, disable=None):
         if (unreadable >= 0).any():
-            raise ValueError(f"image {int(unreadable.max())} of the data cannot be read: repair or remove the file")
+            path = loader.dataset.dataset.path(int(unreadable.max()))
+            raise ValueError(f"cannot read {path}: repair or remove the file")
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             _, routings = model(normalize(images.to(device, non_blocking=True), mean, std), return_routing=True)
         for layer, routing in zip(layers, routings):
@@ -230,13 +232,24 @@ def count_routing(model, loader, layers, device, mean, std, examples=()):
     return shown
 
 
-def cut_out(image, patch, grid):
-    """The surroundings of a patch: three patches wide, or a quarter of the image (3, S, S) if that is more; square."""
+def cut_out(image, patch, grid, size=48):
+    """The surroundings of a patch as (3, size, size): three patches wide, or a quarter of the image (3, S, S) if that is more."""
     S, (_, rows, columns) = image.shape[-1], grid
     side = min(S, max(S // 4, 3 * S // rows))
     top, left = (min(max(0, (2 * i + 1) * S // (2 * n) - side // 2), S - side)
                  for i, n in ((patch // columns, rows), (patch % columns, columns)))
-    return image[:, top:top + side, left:left + side]
+    return v2.functional.resized_crop(image, top, left, side, side, [size, size], v2.InterpolationMode.NEAREST_EXACT)
+
+
+def surest_patches(dataset, chosen, layer):
+    """For each expert its patches of highest probability, cut out and joined, (3, 48, 48 patches); None if it has none."""
+    strips = []
+    for probs, places in zip(layer.surest.tolist(), layer.surest_at.tolist()):
+        places = [place for p, place in zip(probs, places) if p > 0]
+        patches = [cut_out(dataset[int(chosen[image])][0], patch, layer.grid) for image, patch in places]
+        blank = torch.full((3, 48, 48 * (len(probs) - len(patches))), 255, dtype=torch.uint8)
+        strips.append(torch.cat(patches + [blank], 2) if patches else None)
+    return strips
 
 
 def inspect(path, model, checkpoint, dataset, args, device):
@@ -251,18 +264,17 @@ def inspect(path, model, checkpoint, dataset, args, device):
     spread = [(2 * i + 1) * M // (2 * args.examples) for i in range(min(args.examples, M))]
     shown = count_routing(model, loader, counts, device, checkpoint["mean"], checkpoint["std"], spread)
     examples = [(dataset.classes[dataset.labels[chosen[i]]], *example) for i, example in zip(spread, shown)]
-    patches = [[[cut_out(dataset[int(chosen[image])][0], patch, layer.grid) for p, (image, patch) in zip(ps, at) if p > 0]
-                for ps, at in zip(layer.surest.tolist(), layer.surest_at.tolist())] for layer in counts]
+    patches = [surest_patches(dataset, chosen, layer) for layer in counts]
     return Run(path, checkpoint["config"], model.moe_blocks, dataset.classes, counts,
                [layer.summary(dataset.classes) for layer in counts], examples, patches)
 
 
 # ---------------------------------------------------------------- pictures: a panel is a list of marks
-# Drawn twice from the same list: as SVG for the page, where text stays sharp and follows dark mode, and by Pillow for the
-# PNG files. A panel is as wide as a phone; the page lets panels flow, so that nothing is ever shrunk or scrolled.
+# Each is drawn twice from the same list: as SVG for the page, where text stays sharp and follows dark mode, and by Pillow
+# for the PNG files. A panel is as wide as a phone and the page lets panels flow: nothing is shrunk or scrolled sideways.
 
-WIDTH, GREY, BLUE = 340, (136, 136, 136), (0, 114, 178)
-OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), GREY)
+WIDTH, GREY, BLUE = 320, (136, 136, 136), (0, 114, 178)
+OKABE_ITO = (BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), GREY)
 
 
 def palette(num_experts):
@@ -274,74 +286,86 @@ def palette(num_experts):
 
 
 class Panel:
-    """A picture of WIDTH x height pixels with a title. Colours are (r, g, b), or None for that of the text."""
+    """A picture WIDTH wide with a title above it. Lengths in pixels, y downwards; colours are (r, g, b)."""
 
     def __init__(self, title, height):
-        self.title, self.height, self.marks = title, height + 22, []
-        self.text(0, -8, title, size=13)
+        self.title, self.height, self.marks = title, math.ceil(height), []
 
     def rect(self, x, y, w, h, colour, alpha=1.0):
-        self.marks.append(("rect", x, y + 22, w, h, colour, alpha))
+        self.marks.append(("rect", x, y, w, h, colour, alpha))
 
     def line(self, points, colour, width=2):
-        self.marks.append(("line", [(x, y + 22) for x, y in points], colour, width))
+        self.marks.append(("line", points, colour, width))
 
     def text(self, x, y, text, anchor="start", size=11):
-        self.marks.append(("text", x, y + 22, str(text), anchor, size))
+        """In the colour of the page's text; y is the base line, anchor "start", "middle" or "end"."""
+        self.marks.append(("text", x, y, str(text), anchor, size))
 
     def image(self, x, y, w, h, picture):
-        """A Pillow image, stretched to w x h; small ones with hard edges, large ones reduced to twice their size here."""
-        if picture.width > 2 * w:
-            picture = picture.resize((round(2 * w), round(2 * h)), Image.LANCZOS)
-        self.marks.append(("image", x, y + 22, w, h, picture))
+        """A Pillow image stretched to w x h: a small one keeps hard edges, a large one is reduced to twice the size."""
+        size = min(picture.width, round(2 * w)), min(picture.height, round(2 * h))
+        self.marks.append(("image", x, y, w, h, picture if size == picture.size else picture.resize(size, Image.BOX)))
 
-    def svg(self):
-        """The panel as an SVG element, text escaped."""
-        parts = [SVG_MARK[kind](*mark) for kind, *mark in self.marks]
-        return (f'<svg role="img" aria-label="{html.escape(self.title)}" width="{WIDTH}" height="{self.height:.0f}" '
-                f'viewBox="0 0 {WIDTH} {self.height:.0f}">{"".join(parts)}</svg>')
 
-    def png(self, scale=2):
-        """The panel as a Pillow image on white, `scale` times as large."""
-        canvas = Image.new("RGB", (WIDTH * scale, round(self.height) * scale), "white")
-        draw = ImageDraw.Draw(canvas)
-        for kind, *mark in self.marks:
-            if kind == "rect":
-                x, y, w, h, colour, alpha = mark
-                box = [scale * v for v in (x, y, x + w, y + h)]
-                draw.rectangle((box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)), on_white(colour, alpha))
-            elif kind == "line":
-                points, colour, width = mark
-                draw.line([(scale * x, scale * y) for x, y in points], colour or (0, 0, 0), scale * width, joint="curve")
-            elif kind == "text":
-                x, y, text, anchor, size = mark
-                draw.text((scale * x, scale * y), text, "black", font(scale * size),
-                          dict(start="ls", middle="ms", end="rs")[anchor])
-            else:
-                x, y, w, h, picture = mark
-                size = round(scale * w), round(scale * h)
-                picture = picture.resize(size, Image.NEAREST if picture.width < size[0] else Image.LANCZOS)
-                canvas.paste(picture, (round(scale * x), round(scale * y)), picture if picture.mode == "RGBA" else None)
-        return canvas
+def svg(panel):
+    """The panel as an element of the page, text escaped."""
+    title, marks = html.escape(panel.title), "".join(SVG_MARKS[kind](*mark) for kind, *mark in panel.marks)
+    return (f'<figure><figcaption>{title}</figcaption><svg role="img" aria-label="{title}" width="{WIDTH}" '
+            f'height="{panel.height}" viewBox="0 0 {WIDTH} {panel.height}">{marks}</svg></figure>')
+
+
+def svg_rect(x, y, w, h, colour, alpha):
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="rgb{colour}" fill-opacity="{alpha:.2f}"/>'
+
+
+def svg_line(points, colour, width):
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{points}" fill="none" stroke="rgb{colour}" stroke-width="{width}"/>'
+
+
+def svg_text(x, y, text, anchor, size):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{html.escape(text)}</text>'
 
 
 def svg_image(x, y, w, h, picture):
-    file = io.BytesIO()
     photo = picture.mode == "RGB" and picture.width > 64
-    picture.save(file, "JPEG" if photo else "PNG", **dict(quality=85) if photo else dict(optimize=True))
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(encode(picture, "JPEG" if photo else "PNG")).decode()
     return (f'<image x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" preserveAspectRatio="none" '
-            f'{"" if picture.width > w else "class=hard "}href="data:image/{"jpeg" if photo else "png"};base64,{data}"/>')
+            f'{"class=hard " if picture.width < w else ""}href="data:image/{"jpeg" if photo else "png"};base64,{data}"/>')
 
 
-SVG_MARK = dict(
-    rect=lambda x, y, w, h, colour, alpha: f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" '
-                                           f'fill="rgb{colour}" fill-opacity="{alpha:.2f}"/>',
-    line=lambda points, colour, width: f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" '
-                                       f'stroke="{f"rgb{colour}" if colour else "currentColor"}" stroke-width="{width}"/>',
-    text=lambda x, y, text, anchor, size: f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">'
-                                          f'{html.escape(text)}</text>',
-    image=svg_image)
+SVG_MARKS = dict(rect=svg_rect, line=svg_line, text=svg_text, image=svg_image)
+
+
+def encode(picture, kind):
+    """The bytes of a JPEG or PNG file."""
+    file = io.BytesIO()
+    picture.save(file, kind, quality=85, optimize=True)
+    return file.getvalue()
+
+
+def png(panel, scale=2, top=22):
+    """The panel, under its title, as a Pillow image on white, `scale` times as large."""
+    picture = Image.new("RGB", (WIDTH * scale, (top + panel.height) * scale), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((0, 0), panel.title, "black", font(13 * scale))
+    for kind, *mark in panel.marks:
+        if kind == "line":
+            points, colour, width = mark
+            draw.line([(scale * x, scale * (top + y)) for x, y in points], colour, scale * width, joint="curve")
+        elif kind == "text":
+            x, y, text, anchor, size = mark
+            anchor = dict(start="ls", middle="ms", end="rs")[anchor]
+            draw.text((scale * x, scale * (top + y)), text, "black", font(size * scale), anchor)
+        else:
+            x, y, w, h = (round(scale * v) for v in (mark[0], top + mark[1], mark[2], mark[3]))
+            w, h = max(1, w), max(1, h)
+            if kind == "rect":
+                part = Image.new("RGBA", (w, h), (*mark[4], round(255 * mark[5])))
+            else:
+                part = mark[4].resize((w, h), Image.NEAREST if mark[4].width < w else Image.BOX)
+            picture.paste(part, (x, y), part if part.mode == "RGBA" else None)
+    return picture
 
 
 @cache
@@ -349,22 +373,16 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def on_white(colour, alpha):
-    return tuple(round(255 + (c - 255) * alpha) for c in colour)
-
-
-def sheet(panels):
-    """Panels in rows of four, as one Pillow image: a PNG file of DIR."""
-    pictures = [panel.png() for panel in panels]
-    rows = [pictures[i:i + 4] for i in range(0, len(pictures), 4)]
-    width, gap = max(map(len, rows)) * (pictures[0].width + 40) + 40, 40
-    canvas = Image.new("RGB", (width, sum(max(p.height for p in row) + gap for row in rows) + gap), "white")
-    y = gap
-    for row in rows:
-        for i, picture in enumerate(row):
-            canvas.paste(picture, (gap + i * (picture.width + gap), y))
-        y += max(p.height for p in row) + gap
-    return canvas
+def sheet(panels, per_row=4, gap=40):
+    """Panels in rows of four as one Pillow image: a PNG file of DIR."""
+    rows = [[png(panel) for panel in panels[i:i + per_row]] for i in range(0, len(panels), per_row)]
+    heights = [max(picture.height for picture in row) + gap for row in rows]
+    step = rows[0][0].width + gap
+    page = Image.new("RGB", (gap + len(rows[0]) * step, gap + sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            page.paste(picture, (gap + j * step, gap + sum(heights[:i])))
+    return page
 
 
 def short(text, length):
@@ -374,7 +392,7 @@ def short(text, length):
 def tint(values, colour):
     """values (rows, columns) in 0..1 -> an image of one colour, transparent at 0 and full at 1, on any background."""
     rgb = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, *values.shape)
-    alpha = (255 * values).round().clamp(0, 255).to(torch.uint8).unsqueeze(0)
+    alpha = (255 * values).round().to(torch.uint8).unsqueeze(0)
     return v2.functional.to_pil_image(torch.cat([rgb, alpha]), "RGBA")
 
 
@@ -383,16 +401,16 @@ def overlay(image, experts, colours):
     grid = torch.tensor(colours, dtype=torch.float)[experts].permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, columns)
     colour = F.interpolate(grid, image.shape[-2:], mode="nearest")[0]
     grey = v2.functional.rgb_to_grayscale(image, 3).float()
-    return v2.functional.to_pil_image((0.45 * grey + 0.55 * colour).round().to(torch.uint8))
+    return v2.functional.to_pil_image((0.4 * grey + 0.6 * colour).round().to(torch.uint8))
 
 
 def tiles(title, pictures, labels, per_row):
-    """Small pictures of one shape (None: only the label) in rows, a label above each."""
+    """Small pictures of one shape (None: nothing but the label) in rows, a label above each."""
     w = (WIDTH - 6 * (per_row - 1)) / per_row
     h = w * next((p.height / p.width for p in pictures if p), 0)
-    panel = Panel(title, -(-len(pictures) // per_row) * (h + 18))
+    panel = Panel(title, math.ceil(len(pictures) / per_row) * (h + 20))
     for i, (picture, label) in enumerate(zip(pictures, labels)):
-        x, y = i % per_row * (w + 6), i // per_row * (h + 18)
+        x, y = i % per_row * (w + 6), i // per_row * (h + 20)
         panel.text(x, y + 11, label)
         if picture:
             panel.rect(x, y + 15, w, h, GREY, 0.12)
@@ -400,8 +418,8 @@ def tiles(title, pictures, labels, per_row):
     return panel
 
 
-def plot(title, curves, colours, x_label, y_label, x_ticks, y_ticks):
-    """Curves [(x, y), ...] over the range of the ticks, which are lists of numbers."""
+def plot(title, curves, colours, x_label, x_ticks, y_ticks):
+    """Curves, each a list of (x, y), over the range of the ticks. The title says what y is."""
     panel, left, right, top, bottom = Panel(title, 190), 34, WIDTH - 8, 6, 150
 
     def place(x, y):
@@ -409,229 +427,194 @@ def plot(title, curves, colours, x_label, y_label, x_ticks, y_ticks):
                 bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
 
     for y in y_ticks:
-        panel.line([place(x_ticks[0], y), place(x_ticks[-1], y)], GREY, 1)
+        panel.line([place(x_ticks[0], y), (right, place(0, y)[1])], GREY, 1)
         panel.text(left - 5, place(0, y)[1] + 4, f"{y:g}", "end")
     for x in x_ticks:
         panel.text(place(x, 0)[0], bottom + 15, f"{x:g}", "middle")
-    panel.text((left + right) / 2, bottom + 30, f"{x_label} (upwards: {y_label})", "middle")
+    panel.text((left + right) / 2, bottom + 30, x_label, "middle")
     for curve, colour in zip(curves, colours):
-        panel.line([place(x, y) for x, y in curve], colour)
+        panel.line([place(*point) for point in curve], colour)
+        for x, y in (place(*point) for point in curve if len(curve) <= 20):
+            panel.rect(x - 3, y - 3, 6, 6, colour)
     return panel
 
 
 def matrix(title, values, rows, columns, left):
-    """A small table (rows, columns) of numbers in 0..1, each a tinted cell with its value where that fits."""
-    size = (WIDTH - left) / len(columns)
-    height = min(size, 30)
-    panel = Panel(title, len(rows) * height + 18)
-    step = -(-14 // int(size + 1))
+    """A small table (rows, columns) of numbers in 0..1, each a tinted cell, with its value where that fits."""
+    w = (WIDTH - left) / len(columns)
+    h, step = min(w, 30), math.ceil(14 / w)
+    panel = Panel(title, len(rows) * h + 18)
     for j in range(0, len(columns), step):
-        panel.text(left + (j + 0.5) * size, 11, columns[j], "middle")
+        panel.text(left + (j + 0.5) * w, 11, columns[j], "middle")
     for i, row in enumerate(values):
-        if i % step == 0:
-            panel.text(left - 5, 18 + (i + 0.65) * height, rows[i], "end")
+        panel.text(left - 5, 18 + (i + 0.65) * h, rows[i] if i % step == 0 else "", "end")
         for j, value in enumerate(row):
-            panel.rect(left + j * size, 18 + i * height, size - 1, height - 1, BLUE, 0.04 + 0.7 * value)
-            if size >= 18:
-                panel.text(left + (j + 0.48) * size, 18 + (i + 0.65) * height, f"{value:.2f}".lstrip("0"), "middle", 10)
+            panel.rect(left + j * w, 18 + i * h, w - 1, h - 1, BLUE, 0.04 + 0.7 * value)
+            if w >= 18:
+                panel.text(left + (j + 0.48) * w, 18 + (i + 0.65) * h, f"{value:.2f}".lstrip("0"), "middle", 10)
     return panel
 
 
-# ---------------------------------------------------------------- the figures: a Run -> panels, one per layer
+# ---------------------------------------------------------------- the figures: a Run -> panels, most of them one per layer
 
 
 def legend(run):
     """The colours of the experts, shared by all figures."""
     colours = palette(run.counts[0].num_experts)
     per_row = min(16, len(colours))
-    panel = Panel("the experts and their colours", -(-len(colours) // per_row) * 24)
+    panel, w = Panel("the experts and their colours", math.ceil(len(colours) / per_row) * 24), WIDTH / per_row
     for e, colour in enumerate(colours):
-        x, y = e % per_row * WIDTH / per_row, e // per_row * 24
-        panel.rect(x, y, WIDTH / per_row - 2, 8, colour)
-        panel.text(x + WIDTH / per_row / 2, y + 19, e, "middle")
+        panel.rect(e % per_row * w, e // per_row * 24, w - 2, 8, colour)
+        panel.text((e % per_row + 0.5) * w, e // per_row * 24 + 20, e, "middle")
     return panel
 
 
-def block_titles(run):
-    return [f"block {block}" for block in run.blocks]
-
-
 def draw_load(run):
-    panels, colours, top = [], palette(run.counts[0].num_experts), max(max(layer["share"]) for layer in run.layers)
-    for title, layer in zip(block_titles(run), run.layers):
-        panel, E = Panel(title, 150), len(layer["share"])
-        w, step = WIDTH / E, -(-E // 16)
-        for e, share in enumerate(layer["share"]):
+    E, top = run.counts[0].num_experts, max(max(layer["share"]) for layer in run.layers)
+    w = WIDTH / E
+    for block, layer in zip(run.blocks, run.layers):
+        panel = Panel(f"block {block}", 150)
+        panel.line([(0, 130 - 110 / E / top), (WIDTH, 130 - 110 / E / top)], GREY, 1)
+        for e, (share, colour) in enumerate(zip(layer["share"], palette(E))):
             h = 110 * share / top
-            panel.rect(e * w + 1, 130 - h, w - 2, h, colours[e])
-            if e % step == 0:
-                panel.text((e + 0.5) * w, 145, e, "middle")
-            if E <= 8:
-                panel.text((e + 0.5) * w, 126 - h, f"{100 * share:.1f}%", "middle", 10)
-        even = 130 - 110 / E / top
-        panel.line([(0, even), (WIDTH, even)], None, 1)
-        panels.append(panel)
-    return panels
+            panel.rect(e * w + 1, 130 - h, w - 2, h, colour)
+            panel.text((e + 0.5) * w, 145, e if e % math.ceil(E / 16) == 0 else "", "middle")
+            panel.text((e + 0.5) * w, 126 - h, f"{100 * share:.1f}%" if E <= 8 else "", "middle", 10)
+        yield panel
 
 
 def draw_examples(run):
-    colours = palette(run.counts[0].num_experts)
-    return [legend(run)] + [
-        tiles(short(name, 45), [v2.functional.to_pil_image(image)] + [overlay(image, experts, colours) for experts in maps],
-              ["image"] + block_titles(run), min(4, 1 + len(maps))) for name, image, maps in run.examples]
+    yield legend(run)
+    colours, labels = palette(run.counts[0].num_experts), ["image"] + [f"block {block}" for block in run.blocks]
+    for name, image, maps in run.examples:
+        pictures = [v2.functional.to_pil_image(image)] + [overlay(image, experts, colours) for experts in maps]
+        yield tiles(short(name, 45), pictures, labels, min(4, len(pictures)))
 
 
 def draw_spatial(run):
-    panels = []
-    for title, layer in zip(block_titles(run), run.layers):
+    for block, layer in zip(run.blocks, run.layers):
         maps = torch.tensor(layer["spatial"])  # (E, rows, columns)
-        pictures = [tint(m / maps.max(), colour) for m, colour in zip(maps, palette(len(maps)))]
-        panels.append(tiles(f"{title}; full colour: {100 * maps.max():.0f}% of the images", pictures, range(len(maps)),
-                            min(len(maps), 4 if len(maps) <= 16 else 8)))
-    return panels
+        pictures = [tint(values / maps.max(), colour) for values, colour in zip(maps, palette(len(maps)))]
+        title = f"block {block}, full colour: {100 * maps.max():.0f}% of the images"
+        yield tiles(title, pictures, range(len(maps)), min(len(maps), 4 if len(maps) <= 16 else 8))
 
 
 def draw_cumulative(run):
-    panels = [legend(run)]
-    for title, layer in zip(block_titles(run), run.layers):
-        cdfs = layer["patches_per_image_cdf"]
-        N = layer["grid"][0] * layer["grid"][1]
+    yield legend(run)
+    for block, layer in zip(run.blocks, run.layers):
+        cdfs, N = layer["patches_per_image_cdf"], layer["grid"][0] * layer["grid"][1]
         shown = sorted({round(i * (N - 1) / 150) for i in range(151)})  # more points than pixels help nobody
         curves = [[(i + 1, cdf[i]) for i in shown] if cdf else [] for cdf in cdfs]
-        panels.append(plot(title, curves, palette(len(cdfs)), "patches per image, at most", "share of the images using it",
-                           sorted({1, round(N / 2), N}), [0, 0.5, 1]))
-    return panels
+        x_ticks = sorted({1, math.ceil(N / 2), N})
+        yield plot(f"block {block}", curves, palette(len(cdfs)), "patches of the image, at most", x_ticks, [0, 0.5, 1])
 
 
 def draw_classes(run):
-    panels, left = [], 110
     tables = [layer.tables["class"].cpu().double() for layer in run.counts]  # (classes, E)
     shares = [table / table.sum(1, keepdim=True).clamp(min=1) for table in tables]
-    top, C = max(share.max() for share in shares), len(run.classes)
-    height = max(1, min(18, 360 // C))
-    for title, share in zip(block_titles(run), shares):
-        panel, E = Panel(f"{title}; darkest: {100 * top:.0f}% of a class", C * height + 18), share.shape[1]
-        w, step = (WIDTH - left) / E, -(-E // 16)
-        for e in range(0, E, step):
+    left, C, E, top = 110, *shares[0].shape, max(share.max().item() for share in shares)
+    h, w = min(18, max(360, min(C, 1000)) / C), (WIDTH - left) / E  # of a cell; at least a pixel high up to 1,000 classes
+    for block, share in zip(run.blocks, shares):
+        panel = Panel(f"block {block}, darkest: {100 * top:.0f}% of a class", C * h + 18)
+        for e in range(0, E, math.ceil(14 / w)):
             panel.text(left + (e + 0.5) * w, 11, e, "middle")
-        panel.image(left, 16, WIDTH - left, C * height, tint(share / top, BLUE))
-        for c in range(0, C, -(-13 // height)):
-            panel.text(left - 5, 16 + c * height + max(9, height - 5), short(run.classes[c], 17), "end", 10)
-        panels.append(panel)
-    return panels
+        panel.image(left, 16, WIDTH - left, C * h, tint(share / top, BLUE))
+        for c in range(0, C, math.ceil(12 / h)):
+            panel.text(left - 5, 16 + c * h + max(9, h / 2 + 4), short(run.classes[c], 17), "end", 10)
+        yield panel
 
 
 def draw_similarity(run):
     experts = range(run.counts[0].num_experts)
-    return [matrix(title, layer["similarity"], experts, experts, 20) for title, layer in zip(block_titles(run), run.layers)]
+    for block, layer in zip(run.blocks, run.layers):
+        yield matrix(f"block {block}", layer["similarity"], experts, experts, 20)
 
 
 def draw_depth(run):
-    curve = [(block, layer["experts_per_image"]) for block, layer in zip(run.blocks, run.layers)]
-    E = run.counts[0].num_experts
-    return [plot("experts per image", [curve], [BLUE], "block", f"of {E} experts", run.blocks, [0, E / 2, E])]
+    E, curve = run.counts[0].num_experts, [(b, layer["experts_per_image"]) for b, layer in zip(run.blocks, run.layers)]
+    yield plot(f"experts per image, of {E}", [curve], [BLUE], "block", run.blocks, [0, E / 2, E])
 
 
 def draw_factors(run):
-    panels, names = [], list(run.layers[0]["information"])
-    for key, title in (("normalized", "measured"), ("normalized_by_chance", "by chance: factors of another image")):
-        values = [[layer["information"][name][key] for layer in run.layers] for name in names]
-        panels.append(matrix(f"{title}; columns: blocks", values, names, run.blocks, 70))
-    return panels
+    names = list(run.layers[0]["information"])
+    for key, title in (("normalized", "measured, per block"), ("normalized_by_chance", "by chance, per block")):
+        yield matrix(title, [[layer["information"][name][key] for layer in run.layers] for name in names], names, run.blocks, 70)
 
 
 def draw_patches(run):
-    panels = []
-    for title, layer, experts in zip(block_titles(run), run.layers, run.patches):
-        pictures = [v2.functional.to_pil_image(torch.cat([square(patch) for patch in (patches * 6)[:6]], 2)) if patches else None
-                    for patches in experts]
+    for block, layer, strips in zip(run.blocks, run.layers, run.patches):
         labels = [", ".join(f"{short(name, 18)} {100 * share:.0f}%" for name, share in top[:2]) or "never chosen"
                   for top in layer["top_classes"]]
-        panels.append(tiles(title, pictures, [f"{e}: {label}" for e, label in enumerate(labels)], 1))
-    return panels
+        pictures = [None if strip is None else v2.functional.to_pil_image(strip) for strip in strips]
+        yield tiles(f"block {block}", pictures, [f"{e}: {label}" for e, label in enumerate(labels)], 1)
 
 
-def square(patch, side=48):
-    """A cut-out (3, h, h) at 48 x 48 pixels."""
-    mode = v2.InterpolationMode.NEAREST_EXACT if patch.shape[-1] < side else v2.InterpolationMode.BILINEAR
-    return v2.functional.resize(patch, [side, side], mode)
-
-
-# file name, heading, what draws it, how to read it
-FIGURES = (
+FIGURES = (  # file name, heading, what draws it, how to read it
     ("fig5", "Load: the share of the patches that each expert gets", draw_load,
-     "The line is the even share, 1/E. Bars far above it are favourites, an expert without a bar is dead weight: the balance "
-     "losses of the training are there to prevent both (paper, Figure 5)."),
+     "The line is the even share, 1/E. Far above it is a favourite, an expert without a bar is dead weight; the balance losses "
+     "of the training are there against both. (Paper, Figure 5.)"),
     ("fig6", "Who sees what: every patch tinted by its expert", draw_examples,
-     "Left the image, then one picture per MoE layer. Look for experts that keep to the object, to its outline or to the "
-     "background, and for experts that keep to a place whatever the image shows (paper, Figure 6)."),
+     "First the image, then one picture per MoE layer. Look for experts that keep to the object, to its outline, to the "
+     "background, or to a place whatever the image shows. (Paper, Figure 6.)"),
     ("fig7", "Where: how often each position of the grid chooses each expert", draw_spatial,
-     "One map per expert: an even tint means that position plays no role. The paper found experts for the border and for the "
-     "centre in ConvNeXt, and none of that kind in ViT (Figure 7)."),
+     "One map per expert; an even tint: position plays no role. The paper found experts for the border and for the centre in "
+     "ConvNeXt, none of that kind in ViT. (Figure 7.)"),
     ("fig8", "How many patches: cumulative distribution over the images that use an expert", draw_cumulative,
-     "A curve that rises at once belongs to an expert that takes few patches of an image; one that rises late, to an expert "
-     "that takes many (paper, Figure 8)."),
+     "Upwards: share of the images. A curve that rises at once belongs to an expert that takes few patches of an image; one "
+     "that rises late, to an expert that takes many. (Paper, Figure 8.)"),
     ("fig9", "Which class: the share of each class's patches per expert", draw_classes,
-     "One row per class, in the order of the labels, one column per expert. Plain vertical stripes: the expert does not care "
-     "about the class. In the paper the first MoE layers do not follow the classes and the last three do, with animals "
-     "against objects (Figures 9 and 10, top)."),
+     "A row per class, in the order of the labels; a column per expert. Even columns: the expert does not care about the class. "
+     "In the paper the first MoE layers do not follow the classes, the last three do: animals against objects. (Figures 9 and "
+     "10, top.)"),
     ("fig9_similarity", "Together or apart: similarity of the experts", draw_similarity,
-     "1: two experts always get equally many patches of the same image; 0: they never share an image (paper, Figures 9 and 10, "
-     "bottom; formula in section 5.6)."),
+     "1: two experts always get equally many patches of the same image; 0: they never share an image. (Paper, section 5.6, "
+     "and Figures 9 and 10, bottom.)"),
     ("depth", "How many experts an image uses, by depth", draw_depth,
      "The mean number of different experts among the patches of one image. The paper counts about 7 of 8 for ViT-S, and 6 of 8, "
      "10.5 of 16 and 15.8 of 32 for ConvNeXt."),
     ("factors", "What the experts follow: mutual information with what is known of the image", draw_factors,
-     "1: the factor decides the expert, or the expert the factor; 0: they have nothing to do with each other. An effect is what "
-     "exceeds chance, the same measure with the factors of another image. The paper could not make this measure: ImageNet "
-     "has no natural decomposition. (object: whether the patch shows the object; shape, texture, colour: on the object's "
-     "patches only; position: the place in the grid.)"),
+     "1: the factor decides the expert, or the expert the factor; 0: they have nothing to do with each other. What counts is "
+     "the excess over chance, the same measure with each image given the factors of another. (object: does the patch show it? "
+     "shape, texture, colour: among the object's patches; position: in the grid.) The paper could not measure this: "
+     "ImageNet has no natural decomposition."),
     ("patches", "What the router is surest of", draw_patches,
-     "Per expert the six patches with the highest probability, one per image at most, with their surroundings; beside the "
-     "number, the classes with the largest shares of the expert's patches."),
-)
+     "For each expert the six patches that chose it with the highest probability, one per image at most, with their "
+     "surroundings, and the two classes with the largest shares of its patches."))
 
 # ---------------------------------------------------------------- the files
 
 STYLE = """
-:root { color-scheme: light dark; --soft: #666 }
-@media (prefers-color-scheme: dark) { :root { --soft: #aaa } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1480px; margin: auto; padding: 1em; overflow-wrap: anywhere }
-p { max-width: 70ch } p, .soft { color: var(--soft) }
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1368px; margin: auto; padding: 16px }
+p { max-width: 70ch; opacity: 0.75 } h3, p { overflow-wrap: anywhere }
 .panels { display: flex; flex-wrap: wrap; gap: 20px 28px; align-items: start }
+figure { margin: 0; max-width: 100% } figcaption { font-size: 14px }
 svg { max-width: 100%; fill: currentColor } .hard { image-rendering: pixelated }
-table { border-collapse: collapse; font-size: 14px; margin: 0 2em 1em 0 } td, th { padding: 2px 8px; text-align: right }
-th { font-weight: 600; border-bottom: 1px solid var(--soft) }
+table { border-collapse: collapse; font-size: 14px; line-height: 1.3 } td, th { padding: 3px 6px; text-align: right }
+th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
-
-COLUMNS = (  # of the table at the head of the report: heading, how a layer's summary fills it
-    ("grid", lambda s: "{}×{}".format(*s["grid"])),
-    ("experts per image", lambda s: f"{s['experts_per_image']:.2f}"),
-    ("load, CV", lambda s: f"{s['coefficient_of_variation']:.3f}"),
-    ("router entropy, bits", lambda s: f"{s['router_entropy_bits']:.2f}"),
-    ("class, bits", lambda s: f"{s['information']['class']['bits']:.3f}"),
-    ("class, normalised", lambda s: f"{s['information']['class']['normalized']:.3f}"))
 
 
 def key_numbers(run):
     """The table at the head of the report, a row per MoE layer."""
-    head = "".join(f"<th>{name}</th>" for name in ("block",) + tuple(name for name, _ in COLUMNS))
-    rows = "".join(f"<tr><td>{block}</td>" + "".join(f"<td>{show(layer)}</td>" for _, show in COLUMNS) + "</tr>"
-                   for block, layer in zip(run.blocks, run.layers))
+    head = "block", "grid", "experts per image", "load, CV", "router, bits", "class, bits", "class, norm."
+    rows = [(block, "{}×{}".format(*s["grid"]), f"{s['experts_per_image']:.2f}", f"{s['coefficient_of_variation']:.3f}",
+             f"{s['router_entropy_bits']:.2f}", f"{s['information']['class']['bits']:.3f}",
+             f"{s['information']['class']['normalized']:.3f}") for block, s in zip(run.blocks, run.layers)]
+    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     config = " ".join(f"{key}={value}" for key, value in run.config.items())
-    return f"<div><h3>{html.escape(run.name)}</h3><p>{html.escape(config)}</p><table><tr>{head}</tr>{rows}</table></div>"
+    return (f"<div><h3>{html.escape(run.name)}</h3><p>{html.escape(config)}</p>"
+            f"<table><tr><th>{'<th>'.join(head)}</tr>{rows}</table></div>")
 
 
 def write_report(figures, runs, about):
-    """The page: one file without scripts or links to others. figures: [(file name, heading, caption, [panels per run])]."""
-    parts = [f"<h1>What the experts do</h1><p>{html.escape(about)}</p>"
-             f"<div class=panels>{''.join(key_numbers(run) for run in runs)}</div>"]
+    """The page: one file, no scripts, no links. figures: [(file name, heading, caption, [panels per run])]."""
+    parts = [f"<h1>What the experts do</h1><p>{html.escape(about)}</p><div class=panels>", *map(key_numbers, runs), "</div>"]
     for _, heading, caption, panels_per_run in figures:
-        parts.append(f"<section><h2>{heading}</h2><p>{caption}</p>")
+        parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
         for run, panels in zip(runs, panels_per_run):
             parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
-            parts.append(f'<div class=panels>{"".join(panel.svg() for panel in panels)}</div>')
-        parts.append("</section>")
+            parts.append(f'<div class=panels>{"".join(map(svg, panels))}</div>')
     return (f'<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
             f"<title>What the experts do</title><style>{STYLE}</style>{''.join(parts)}</html>\n").encode()
 
@@ -650,31 +633,28 @@ def write_csv(run):
     return file.getvalue().encode()
 
 
-def write_summary(run, args):
-    """summary.json without its layout, a dict."""
+def describe(run, args):
+    """What summary.json says about one checkpoint."""
     layers = [dict(layer=i, block=block) | layer for i, (block, layer) in enumerate(zip(run.blocks, run.layers))]
+    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
     return dict(checkpoint=run.name, model=run.config, data=args.data, split=args.split, images=run.counts[0].images,
-                choices="all" if args.all_choices else "first",
-                versions=dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__),
-                layers=layers)
+                choices="all" if args.all_choices else "first", versions=versions, layers=layers)
 
 
 def make_files(runs, args):
     """All results: {file name: bytes}. What belongs to the checkpoint of --compare has `compare` in its name or key."""
-    summary = write_summary(runs[0], args) | {"compare": write_summary(run, args) for run in runs[1:]}
+    summary = describe(runs[0], args) | {"compare": describe(run, args) for run in runs[1:]}
     text = json.dumps(summary, indent=1)
     text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers on one line
     files = {"summary.json": text.encode()}
     for run, name in zip(runs, ("routing.csv", "routing_compare.csv")):
         files[name] = write_csv(run)
-    figures = [(name, heading, caption, [draw(run) for run in runs]) for name, heading, draw, caption in FIGURES]
+    figures = [(name, heading, caption, [list(draw(run)) for run in runs]) for name, heading, draw, caption in FIGURES]
     for name, _, _, panels_per_run in figures:
-        file = io.BytesIO()
-        sheet([panel for panels in panels_per_run for panel in panels]).save(file, "PNG")
-        files[f"{name}.png"] = file.getvalue()
-    about = (f"{summary['images']} images of {args.data}. Every patch counts for "
-             f"{'all its experts' if args.all_choices else 'its first choice'}; the class token of a ViT is left out. "
-             f"Paper: Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet Spot?”, section 5.6.")
+        files[f"{name}.png"] = encode(sheet(sum(panels_per_run, [])), "PNG")
+    counted = "all its experts" if args.all_choices else "its first choice"
+    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is left out. Made with torch {torch.__version__}, after Videau et al., “Mixture of "
+             f"Experts for Image Classification: What’s the Sweet Spot?” (2025), section 5.6.")
     return files | {"report.html": write_report(figures, runs, about)}
 
 
@@ -720,14 +700,24 @@ def check(args):
         raise ValueError(f"--out {args.out} cannot be a folder ({error.strerror}): choose another place") from None
 
 
+def write_files(folder, files):
+    """{name: bytes} into the folder, each whole or not at all. ValueError if that is impossible."""
+    for name, content in files.items():
+        path = os.path.join(folder, name)
+        try:
+            with open(path + ".tmp", "wb") as file:
+                file.write(content)
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose another --out") from None
+
+
 def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = [open_all(path, args, device) for path in (args.checkpoint, args.compare) if path]
     check(args)
     runs = [inspect(*one, args, device) for one in opened]
-    for name, content in make_files(runs, args).items():
-        with open(os.path.join(args.out, name), "wb") as file:
-            file.write(content)
+    write_files(args.out, make_files(runs, args))
     for run in runs:
         print(f"{run.name}, {run.counts[0].images} images\n"
               f"{'block':>5}  {'experts per image':>17}  {'class information':>17}  share of patches per expert, %")
