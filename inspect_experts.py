@@ -233,12 +233,13 @@ def count_routing(model, loader, layers, device, mean, std, examples=()):
 
 
 def cut_out(image, patch, grid, size=48):
-    """The surroundings of a patch as (3, size, size): three patches wide, or a quarter of the image (3, S, S) if that is more."""
+    """What surrounds a patch, (3, size, size): three patches wide, or a quarter of the image (3, S, S) if that is more."""
     S, (_, rows, columns) = image.shape[-1], grid
     side = min(S, max(S // 4, 3 * S // rows))
     top, left = (min(max(0, (2 * i + 1) * S // (2 * n) - side // 2), S - side)
                  for i, n in ((patch // columns, rows), (patch % columns, columns)))
-    return v2.functional.resized_crop(image, top, left, side, side, [size, size], v2.InterpolationMode.NEAREST_EXACT)
+    mode = v2.InterpolationMode.NEAREST_EXACT if side < size else v2.InterpolationMode.BILINEAR
+    return v2.functional.resized_crop(image, top, left, side, side, [size, size], mode)
 
 
 def surest_patches(dataset, chosen, layer):
@@ -261,7 +262,8 @@ def inspect(path, model, checkpoint, dataset, args, device):
     experts = checkpoint["config"]["num_experts"]
     counts = [LayerCounts(experts, grid, known_factors(dataset, chosen, grid, dataset.transform), args.all_choices, device)
               for grid in model.grids]
-    spread = [(2 * i + 1) * M // (2 * args.examples) for i in range(min(args.examples, M))]
+    n = min(args.examples, M)
+    spread = [(2 * i + 1) * M // (2 * n) for i in range(n)]
     shown = count_routing(model, loader, counts, device, checkpoint["mean"], checkpoint["std"], spread)
     examples = [(dataset.classes[dataset.labels[chosen[i]]], *example) for i, example in zip(spread, shown)]
     patches = [surest_patches(dataset, chosen, layer) for layer in counts]
@@ -273,8 +275,9 @@ def inspect(path, model, checkpoint, dataset, args, device):
 # Each is drawn twice from the same list: as SVG for the page, where text stays sharp and follows dark mode, and by Pillow
 # for the PNG files. A panel is as wide as a phone and the page lets panels flow: nothing is shrunk or scrolled sideways.
 
-WIDTH, GREY, BLUE = 320, (136, 136, 136), (0, 114, 178)
-OKABE_ITO = (BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66), GREY)
+WIDTH, GREY, BLUE = 320, (136, 136, 136), (20, 140, 220)
+OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
+             GREY)  # for their black, which dark mode would hide
 
 
 def palette(num_experts):
@@ -434,7 +437,7 @@ def plot(title, curves, colours, x_label, x_ticks, y_ticks):
     panel.text((left + right) / 2, bottom + 30, x_label, "middle")
     for curve, colour in zip(curves, colours):
         panel.line([place(*point) for point in curve], colour)
-        for x, y in (place(*point) for point in curve if len(curve) <= 20):
+        for x, y in (place(*point) for point in curve if len(curves) == 1):
             panel.rect(x - 3, y - 3, 6, 6, colour)
     return panel
 
@@ -515,7 +518,7 @@ def draw_classes(run):
     left, C, E, top = 110, *shares[0].shape, max(share.max().item() for share in shares)
     h, w = min(18, max(360, min(C, 1000)) / C), (WIDTH - left) / E  # of a cell; at least a pixel high up to 1,000 classes
     for block, share in zip(run.blocks, shares):
-        panel = Panel(f"block {block}, darkest: {100 * top:.0f}% of a class", C * h + 18)
+        panel = Panel(f"block {block}, strongest: {100 * top:.0f}% of a class", C * h + 18)
         for e in range(0, E, math.ceil(14 / w)):
             panel.text(left + (e + 0.5) * w, 11, e, "middle")
         panel.image(left, 16, WIDTH - left, C * h, tint(share / top, BLUE))
@@ -538,7 +541,8 @@ def draw_depth(run):
 def draw_factors(run):
     names = list(run.layers[0]["information"])
     for key, title in (("normalized", "measured, per block"), ("normalized_by_chance", "by chance, per block")):
-        yield matrix(title, [[layer["information"][name][key] for layer in run.layers] for name in names], names, run.blocks, 70)
+        values = [[layer["information"][name][key] for layer in run.layers] for name in names]
+        yield matrix(title, values, names, run.blocks, 70)
 
 
 def draw_patches(run):
@@ -551,32 +555,32 @@ def draw_patches(run):
 
 FIGURES = (  # file name, heading, what draws it, how to read it
     ("fig5", "Load: the share of the patches that each expert gets", draw_load,
-     "The line is the even share, 1/E. Far above it is a favourite, an expert without a bar is dead weight; the balance losses "
-     "of the training are there against both. (Paper, Figure 5.)"),
+     "The line is the even share, 1/E. Far above it is a favourite, an expert without a bar is dead weight; the balance "
+     "losses of the training are there against both. (Paper, Figure 5.)"),
     ("fig6", "Who sees what: every patch tinted by its expert", draw_examples,
      "First the image, then one picture per MoE layer. Look for experts that keep to the object, to its outline, to the "
      "background, or to a place whatever the image shows. (Paper, Figure 6.)"),
     ("fig7", "Where: how often each position of the grid chooses each expert", draw_spatial,
-     "One map per expert; an even tint: position plays no role. The paper found experts for the border and for the centre in "
-     "ConvNeXt, none of that kind in ViT. (Figure 7.)"),
+     "One map per expert; an even tint: position plays no role. The paper found experts for the border and for the centre "
+     "in ConvNeXt, none of that kind in ViT. (Figure 7.)"),
     ("fig8", "How many patches: cumulative distribution over the images that use an expert", draw_cumulative,
-     "Upwards: share of the images. A curve that rises at once belongs to an expert that takes few patches of an image; one "
-     "that rises late, to an expert that takes many. (Paper, Figure 8.)"),
+     "Upwards: share of the images. A curve that rises at once belongs to an expert that takes few patches of an image; "
+     "one that rises late, to an expert that takes many. (Paper, Figure 8.)"),
     ("fig9", "Which class: the share of each class's patches per expert", draw_classes,
-     "A row per class, in the order of the labels; a column per expert. Even columns: the expert does not care about the class. "
-     "In the paper the first MoE layers do not follow the classes, the last three do: animals against objects. (Figures 9 and "
-     "10, top.)"),
+     "A row per class, in the order of the labels; a column per expert. Even columns: the expert does not care about the "
+     "class. In the paper the first MoE layers do not follow the classes, the last three do: animals against objects. "
+     "(Figures 9 and 10, top.)"),
     ("fig9_similarity", "Together or apart: similarity of the experts", draw_similarity,
      "1: two experts always get equally many patches of the same image; 0: they never share an image. (Paper, section 5.6, "
      "and Figures 9 and 10, bottom.)"),
     ("depth", "How many experts an image uses, by depth", draw_depth,
-     "The mean number of different experts among the patches of one image. The paper counts about 7 of 8 for ViT-S, and 6 of 8, "
-     "10.5 of 16 and 15.8 of 32 for ConvNeXt."),
+     "The mean number of different experts among the patches of one image. The paper counts about 7 of 8 for ViT-S, and "
+     "6 of 8, 10.5 of 16 and 15.8 of 32 for ConvNeXt."),
     ("factors", "What the experts follow: mutual information with what is known of the image", draw_factors,
-     "1: the factor decides the expert, or the expert the factor; 0: they have nothing to do with each other. What counts is "
-     "the excess over chance, the same measure with each image given the factors of another. (object: does the patch show it? "
-     "shape, texture, colour: among the object's patches; position: in the grid.) The paper could not measure this: "
-     "ImageNet has no natural decomposition."),
+     "1: the factor decides the expert, or the expert the factor; 0: they have nothing to do with each other. What counts "
+     "is the excess over chance, the same measure with each image given the factors of another. (object: does the patch "
+     "show it? shape, texture, colour: among the object's patches; position: in the grid.) The paper could not measure "
+     "this: ImageNet has no natural decomposition."),
     ("patches", "What the router is surest of", draw_patches,
      "For each expert the six patches that chose it with the highest probability, one per image at most, with their "
      "surroundings, and the two classes with the largest shares of its patches."))
@@ -590,7 +594,8 @@ p { max-width: 70ch; opacity: 0.75 } h3, p { overflow-wrap: anywhere }
 .panels { display: flex; flex-wrap: wrap; gap: 20px 28px; align-items: start }
 figure { margin: 0; max-width: 100% } figcaption { font-size: 14px }
 svg { max-width: 100%; fill: currentColor } .hard { image-rendering: pixelated }
-table { border-collapse: collapse; font-size: 14px; line-height: 1.3 } td, th { padding: 3px 6px; text-align: right }
+.panels > div { flex: 1 1 330px; min-width: 0 }
+table { border-collapse: collapse; font-size: 13px; line-height: 1.3 } td, th { padding: 3px 5px; text-align: right }
 th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
 
@@ -653,8 +658,9 @@ def make_files(runs, args):
     for name, _, _, panels_per_run in figures:
         files[f"{name}.png"] = encode(sheet(sum(panels_per_run, [])), "PNG")
     counted = "all its experts" if args.all_choices else "its first choice"
-    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is left out. Made with torch {torch.__version__}, after Videau et al., “Mixture of "
-             f"Experts for Image Classification: What’s the Sweet Spot?” (2025), section 5.6.")
+    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is left "
+             f"out. Made with torch {torch.__version__}, after Videau et al., “Mixture of Experts for Image Classification: "
+             f"What’s the Sweet Spot?” (2025), section 5.6.")
     return files | {"report.html": write_report(figures, runs, about)}
 
 
