@@ -658,9 +658,9 @@ def make_files(runs, args):
     for name, _, _, panels_per_run in figures:
         files[f"{name}.png"] = encode(sheet(sum(panels_per_run, [])), "PNG")
     counted = "all its experts" if args.all_choices else "its first choice"
-    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is left "
-             f"out. Made with torch {torch.__version__}, after Videau et al., “Mixture of Experts for Image Classification: "
-             f"What’s the Sweet Spot?” (2025), section 5.6.")
+    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is "
+             f"left out. Made with torch {torch.__version__}, after Videau et al., “Mixture of Experts for Image "
+             f"Classification: What’s the Sweet Spot?” (2025), section 5.6.")
     return files | {"report.html": write_report(figures, runs, about)}
 
 

@@ -22,8 +22,9 @@ from torch.testing import assert_close
 
 import inspect_experts
 from eval import MEAN, STD, Shapes, TensorImages, build_model, eval_loader
-from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect, known_factors,
-                             make_files, mutual_information, overlay, palette, png, sheet, similarity, svg, tint, top_classes)
+from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect,
+                             known_factors, make_files, mutual_information, overlay, palette, png, sheet, similarity, svg,
+                             tint, top_classes)
 from moe import Routing
 
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_information_on_classes():
 
 
 def test_chance_is_found_with_the_factors_of_other_images():
-    """With as many classes as images, class and expert always agree: information 1, and also 1 by chance, so it means nothing."""
+    """With as many classes as images the class decides the expert, and would by chance: that information means nothing."""
     choices = [[e, e] for e in (0, 1, 0, 1, 1, 0)]
     many = counted(choices, 2, (0, 1, 2), [0, 1, 2, 3, 4, 5], 6).summary("abcdef")["information"]["class"]
     assert_close((many["normalized"], many["normalized_by_chance"]), (1.0, 1.0))
@@ -172,15 +173,16 @@ def test_the_surest_patches_by_hand():
     """Per expert the patches with the highest probability among those whose first choice it is, one per image."""
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])  # three images of two
     for batch in (1, 3):
-        layer = counted([[0, 0], [1, 0], [0, 1]], 2, (0, 1, 2), probs=probs, patches=2, batch=batch)
-        assert_close(layer.surest, torch.tensor([[0.95, 0.9], [0.8, 0.7]]))
-        assert layer.surest_at.tolist() == [[[2, 0], [0, 0]], [[2, 1], [1, 0]]]  # (image, patch)
+        layer = counted([[0, 0], [1, 0], [0, 1]], 2, (0, 1, 2), probs=probs, patches=3, batch=batch)
+        assert_close(layer.surest, torch.tensor([[0.95, 0.9, 0.6], [0.8, 0.7, 0.0]]))  # no third image chose expert 1
+        assert layer.surest_at[0].tolist() == [[2, 0], [0, 0], [1, 1]]  # (image, patch)
+        assert layer.surest_at[1, :2].tolist() == [[2, 1], [1, 0]]
 
 
 @pytest.mark.parametrize("all_choices", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 11])
 def test_every_number_by_plain_loops(all_choices, batch):
-    """Random routing with class token, k = 2, an unused expert and a class without images: the summary is what loops find."""
+    """Random routing, class token, k = 2, an unused expert, a class without images: the summary is what loops find."""
     M, rows, columns, E, C = 11, 2, 3, 5, 4
     N, probs = rows * columns, torch.rand(M * (1 + rows * columns), E).softmax(1)
     choices = [[tuple(torch.randperm(E - 1)[:2].tolist()) for _ in range(1 + N)] for _ in range(M)]  # never expert E - 1
@@ -283,11 +285,12 @@ def test_max_images_are_spread_over_the_data():
 
 def test_examples_show_their_own_routing():
     """An example is the image as loaded, its class, and the experts of its patches as a picture."""
-    values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0]]
-    run, _ = red_run(values, 4, [0, 1, 0, 1], ["a", "b"], examples=2)  # the middles of the two halves: images 1 and 3
-    assert [name for name, _, _ in run.examples] == ["b", "b"]
-    for (_, image, maps), i in zip(run.examples, (1, 3)):
+    values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
+    run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)  # the middles of the two halves: images 1 and 4
+    assert [name for name, _, _ in run.examples] == ["b", "a"]
+    for (_, image, maps), i in zip(run.examples, (1, 4)):
         assert torch.equal(image, red_images(values)[i]) and maps[0].flatten().tolist() == values[i]
+    assert len(red_run(values[:1], 4, [0], ["a"], examples=8)[0].examples) == 1, "an image is shown once"
 
 
 def test_an_image_that_cannot_be_read_is_named():
@@ -327,7 +330,7 @@ def test_experts_that_follow_the_object_are_found():
     found = layer.summary(data.classes)["information"]
     assert_close(found["object"]["normalized"], 1.0)
     assert found["shape"]["bits"] == 0, "on the object there is one expert only"
-    assert 0.2 < found["object"]["normalized_by_chance"] < 0.8, "objects are in the centre, so position alone tells something"
+    assert 0.2 < found["object"]["normalized_by_chance"] < 0.8, "objects are in the centre: position alone tells something"
 
 
 @pytest.mark.parametrize("patch, top, left", [(0, 0, 0), (27, 6, 6), (63, 20, 20)])
@@ -349,8 +352,9 @@ def test_every_expert_has_its_own_colour(num_experts):
 
 def test_a_patch_is_tinted_by_its_expert():
     """On black, the overlay is 0.6 of the expert's colour, each patch in its place."""
-    picture = overlay(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [1, 0]]), [(100, 0, 0), (0, 0, 200)])
-    assert [picture.getpixel(xy) for xy in ((0, 0), (3, 1), (1, 2), (2, 3))] == [(60, 0, 0), (0, 0, 120), (0, 0, 120), (60, 0, 0)]
+    picture = overlay(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
+    red, blue = (60, 0, 0), (0, 0, 120)
+    assert [picture.getpixel(xy) for xy in ((0, 0), (3, 1), (1, 2), (2, 3))] == [red, blue, red, red]
 
 
 def test_tint_is_transparent_at_zero():
@@ -368,7 +372,8 @@ def test_a_panel_is_drawn_alike_in_both_ways():
     panel.image(40, 5, 10, 10, Image.new("RGB", (2, 2), (0, 200, 0)))
     page = svg(panel)
     assert '<rect x="10.0" y="5.0" width="20.0" height="10.0" fill="rgb(200, 0, 0)" fill-opacity="0.50"/>' in page
-    assert 'points="0.0,25.0 320.0,25.0"' in page and "a&lt;b</text>" in page and "&lt;title&gt;" in page and "<title>" not in page
+    assert 'points="0.0,25.0 320.0,25.0"' in page
+    assert "a&lt;b</text>" in page and "&lt;title&gt;" in page and "<title>" not in page
     picture = png(panel, scale=2, top=22)
     assert picture.size == (640, 2 * 52)
     half = (228, 127, 127)  # red at half strength on white: 255 - 0.5 * 55 = 227.5, 255 - 0.5 * 255 = 127.5
@@ -378,7 +383,13 @@ def test_a_panel_is_drawn_alike_in_both_ways():
 
 def test_a_sheet_has_four_panels_to_a_row():
     """Six panels are two rows, and the row's height is that of its highest panel."""
-    assert sheet([Panel("", 100)] * 5 + [Panel("", 200)]).size == (40 + 4 * 680, 40 + 2 * (100 + 22) + 40 + 2 * (200 + 22) + 40)
+    last = Panel("", 200)
+    last.rect(0, 0, 320, 200, (0, 0, 200))
+    picture = sheet([Panel("", 100)] * 5 + [last])
+    assert picture.size == (40 + 4 * 680, 40 + 2 * (100 + 22) + 40 + 2 * (200 + 22) + 40)
+    x, y = 40 + 680, 40 + 2 * (100 + 22) + 40 + 2 * 22  # the second of the second row, below its title
+    assert picture.getpixel((x, y)) == (0, 0, 200)
+    assert picture.getpixel((x - 1, y)) == picture.getpixel((x, y - 1)) == (255, 255, 255)
 
 
 # ---------------------------------------------------------------- the files
@@ -425,8 +436,8 @@ def test_the_report_has_a_picture_per_layer(case):
     run, args = red_run(*values, **options)
     files = make_files([run], args)
     page, layers, examples = Page(files["report.html"].decode()), len(run.layers), len(run.examples)
-    # load, map, classes, similarity, patches per layer; curves per layer and a legend; examples and a legend; depth; 2 factors
-    assert page.open == [] and page.tags.count("svg") == 5 * layers + (layers + 1) + (examples + 1) + 1 + 2
+    # per layer: load, map, classes, similarity, patches, curves; per example one; two legends; depth; factors and by chance
+    assert page.open == [] and page.tags.count("svg") == 6 * layers + examples + 2 + 1 + 2
     assert set(files) == {"summary.json", "routing.csv", "report.html"} | {f"{figure[0]}.png" for figure in FIGURES}
     for figure in FIGURES:
         Image.open(io.BytesIO(files[f"{figure[0]}.png"])).verify()
@@ -474,7 +485,8 @@ def checkpoint(tmp_path, monkeypatch):
     def save(name, **options):
         config = dict(model="convnext_nano", num_classes=16, num_experts=4) | options
         torch.save(dict(config=config, classes=Shapes(1, 2).classes, image_size=32, crop_ratio=1.0, mean=MEAN, std=STD,
-                        model=build_model(config).state_dict(), ema={}, optimizer={}, epoch=1, step=1, best=0.0, args={}), name)
+                        model=build_model(config).state_dict(), ema={}, optimizer={}, epoch=1, step=1, best=0.0, args={}),
+                   name)
         return name
     return save
 
@@ -487,8 +499,10 @@ def run_main(monkeypatch, *argv):
 
 def test_one_command_writes_everything(checkpoint, monkeypatch):
     """A ViT with k = 2 beside a ConvNeXt with three grids, 40 images: all files are there and say what they are about."""
-    vit, conv = checkpoint("vit.pt", model="vit_nano", moe_layers="every2", k=2), checkpoint("conv.pt", moe_layers="every2", k=1)
-    run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40", "--all-choices", "--out", "deep/out")
+    vit = checkpoint("vit.pt", model="vit_nano", moe_layers="every2", k=2)
+    conv = checkpoint("conv.pt", moe_layers="every2", k=1)
+    run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40", "--all-choices",
+             "--out", "deep/out")
     assert sorted(os.listdir("deep/out")) == sorted(
         ["summary.json", "routing.csv", "routing_compare.csv", "report.html"] + [f"{figure[0]}.png" for figure in FIGURES])
     summary = json.loads(Path("deep/out/summary.json").read_text())
@@ -507,6 +521,14 @@ def test_folders_have_class_and_position_only(checkpoint, monkeypatch):
     run_main(monkeypatch, checkpoint("a.pt", moe_layers="last2"), "--data", "images", "--workers", "0", "--out", "out")
     summary = json.loads(Path("out/summary.json").read_text())
     assert set(summary["layers"][0]["information"]) == {"class", "position"} and summary["images"] == 2
+
+
+def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
+    """Data of other classes is refused, with their names."""
+    os.makedirs("images/zebra")
+    Image.new("RGB", (32, 32)).save("images/zebra/1.png")
+    with pytest.raises(ValueError, match="zebra"):
+        run_main(monkeypatch, checkpoint("a.pt", moe_layers="last2"), "--data", "images", "--workers", "0", "--out", "out")
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -551,5 +573,6 @@ def test_train_then_inspect(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "written to out/: report.html" in done.stdout and (tmp_path / "out/report.html").stat().st_size > 50_000
     wrong = python(ROOT / "inspect_experts.py", "run/best.pt", "--data", "nowhere", "--out", "out2")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no data at 'nowhere'") and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no data at 'nowhere'")
+    assert "Traceback" not in wrong.stderr
     assert not (tmp_path / "out2").exists()
