@@ -43,9 +43,9 @@ from eval import (auto_workers, eval_loader, eval_transform, load_checkpoint, ma
 
 def crosstab(rows, columns, R, C):
     """How often each pair occurs: rows and columns (same shape), int64 -> counts (R, C) int64. A row of -1 is left out."""
-    cells = (rows % (R + 1) * C + columns).flatten()  # -1 % (R + 1) = R: one more row, cut off below
+    cells = ((rows + 1) * C + columns).flatten()  # the rows that are -1 come first in the table, and are cut off
     table = torch.zeros((R + 1) * C, dtype=torch.int64, device=cells.device)
-    return table.scatter_add_(0, cells, torch.ones_like(cells)).view(R + 1, C)[:R]
+    return table.scatter_add_(0, cells, torch.ones_like(cells)).view(R + 1, C)[1:]
 
 
 def mutual_information(counts):
