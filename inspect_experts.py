@@ -8,7 +8,7 @@ follow. Writes DIR/report.html (one file, opens from disk), DIR/summary.json (al
 class, expert, tokens, share of the class's tokens) and the report's figures as PNG.
 
 As in the paper a token counts for its first choice. The class token of a ViT has no place in the image: it is counted
-apart, and everything else is about the patches. Counting is done as the images pass by; memory does not grow with them.
+apart, and everything else is about the patches. Counting is done as the images pass by: but for its label, nothing is kept of an image.
 
 Letters: B images, N patches per image, M images in all, E experts, K counted choices per token (1, or k).
 """
@@ -343,7 +343,7 @@ SVG_MARKS = dict(rect=svg_rect, line=svg_line, text=svg_text, image=svg_image)
 def encode(picture, kind):
     """The bytes of a JPEG or PNG file."""
     file = io.BytesIO()
-    picture.save(file, kind, quality=85, optimize=True)
+    picture.save(file, kind, quality=85)
     return file.getvalue()
 
 
@@ -423,7 +423,7 @@ def tiles(title, pictures, labels, per_row):
 
 def plot(title, curves, colours, x_label, x_ticks, y_ticks):
     """Curves, each a list of (x, y), over the range of the ticks. The title says what y is."""
-    panel, left, right, top, bottom = Panel(title, 190), 34, WIDTH - 8, 6, 150
+    panel, left, right, top, bottom = Panel(title, 190), 34, WIDTH - 12, 6, 150
 
     def place(x, y):
         return (left + (x - x_ticks[0]) / max(1, x_ticks[-1] - x_ticks[0]) * (right - left),
@@ -454,7 +454,8 @@ def matrix(title, values, rows, columns, left):
         for j, value in enumerate(row):
             panel.rect(left + j * w, 18 + i * h, w - 1, h - 1, BLUE, 0.04 + 0.7 * value)
             if w >= 18:
-                panel.text(left + (j + 0.48) * w, 18 + (i + 0.65) * h, f"{value:.2f}".lstrip("0"), "middle", 10)
+                text = f"{value:.2f}".lstrip("0") if value < 0.995 else "1"
+                panel.text(left + (j + 0.48) * w, 18 + (i + 0.65) * h, text, "middle", 10)
     return panel
 
 
@@ -518,12 +519,13 @@ def draw_classes(run):
     left, C, E, top = 110, *shares[0].shape, max(share.max().item() for share in shares)
     h, w = min(18, max(360, min(C, 1000)) / C), (WIDTH - left) / E  # of a cell; at least a pixel high up to 1,000 classes
     for block, share in zip(run.blocks, shares):
-        panel = Panel(f"block {block}, strongest: {100 * top:.0f}% of a class", C * h + 18)
+        panel = Panel(f"block {block}, strongest: {100 * top:.0f}% of a class", C * h + 24)
         for e in range(0, E, math.ceil(14 / w)):
             panel.text(left + (e + 0.5) * w, 11, e, "middle")
         panel.image(left, 16, WIDTH - left, C * h, tint(share / top, BLUE))
         for c in range(0, C, math.ceil(12 / h)):
-            panel.text(left - 5, 16 + c * h + max(9, h / 2 + 4), short(run.classes[c], 17), "end", 10)
+            name = run.classes[c] if h >= 12 else f"{c} {run.classes[c]}"  # with its number where not all have room
+            panel.text(left - 5, 16 + c * h + max(9, h / 2 + 4), short(name, 17), "end", 10)
         yield panel
 
 
