@@ -8,7 +8,8 @@ follow. Writes DIR/report.html (one file, opens from disk), DIR/summary.json (al
 class, expert, tokens, share of the class's tokens) and the report's figures as PNG.
 
 As in the paper a token counts for its first choice. The class token of a ViT has no place in the image: it is counted
-apart, and everything else is about the patches. Counting is done as the images pass by: but for its label, nothing is kept of an image.
+apart, and everything else is about the patches. Counting is done as the images pass by; but for its label, nothing is
+kept of an image.
 
 Letters: B images, N patches per image, M images in all, E experts, K counted choices per token (1, or k).
 """
