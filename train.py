@@ -198,6 +198,13 @@ def draw_seed(*numbers):
     return mixed
 
 
+def seed_draws(device, *numbers):
+    """Start the draws of this process, on the CPU and its device, from several whole numbers."""
+    # On a CPU torch.manual_seed() would also write down a stack trace, for the GPU that might come.
+    seed = torch.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
+    seed(draw_seed(*numbers))
+
+
 def train_transform(config):
     """Augmentation of one image by the recipe: uint8 (3, H, W) -> uint8 (3, S, S)."""
     if config["crop_scale"] < 1:
@@ -524,10 +531,10 @@ def train_step(run, parts):
         report_unreadable(run, unreadable)
         images = normalize(images.to(run.device, non_blocking=True), MEAN, STD).contiguous(memory_format=run.layout)
         targets = labels.to(run.device, non_blocking=True)
-        torch.manual_seed(draw_seed(config["seed"], run.step, part))
+        seed_draws(run.device, config["seed"], run.step, part)
         if run.mixer:
             images, targets = run.mixer(images, targets)
-        torch.manual_seed(draw_seed(config["seed"], run.step, part, run.rank))  # noise and drop path, own to each process
+        seed_draws(run.device, config["seed"], run.step, part, run.rank)  # noise and drop path, own to each process
         send = run.world == 1 or part == accumulate - 1  # DDP averages the gradients over the processes once per step
         with nullcontext() if send else run.net.no_sync():
             with autocast(run.device, run.dtype):
@@ -610,7 +617,7 @@ def validate_epoch(run):
 
 def report_unreadable(run, indices):
     """Name each image that could not be read, once."""
-    for index in set(indices[indices >= 0].tolist()) - run.unreadable:
+    for index in set(indices.tolist()) - run.unreadable - {-1}:
         run.unreadable.add(index)
         tqdm.write(f"warning: cannot read {run.train_set.path(index)}: the next image takes its place", file=sys.stderr)
 
