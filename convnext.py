@@ -117,7 +117,7 @@ class ConvNeXt(nn.Module):
         isotropic = len(depths) == 1
         shrink = patch_size * 2 ** (len(depths) - 1)
         if image_size % shrink:
-            raise ValueError(f"image size {image_size} is not a multiple of {shrink}, by which the stem and the stages divide it")
+            raise ValueError(f"image size {image_size} is not a multiple of {shrink}, by which stem and stages divide it")
         self.image_size = image_size
         self.moe_blocks = place_moe(moe_layers, depths)
         self.grids = []

@@ -89,8 +89,8 @@ def assign_slots(experts, num_experts, capacity, priority=None):
 def cv_squared(x):
     """Squared coefficient of variation of x (E,): var / mean^2, with the population variance (divide by E).
 
-    No square root on the way: (sqrt(var) / mean)^2 is the same number, but where all experts are equal the root's derivative
-    is infinite and the gradient NaN, just when the router is perfect. Also 0, with a finite gradient, for E = 1.
+    No square root on the way: (std / mean)^2 is the same number, but where all experts are equal the derivative of the
+    root is infinite and the gradient NaN, just when the router is perfect. 0, with a finite gradient, for E = 1.
     """
     return x.var(correction=0) / x.mean().square()
 
@@ -110,8 +110,8 @@ def load_loss(logits, noisy_logits, k, noise_std):
     is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is
     P(logit + noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over
     tokens, it is the load (E,). With noise_std = 0 the probability is 0 or 1: the plain count, which has no gradient.
-    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert. Once an expert is
-    many noise_std away from every top k, Phi and its gradient are 0: then only the importance loss can bring it back.
+    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert. Far below every
+    threshold Phi is flat: an expert that nobody chooses can be brought back by the importance loss only.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std == 0:
@@ -166,7 +166,7 @@ def combine(rows, weights, order):
 
 
 class MLP(nn.Sequential):
-    """The dense MLP of a ViT or ConvNeXt block, (..., D) -> (..., D). It is what the experts are copies of."""
+    """The dense MLP of a ViT or ConvNeXt block, (..., D) -> (..., D). Each expert is one of these."""
 
     def __init__(self, dim, hidden):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -247,13 +247,13 @@ class Experts(nn.Module):
 def use_grouped_mm(rows, w1):
     """Which of the two ways to run the experts: True for one kernel, False for the loop.
 
-    On a CPU the loop is the faster one (python moe.py prints both). On a GPU the loop would wait for the counts to reach
-    the host and start 2E small kernels; and torch.compile cannot trace a loop whose shapes depend on the data. The kernel
+    On a CPU the loop is the faster one (python moe.py prints both). On a GPU it would wait for the counts to reach the
+    host and start 2E small kernels, and torch.compile cannot trace a loop whose shapes depend on the data. The kernel
     does not know float64 and wants both widths to be multiples of 16 bytes.
     """
-    itemsize = compute_dtype(rows).itemsize
-    aligned = all(width * itemsize % 16 == 0 for width in w1.shape[1:])
-    return (rows.is_cuda or torch.compiler.is_compiling()) and rows.dtype != torch.float64 and aligned
+    dtype = compute_dtype(rows)
+    possible = dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in w1.shape[1:])
+    return possible and (rows.is_cuda or torch.compiler.is_compiling())
 
 
 def compute_dtype(rows):
@@ -278,8 +278,8 @@ def grouped_experts(rows, counts, w1, b1, w2, b2):
     """All experts in one kernel per linear layer, without asking the GPU for the counts. Arguments and result as Experts.
 
     The kernel leaves rows behind the last group unset (whatever was in memory, even NaN), in its output and in the
-    gradient of its input. So there are none here: the last group takes the ownerless rows along, and the mask at the end
-    makes them 0, forward and backward.
+    gradient of its input. So there are none: the last group takes the ownerless rows along, and the mask at the end makes
+    them 0, forward and backward.
     """
     R, dtype = len(rows), compute_dtype(rows)
     ends = counts.cumsum(0)  # (E,) the row behind each expert's last
@@ -310,8 +310,8 @@ class MoE(nn.Module):
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} experts per token, but the layer has {num_experts}: k must be 1 to {num_experts}")
         if min(capacity_factor or 1, eval_capacity_factor or 1) <= 0 or router_noise < 0:
-            raise ValueError(f"capacity factors {capacity_factor} and {eval_capacity_factor} must be above 0 (or None), router "
-                             f"noise {router_noise} at least 0")
+            raise ValueError(f"capacity factors {capacity_factor} and {eval_capacity_factor} must be above 0 (or None), "
+                             f"router noise {router_noise} at least 0")
         self.num_experts, self.k = num_experts, k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.batch_priority = batch_priority
@@ -347,6 +347,12 @@ class MoE(nn.Module):
         capacity = expert_capacity(len(experts), self.k, self.num_experts, factor)
         return assign_slots(experts, self.num_experts, capacity, gates[:, 0] if self.batch_priority else None)
 
+    def multiply_adds(self, x):
+        """For count_flops(): each token of x (..., D) meets the router and k experts."""
+        router = sum(weight.numel() for weight in self.router.parameters() if weight.ndim == 2)
+        expert = self.experts.w1[0].numel() + self.experts.w2[0].numel()
+        return x.numel() // x.shape[-1] * (router + self.k * expert)
+
 
 # ---------------------------------------------------------------- around the layer
 
@@ -357,6 +363,38 @@ def count_parameters(model):
     idle = sum(sum(p.numel() for p in layer.experts.parameters()) * (layer.num_experts - layer.k) // layer.num_experts
                for layer in model.modules() if isinstance(layer, MoE))
     return total, total - idle
+
+
+@torch.no_grad()
+def count_flops(model, image_size):
+    """Multiply-adds (an int) of one image (3, S, S) through the model in evaluation, the unit of the papers' "FLOPs".
+
+    Counted by hooks: linear layers and convolutions by their output, attention and MoE by their method multiply_adds();
+    norms, activations and additions are left out, as is usual. (torch's FlopCounterMode sees 0 in grouped_mm.) MoE
+    layers are not run: so a model on torch's meta device can be counted, which needs neither weights nor time.
+    """
+    total, was_training = 0, model.training
+
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            total += output.numel() * module.weight[0].numel()
+        elif hasattr(module, "multiply_adds"):
+            total += module.multiply_adds(*inputs)
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        layer.forward = lambda x: (x, None)
+    try:
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+    finally:  # leave the model as it was
+        model.train(was_training)
+        for layer in layers:
+            del layer.forward
+        for hook in hooks:
+            hook.remove()
+    return total
 
 
 def mean_balance_loss(routings):
@@ -370,26 +408,25 @@ def mean_balance_loss(routings):
 
 @torch.no_grad()
 def upcycle(dense_state_dict, model, exact=True):
-    """Start a sparse model from the weights of the dense model of the same backbone: every expert is the dense MLP.
+    """Start a sparse model from the weights of the dense model of the same backbone: every expert is its MLP.
 
-    The kept gates sum to less than 1, so copies alone would shrink the layer's output. exact=True makes the sparse model
-    compute the dense function at the start (in evaluation, without a capacity limit): equal router rows give every expert
-    the gate 1/E, K of them sum to K/E, and w2 and b2 are multiplied by E/K. The router noise then breaks the tie, so do
-    not turn it off. exact=False copies and leaves the router its random start. The skip that a sparse ConvNeXt block adds
-    has no counterpart in a dense one: exact=True switches it off for good (the block's buffer `skip` becomes 0).
+    The kept gates sum to less than 1, so copies alone would shrink the layer's output. With exact=True the sparse model
+    computes the dense function at the start (in evaluation, without a capacity limit): equal router codes give every
+    expert the gate 1/E, K of them sum to K/E, and w2 and b2 are multiplied by E/K. The router noise then breaks the tie,
+    so leave it on. The skip that a sparse ConvNeXt block adds is switched off for good (its buffer `skip` becomes 0), as
+    a dense block has none. exact=False only copies: random router, w2 and b2 as they are, skip on.
     Raises KeyError or RuntimeError naming what does not fit.
     """
     state = dict(dense_state_dict)
     for name, layer in model.named_modules():
-        if not isinstance(layer, MoE):
-            continue
-        w1, b1, w2, b2 = (state.pop(f"{name}.{leaf}") for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"))
-        scale = layer.num_experts / layer.k if exact else 1.0
-        for stacked, dense in zip(layer.experts.parameters(), (w1.T, b1, scale * w2.T, scale * b2)):
-            stacked.copy_(dense)  # the same for all E
-        if exact:
-            layer.router.codes.copy_(layer.router.codes[0].clone())
-        state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+        if isinstance(layer, MoE):
+            w1, b1, w2, b2 = (state.pop(f"{name}.{leaf}") for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"))
+            scale = layer.num_experts / layer.k if exact else 1.0
+            for stacked, dense in zip(layer.experts.parameters(), (w1.T, b1, scale * w2.T, scale * b2)):
+                stacked.copy_(dense)  # the same for all E
+            if exact:
+                layer.router.codes.copy_(layer.router.codes[0].clone())
+            state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     state |= {name: torch.zeros_like(skip) if exact else skip for name, skip in model.named_buffers()}
     model.load_state_dict(state)
 
@@ -398,13 +435,13 @@ def upcycle(dense_state_dict, model, exact=True):
 
 
 def compare(tokens, dim, hidden, num_experts, k, device, rounds):
-    """Median seconds, forward + backward, of a dense MLP on tokens * k rows and of the whole MoE layer with either path.
+    """Time a dense MLP on tokens * k rows, and the whole layer with either path, forward + backward.
 
-    Returns ({"dense": s, "loop": s, "grouped_mm": s}, largest difference between the two paths' outputs).
+    Returns (median seconds {"dense": s, "loop": s, "grouped_mm": s}, largest difference between the two paths' outputs).
     """
     layer, dense = MoE(dim, hidden, num_experts, k).to(device), MLP(dim, hidden).to(device)
-    x = torch.randn(tokens, dim, device=device, requires_grad=True)
-    rows = torch.randn(tokens * k, dim, device=device, requires_grad=True)
+    nn.init.normal_(layer.experts.b1), nn.init.normal_(layer.experts.b2)  # or a wrong bias would not show
+    x, rows = (torch.randn(n, dim, device=device, requires_grad=True) for n in (tokens, tokens * k))
     paths = {"loop": loop_experts, "grouped_mm": grouped_experts}
     seconds, outputs = {"dense": [], "loop": [], "grouped_mm": []}, {}
     for name in list(seconds) * (rounds + 1):  # in turn, so that all meet the same moods of the machine
@@ -432,13 +469,13 @@ def clock(device):
 
 
 if __name__ == "__main__":
-    device, rounds, times = ("cuda", 31, 8) if torch.cuda.is_available() else ("cpu", 7, 1)
-    print(f"Forward + backward in ms, median of {rounds} interleaved runs on {device}, torch {torch.__version__}. The ratios "
-          f"are to dense.\nHere the layer takes the {'grouped_mm' if device == 'cuda' else 'loop'} path by itself.\n\n"
+    device, rounds, times = ("cuda", 31, 8) if torch.cuda.is_available() else ("cpu", 11, 1)
+    print(f"Forward + backward in ms, median of {rounds} interleaved runs on {device}, torch {torch.__version__}; ratios to "
+          f"dense.\nBy itself the layer takes the {'grouped_mm' if device == 'cuda' else 'loop'} path here.\n\n"
           f"{'':<58}{'dense':>7}{'loop':>8}{'ratio':>7}{'grouped_mm':>12}{'ratio':>7}{'difference':>12}")
     for name, T, D, H, E, K in (("ViT-S", 6272, 384, 1536, 8, 2), ("ViT-S", 6272, 384, 1536, 16, 1),
                                 ("ConvNeXt-T stage 4", 1568, 768, 3072, 4, 1)):
         ms, difference = compare(times * T, D, H, E, K, device, rounds)
         dense, loop, grouped = (1e3 * ms[path] for path in ("dense", "loop", "grouped_mm"))
-        shape = f"{name}: {times * T} tokens, {D} -> {H}, E {E}, k {K}"
-        print(f"{shape:<58}{dense:>7.1f}{loop:>8.1f}{loop / dense:>7.2f}{grouped:>12.1f}{grouped / dense:>7.2f}{difference:>12.1e}")
+        print(f"{f'{name}: {times * T} tokens, {D} -> {H}, E {E}, k {K}':<58}{dense:>7.1f}{loop:>8.1f}{loop / dense:>7.2f}"
+              f"{grouped:>12.1f}{grouped / dense:>7.2f}{difference:>12.1e}")

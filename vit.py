@@ -53,6 +53,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def multiply_adds(self, x):
+        """For moe.count_flops(): q k^T and its product with v, beside what the linear layers count themselves."""
+        B, N, D = x.shape
+        return 2 * B * N * N * D
+
     def forward(self, x):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)

@@ -18,8 +18,9 @@ from torchvision.ops import StochasticDepth
 
 import convnext
 import vit
+from conftest import needs_compile
 from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano, convnext_s, convnext_t
-from moe import MLP, MoE, count_parameters
+from moe import MLP, MoE, count_flops, count_parameters, mean_balance_loss, upcycle
 from vit import ViT, vit_b, vit_nano, vit_s, vit_ti
 
 PRESETS = [vit_nano, vit_ti, vit_s, vit_b,
@@ -625,3 +626,109 @@ def test_token_and_positions_of_a_vit_start_apart():
     model = vit_s(depth=1)
     assert abs(model.pos_embed.std() - 0.02) < 0.001  # 197 * 384 = 75,648 values
     assert 0.01 < model.class_token.std() < 0.03  # 384 values
+
+
+# ---------------------------------------------------------------- compile, upcycle
+
+
+@pytest.mark.slow
+@needs_compile
+@pytest.mark.parametrize("model", [
+    ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
+    ConvNeXt(image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0)], ids=["vit", "convnext"])
+def test_a_compiled_model_is_the_same_model(model):
+    """torch.compile(fullgraph=True) of a sparse model: the same loss to 1e-5, in training and in evaluation."""
+    images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
+    compiled = torch.compile(model, fullgraph=True)
+    for training in (True, False):
+        model.train(training)
+        losses = []
+        for run in (model, compiled):
+            logits, routings = run(images, return_routing=True)
+            losses.append(F.cross_entropy(logits, labels) + mean_balance_loss(routings))
+        assert_close(*losses, atol=1e-5, rtol=1e-5)
+        if training:
+            losses[1].backward()  # the backward graph compiles, too
+
+
+def dense_and_sparse(preset, **options):
+    """A dense model with random weights and biases, and a sparse one of the same backbone."""
+    dense = preset(num_classes=5)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # zero biases would hide a forgotten one
+    return dense.eval(), preset(num_classes=5, moe_layers="last2", num_experts=4, **options).eval()
+
+
+@pytest.mark.parametrize("router", ["linear", "cosine", "l2"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def test_an_upcycled_model_starts_as_the_dense_one(preset, k, router):
+    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP, no added skip: the dense logits to 1e-6."""
+    dense, sparse = dense_and_sparse(preset, k=k, router=router)
+    upcycle(dense.state_dict(), sparse)
+    images = torch.randn(3, 3, 32, 32)
+    assert_close(sparse(images), dense(images), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def test_an_upcycled_model_learns(preset):
+    """After upcycling the router's noise separates the experts: they get different gradients."""
+    dense, sparse = dense_and_sparse(preset, k=1)
+    upcycle(dense.state_dict(), sparse)
+    F.cross_entropy(sparse.train()(torch.randn(8, 3, 32, 32)), torch.arange(8) % 5).backward()
+    w1 = next(module for module in sparse.modules() if isinstance(module, MoE)).experts.w1
+    assert (w1.grad[0] != w1.grad[1]).any()
+
+
+def test_upcycling_may_copy_only():
+    """exact=False: every expert is the MLP itself, the router keeps its random start."""
+    dense, sparse = dense_and_sparse(vit_nano, k=1)
+    codes = sparse.blocks[3].mlp.router.codes.clone()
+    upcycle(dense.state_dict(), sparse, exact=False)
+    layer = sparse.blocks[3].mlp
+    assert torch.equal(layer.router.codes, codes)
+    for e in range(4):
+        assert torch.equal(layer.experts.w2[e], dense.blocks[3].mlp[2].weight.T), "nn.Linear keeps (outputs, inputs)"
+
+
+def test_the_switched_off_skip_survives_saving():
+    """An upcycled ConvNeXt remembers in its state_dict that it has no added skip."""
+    dense, sparse = dense_and_sparse(convnext_nano, k=1)
+    upcycle(dense.state_dict(), sparse)
+    again = convnext_nano(num_classes=5, moe_layers="last2", num_experts=4, k=1).eval()
+    again.load_state_dict(sparse.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(again(images), dense(images), atol=1e-6, rtol=1e-6)
+
+
+def test_upcycling_names_what_does_not_fit():
+    """A checkpoint of another backbone is refused with the name of the first tensor that is missing."""
+    with pytest.raises(KeyError, match=r"blocks\.1\.mlp\.0\.weight"):
+        upcycle(convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2"))
+
+
+# ---------------------------------------------------------------- multiply-adds
+
+
+def test_flops_of_a_vit_by_hand():
+    """A 1-block ViT of width 8 on 4 patches and a class token: every product counted once."""
+    model = ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=2, num_classes=3)
+    patches = 4 * 8 * (3 * 4 * 4)
+    attention = 5 * (8 * 24 + 8 * 8) + 2 * 5 * 5 * 8  # qkv and proj for each of 5 tokens; q k^T and its product with v
+    mlp = 5 * 2 * 8 * 32
+    assert count_flops(model, 8) == patches + attention + mlp + 8 * 3
+
+
+def test_flops_of_a_depthwise_convolution():
+    """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: one isotropic block by hand."""
+    model = ConvNeXt(image_size=8, patch_size=4, depths=(1,), widths=(6,), num_classes=3)
+    stem, positions = 4 * 6 * (3 * 4 * 4), 4
+    assert count_flops(model, 8) == stem + positions * (6 * 49 + 2 * 6 * 24) + 6 * 3
+
+
+def test_sparse_costs_k_experts_whatever_their_number():
+    """k = 2 experts of the MLP's size cost two MLPs, whether there are 4 or 16; only the router grows, by 12 * 64 each."""
+    dense, few, many = (count_flops(vit_nano(3, moe_layers=layers, num_experts=E, k=2), 32)
+                        for layers, E in (("none", 1), ([3], 4), ([3], 16)))
+    assert few - dense == 17 * (2 * 64 * 256 + 4 * 64)  # 17 tokens
+    assert many - few == 17 * 12 * 64

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, combine, count_parameters, dispatch,
-                 expert_capacity, importance_loss, load_loss, mean_balance_loss, place_rows, top_k_gates)
+from conftest import needs_compile
+from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, combine, count_flops, count_parameters,
+                 dispatch, expert_capacity, grouped_experts, importance_loss, load_loss, loop_experts, mean_balance_loss,
+                 place_rows, top_k_gates, use_grouped_mm)
 
 
 def close(actual, expected, hint=""):
@@ -302,6 +304,128 @@ def test_experts_start_like_linear_and_all_different():
     assert not experts.b1.any() and not experts.b2.any()
 
 
+# ---------------------------------------------------------------- the two ways to run the experts
+
+
+def run_both(counts, num_rows, dtype):
+    """Outputs and gradients (rows, w1, b1, w2, b2) of the loop and of grouped_mm on the same random input."""
+    experts, results = Experts(len(counts), 16, 32), []
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    rows, grad = torch.randn(num_rows, 16), torch.randn(num_rows, 16)
+    for path in (loop_experts, grouped_experts):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (rows, *experts.parameters())]
+        answers = path(inputs[0], torch.tensor(counts), *inputs[1:])
+        answers.backward(grad.to(dtype))
+        results.append([answers] + [x.grad for x in inputs])
+    return results
+
+
+GROUPS = [  # rows per expert, number of rows: what is more belongs to nobody
+    pytest.param([3, 1, 2], 6, id="every expert"), pytest.param([0, 4, 0], 4, id="all on one"),
+    pytest.param([2, 0, 3], 7, id="two dropped"), pytest.param([4, 2, 0], 9, id="dropped behind an idle expert"),
+    pytest.param([0, 0, 0], 4, id="all dropped"), pytest.param([0, 1, 0], 1, id="one token"),
+    pytest.param([1, 0, 1, 0, 0, 0, 0, 0], 2, id="fewer tokens than experts")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts, num_rows", GROUPS)
+def test_one_kernel_gives_what_the_loop_gives(counts, num_rows, dtype):
+    """grouped_mm and the loop agree in the answers and in all five gradients, with idle experts and dropped rows."""
+    for name, looped, grouped in zip(("answers", "rows", "w1", "b1", "w2", "b2"), *run_both(counts, num_rows, dtype)):
+        assert looped.dtype == grouped.dtype == dtype, name
+        error = (grouped - looped).float().norm() / looped.float().norm().clamp(min=1e-6)
+        hint = f"{name} are off by {error:.1%}: is the right bias added, and nothing to rows without an expert?"
+        assert error <= (1e-6 if dtype == torch.float32 else 2 ** -7), hint  # bfloat16 rounds to 2^-8 at each step
+
+
+def poisoned(grouped_mm):
+    """grouped_mm on a bad day: the rows behind the last offset, which the kernel leaves unset, are NaN."""
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, weight, offs):
+            ctx.save_for_backward(rows, weight, offs)
+            answers = grouped_mm(rows, weight, offs=offs).clone()
+            answers[offs[-1]:] = torch.nan
+            return answers
+
+        @staticmethod
+        def backward(ctx, grad):
+            rows, weight, offs = (x.detach() for x in ctx.saved_tensors)
+            with torch.enable_grad():
+                rows, weight = rows.requires_grad_(), weight.requires_grad_()
+                answers = grouped_mm(rows, weight, offs=offs)
+            rows_grad, weight_grad = torch.autograd.grad(answers, (rows, weight), grad)
+            rows_grad[offs[-1]:] = torch.nan
+            return rows_grad, weight_grad, None
+
+    return lambda rows, weight, offs: Poisoned.apply(rows, weight, offs)
+
+
+@pytest.mark.parametrize("counts, num_rows", GROUPS)
+def test_nothing_leaks_from_rows_that_the_kernel_leaves_unset(counts, num_rows, monkeypatch):
+    """Whatever is in memory behind the last group, answers and gradients are finite and those of dropped rows 0."""
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", poisoned(torch.nn.functional.grouped_mm))
+    looped, grouped = run_both(counts, num_rows, torch.float32)
+    for name, expected, actual in zip(("answers", "rows", "w1", "b1", "w2", "b2"), looped, grouped):
+        close(actual, expected, f"{name}: rows beyond the last offset are never written by the kernel")
+    assert not grouped[0][sum(counts):].any() and not grouped[1][sum(counts):].any()
+
+
+@pytest.mark.parametrize("dtype, dim, hidden, compiling, kernel", [
+    (torch.float32, 16, 32, True, True),
+    (torch.float32, 16, 32, False, False),  # a plain CPU: the loop is faster
+    (torch.float32, 6, 32, True, False),  # 6 * 4 = 24 bytes, not a multiple of 16
+    (torch.bfloat16, 16, 36, True, False),  # 36 * 2 = 72 bytes
+    (torch.bfloat16, 8, 24, True, True),
+    (torch.float64, 16, 32, True, False),  # the kernel refuses it
+])
+def test_which_way_is_taken(dtype, dim, hidden, compiling, kernel, monkeypatch):
+    """The kernel runs where it can and pays (GPU, torch.compile), the loop everywhere else."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert use_grouped_mm(torch.zeros(4, dim, dtype=dtype), torch.zeros(3, dim, hidden, dtype=dtype)) == kernel
+
+
+def test_autocast_reaches_the_kernel():
+    """Under autocast both ways compute in bfloat16, although autocast does not know grouped_mm."""
+    experts, rows, counts = Experts(2, 16, 32), torch.randn(5, 16), torch.tensor([2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        looped, grouped = (path(rows, counts, *experts.parameters()) for path in (loop_experts, grouped_experts))
+    assert looped.dtype == grouped.dtype == torch.bfloat16
+    close(grouped, looped)
+
+
+def test_both_ways_give_the_same_bits_twice():
+    """Two runs of a layer, forward and backward, are equal to the last bit: nothing is summed in a random order."""
+    x = torch.randn(64, 16)
+    for path in (loop_experts, grouped_experts):
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            layer = MoE(16, 32, 4, 2, capacity_factor=0.5)
+            layer.experts.forward = lambda rows, counts: path(rows, counts, *layer.experts.parameters())
+            y, routing = layer(x)
+            (y.square().sum() + routing.balance_loss).backward()
+            runs.append([y] + [parameter.grad for parameter in layer.parameters()])
+        assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+@needs_compile
+def test_compiled_layer_is_the_same_layer():
+    """torch.compile(fullgraph=True) takes the kernel, and gives the loop's loss and gradients to 1e-5."""
+    layer, x = MoE(16, 32, 4, 2, capacity_factor=1.0, router_noise=0.0), torch.randn(3, 10, 16)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):  # traced, without the wait for gcc
+        layer.zero_grad()
+        y, routing = run(x)
+        loss = y.square().mean() + routing.balance_loss
+        loss.backward()
+        results.append([loss.detach()] + [parameter.grad for parameter in layer.parameters()])
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- Router
 
 
@@ -540,3 +664,39 @@ def test_balance_loss_of_a_model_is_the_mean_over_its_layers():
     routings = [Routing(*[None] * 5, balance_loss=torch.tensor(value)) for value in (1.0, 4.0)]
     close(mean_balance_loss(routings), 2.5, "5: the sum")
     close(mean_balance_loss([]), 0.0)
+
+
+@pytest.mark.parametrize("router, router_cost", [("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3)])
+def test_flops_of_a_layer_by_hand(router, router_cost):
+    """A token costs the router and k of the E experts: 4 codes of width 6 (or a 6 -> 3 projection), 2 * 6 * 10 each."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2, router)))
+    stem = 4 * 6 * (3 * 2 * 2)  # a 4 x 4 image: 2 x 2 positions, 6 outputs of 12 inputs each
+    assert count_flops(model, 4) == stem + 4 * (router_cost + 2 * 2 * 6 * 10)
+
+
+def test_counting_flops_leaves_the_model_as_it_was():
+    """Hooks and stand-ins are gone afterwards: the layer routes again, in the mode it was in."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2))).train()
+    before = model.eval()(torch.ones(1, 3, 4, 4))
+    model.train()
+    count_flops(model, 4)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    close(model.eval()(torch.ones(1, 3, 4, 4)), before)
+
+
+class ToTokens(nn.Module):
+    """(B, C, H, W) -> (B, H * W, C)."""
+
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class FirstOutput(nn.Module):
+    """A layer's y without its Routing."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
