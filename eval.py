@@ -104,9 +104,9 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     k, notes = k or trained_k, []
     for i, expert in drop_experts:
         if not (0 <= i < len(layers) and 0 <= expert < E):
-            raise ValueError(f"--drop-expert {i}:{expert}: there are MoE layers 0 to {len(layers) - 1}, experts 0 to {E - 1}")
+            raise ValueError(f"--drop-expert {i}:{expert}: expected a MoE layer 0 to {len(layers) - 1}, expert 0 to {E - 1}")
         layers[i].router.register_forward_hook(partial(mute, expert=expert))
-        notes.append(f"expert {expert} of MoE layer {i} (block {model.moe_blocks[i]}) is never chosen")
+        notes.append(f"expert {expert} of MoE layer {i}, block {model.moe_blocks[i]}, is never chosen")
     left = E - max(len({expert for i, expert in drop_experts if i == layer}) for layer in range(len(layers)))
     if k > left:
         raise ValueError(f"k = {k} experts per token, but a MoE layer has only {left} to choose from: give --k 1 to {left}")
@@ -115,8 +115,8 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     if k != trained_k:
         notes.append(f"k = {k} instead of {trained_k}")
     if capacity_factor is not None:
-        notes.append(f"capacity factor {capacity_factor} (in training {trained_factor or 'no limit'}): a prediction depends on "
-                     f"the other images of its batch")
+        notes.append(f"capacity factor {capacity_factor} instead of {trained_factor or 'no limit'}; with a limit a "
+                     f"prediction depends on the other images of its batch")
     return notes
 
 
@@ -312,7 +312,7 @@ def draw_shapes(generator, n=500):
     shape, texture = draw(0, 4), draw(0, 4)
     row, column, radius = draw(12, 20), draw(12, 20), draw(10 * 256, 13 * 256)
     turn = draw(0, 7)
-    colours = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)[:, :3]  # object, its texture, background: all different
+    colours = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)[:, :3]  # three: object, texture, background
 
     # The pixel grid in the object's own frame: u to its right, v down, both (n, 32, 32) in 1/256 pixel.
     cos, sin = (torch.tensor(table, dtype=torch.int32)[turn].view(n, 1, 1) for table in (COSINES, SINES))
@@ -450,7 +450,7 @@ def eval_transform(image_size, crop_ratio):
 def normalize(images, mean, std):
     """uint8 (B, 3, S, S) on any device -> float32, (pixel / 255 - mean) / std per colour."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - mean) / std
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))  # one pass: a small model would wait for the memory
 
 
 def autocast(device, dtype):
@@ -499,7 +499,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     columns = None if columns is None else torch.tensor(columns, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
     broken = torch.tensor(-1, device=device)
-    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False, disable=None if progress else True):
+    hidden = None if progress else True  # None: hidden where nobody looks on, as in a file
+    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False, disable=hidden):
         if (unreadable >= 0).any():
             broken.fill_(unreadable.max())
             break
@@ -527,9 +528,9 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
 
 @torch.no_grad()
 def images_per_second(model, images, device, dtype):
-    """Speed of the model alone on a batch (B, 3, S, S): the median of 3 forward passes or, if fast, of a second full."""
+    """Speed of the model alone on a batch (B, 3, S, S): the median of 3 forward passes or, if fast, of all in 0.3 s."""
     seconds = []
-    while len(seconds) < 4 or sum(seconds) < 1:
+    while len(seconds) < 4 or sum(seconds) < 0.3:
         start = clock(device.type)
         with autocast(device, dtype):
             model(images)
@@ -546,22 +547,22 @@ ALEXNET = dict(  # its error per corruption, a mean over five severities: what m
 
 
 def open_parts(spec, split):
-    """{"": data set} or, for a folder of ImageNet-C's shape, {"fog/1": data set, ...} of its 15 x 5, ValueError if not all."""
+    """{"": data set} of a spec or, of a folder of ImageNet-C's shape, {"fog/1": data set, ...}. ValueError if not all 75."""
     folders = {f"{name}/{severity}": os.path.join(spec, name, severity) for name in ALEXNET for severity in "12345"}
     missing = [part for part, path in folders.items() if not os.path.isdir(path)]
     if len(missing) == len(folders):
         return {"": open_dataset(spec, split)}
     if missing:
-        raise ValueError(f"{spec} has ImageNet-C's shape, but {len(missing)} of its folders are missing ({missing[0]}, ...): "
+        raise ValueError(f"{spec} has ImageNet-C's shape, but {len(missing)} of 75 folders are missing ({missing[0]}, ...): "
                          f"expected 15 corruptions with severities 1 to 5")
     return {part: open_dataset(path, "all") for part, path in folders.items()}
 
 
 def corruption_errors(results):
-    """Percentages from {"fog/1": evaluate()'s result, ...}: dict(corruptions {"fog": [5 errors, mean, CE]}, mean_error, mce).
+    """Percent, from {"fog/1": evaluate()'s result, ...}: dict(corruptions: {"fog": [5 errors, mean, CE]}, mean_error, mce)
 
-    The mean error is the plain mean over all 75. A CE is a corruption's mean error in units of AlexNet's, and mCE is the
-    mean of these. They are two numbers of similar size, and one has been quoted as the other.
+    The mean error is the plain mean over all 75. A CE is a corruption's mean error divided by AlexNet's, and mCE is the
+    mean of the CE: two numbers of similar size, of which one has been quoted as the other.
     """
     table = {}
     for name, alexnet in ALEXNET.items():
@@ -578,7 +579,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.")
     flag = parser.add_argument
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, action="append", help="shapes, cifar10, cifar100, a folder, ... (top of eval.py); repeatable")
+    flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
     flag("--ignore-unmatched", action="store_true", help="leave out class folders that the checkpoint does not know")
@@ -638,9 +639,11 @@ def prepare(path, data, args):
     row["multiply_adds"] = count_flops(model, row["image_size"])
     data = {spec: {part: match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
                    for part, dataset in parts.items()} for spec, parts in data.items()}
-    for part, dataset in (item for parts in data.values() for item in parts.items()):
+    for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
         resized = eval_transform(row["image_size"], row["crop_ratio"])
-        dataset.transform = v2.CenterCrop(row["image_size"]) if part else resized  # ImageNet-C is resized already
+        if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
+            raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
+        dataset.transform = v2.CenterCrop(row["image_size"]) if part else resized
     return model, row, data
 
 
@@ -665,25 +668,26 @@ def measure(model, row, data, args, device, world, progress):
 
 
 def print_plan(row, data):
-    """What is being evaluated, and on what. Of ImageNet-C's 75 folders, each different note is printed once."""
+    """What is being evaluated, and on what. Of ImageNet-C's 75 parts, each different note is printed once."""
     print(f"{row['checkpoint']}: {row['config']['model']} after epoch {row['epoch']}, {row['weights']} weights")
     notes = [f"deviates from training: {deviation}" for deviation in row["deviations"]]
-    notes += [f"{spec}{part and ', each part'}: {dataset.note}" for spec, parts in data.items() for part, dataset in parts.items()]
+    for spec, parts in data.items():
+        notes += [f"{spec}{', each part' if part else ''}: {dataset.note}" for part, dataset in parts.items()]
     print("".join(f"  {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
 
 
 def print_results(rows):
     """A table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
-    wide, first = [max(17, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
+    wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
     print("\n" + " " * (first + 39) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
     print(f"{'checkpoint':<{first}}{'params M':>10}{'active M':>10}{'GFLOPs':>9}{'images/s':>10}"
           + "".join(f"{'top-1 %':>{width - 9}}{'top-5 %':>9}" for width in wide))
     for row in rows:
-        accuracies = [row["data"][spec] for spec in specs]
         print(f"{row['checkpoint']:<{first}}{row['params'] / 1e6:>10.2f}{row['active'] / 1e6:>10.2f}"
               f"{row['multiply_adds'] / 1e9:>9.3g}{row['images_per_s']:>10.0f}"
-              + "".join(f"{result['top1']:>{width - 9}.2f}{result['top5']:>9.2f}" for result, width in zip(accuracies, wide)))
+              + "".join(f"{row['data'][spec]['top1']:>{width - 9}.2f}{row['data'][spec]['top5']:>9.2f}"
+                        for spec, width in zip(specs, wide)))
     for row, spec, result in ((row, *item) for row in rows for item in row["data"].items() if "mce" in item[1]):
         print(f"\n{row['checkpoint']} on {spec}, error in % per severity\n{'corruption':<18}"
               + "".join(f"{title:>8}" for title in (1, 2, 3, 4, 5, "mean", "CE")))
