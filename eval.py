@@ -555,7 +555,11 @@ def open_parts(spec, split):
     if missing:
         raise ValueError(f"{spec} has ImageNet-C's shape, but {len(missing)} of 75 folders are missing ({missing[0]}, ...): "
                          f"expected 15 corruptions with severities 1 to 5")
-    return {part: open_dataset(path, "all") for part, path in folders.items()}
+    parts = {part: open_dataset(path, "all") for part, path in folders.items()}
+    uneven = [part for part, dataset in parts.items() if dataset.classes != parts["fog/1"].classes]
+    if uneven:  # they would be evaluated with logits restricted to different classes
+        raise ValueError(f"{spec}: {uneven[0]} has not the same class folders as fog/1, expected the same in all 75")
+    return parts
 
 
 def corruption_errors(results):
@@ -680,7 +684,7 @@ def print_results(rows):
     """A table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
     wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
-    print("\n" + " " * (first + 39) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
+    print("\n" + " " * (first + 39) * bool(specs) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
     print(f"{'checkpoint':<{first}}{'params M':>10}{'active M':>10}{'GFLOPs':>9}{'images/s':>10}"
           + "".join(f"{'top-1 %':>{width - 9}}{'top-5 %':>9}" for width in wide))
     for row in rows:

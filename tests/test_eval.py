@@ -798,7 +798,8 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
     two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
     both, plain = folder / "both.pt", folder / "plain.pt"
-    run(monkeypatch, both, plain, "--data", one, "--data", two, "--batch-size", 2, "--workers", 0, "--json", folder / "out.json")
+    run(monkeypatch, both, plain, "--data", one, "--data", two, "--batch-size", 2, "--workers", 0,
+        "--json", folder / "out.json")
     *_, names, header, first, second = capsys.readouterr().out.splitlines()
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
