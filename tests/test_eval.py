@@ -823,14 +823,15 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
 
 
 def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
-    """Before the table the command says which weights it takes and how it matched the classes of each data set."""
+    """Before the table the command says which weights it takes, EMA unless --raw, and how it matched the classes."""
     _, folder = saved_model
-    data = make_folder(folder / "data", ["b/0.png", "c/1.png"])
-    for flags, weights in [([], "EMA"), (["--raw"], "raw")]:
+    data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png"])
+    for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:  # EMA says "c", the raw weights "b"
         run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags)
-        assert capsys.readouterr().out.splitlines()[:2] == [
-            f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
-            f"  {data}: 2 images, 2 of 3 classes, logits restricted"]
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == [f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
+                             f"  {data}: 4 images, 2 of 3 classes, logits restricted"]
+        assert lines[-1].split()[5] == top1
 
 
 def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
