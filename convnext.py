@@ -13,6 +13,7 @@ Letters: B images, C channels (the width D of the MoE), H and W rows and columns
 K experts per token. T = B * H * W tokens, row by row.
 """
 
+import re
 from functools import partial
 from itertools import accumulate
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn as nn
 from torchvision.ops import StochasticDepth
 
-from moe import MLP, MoE
+from moe import MLP, MoE, count_flops, count_parameters, upcycle
 
 PLACEMENTS = ("none", "every2", "last2", "last3", "stage")
 
@@ -170,6 +171,35 @@ def init_weights(module, std):
         nn.init.zeros_(module.bias)
 
 
+# ---------------------------------------------------------------- weights from elsewhere
+
+TORCHVISION = (  # its names (in `features`, even numbers are the stem and the downsamplings, odd ones stages), and ours
+    (r"features\.0\.", lambda m: "stem."),
+    (r"features\.([246])\.", lambda m: f"downsample.{int(m[1]) // 2 - 1}."),
+    (r"features\.([1357])\.", lambda m: f"stages.{int(m[1]) // 2}."),
+    (r"block\.0\.", lambda m: "dwconv."),
+    (r"block\.2\.", lambda m: "norm."),
+    (r"block\.3\.", lambda m: "mlp.0."),
+    (r"block\.5\.", lambda m: "mlp.2."),
+    (r"layer_scale", lambda m: "gamma"),
+    (r"classifier\.0\.", lambda m: "norm."),
+    (r"classifier\.2\.", lambda m: "head."))
+
+
+def load_torchvision(model, state_dict):
+    """Load weights of torchvision's convnext_tiny, _small, _base or _large into the same sizes of ours.
+
+    A sparse model is upcycled (moe.upcycle); a head for another number of classes stays fresh. Any image size fits.
+    Returns the names left fresh; ValueError names the first tensor that does not fit.
+    """
+    state = {}
+    for name, weight in state_dict.items():
+        for theirs, ours in TORCHVISION:
+            name = re.sub(theirs, ours, name)
+        state[name] = weight.flatten() if name.endswith("gamma") else weight  # (C, 1, 1) -> (C,)
+    return upcycle(state, model)
+
+
 # ---------------------------------------------------------------- presets: the paper's sizes, and one for a laptop
 # options: moe_layers="none", num_experts=8, k=1, expert_ratio=4, router="linear", ... as in ConvNeXt above.
 
@@ -203,3 +233,33 @@ def convnext_iso_s(num_classes=1000, **options):
 def convnext_iso_b(num_classes=1000, **options):
     """Isotropic ConvNeXt-B: 18 blocks of width 768 on 14x14 positions; 87.1M when dense, 153.2M with last2."""
     return ConvNeXt(**dict(patch_size=16, depths=(18,), widths=(768,)) | options, num_classes=num_classes)
+
+
+# ---------------------------------------------------------------- python convnext.py: the paper's Table 1 beside ours
+
+FOUR = dict(moe_layers="last2", num_experts=4, expert_ratio=2)
+TABLE = (  # name, preset, options, and the paper's params (M), active params (M), GFLOPs, with a note
+    ("ConvNeXt-T", convnext_t, {}, 28.6, 28.6, 4.5, ""),
+    ("ConvNeXt-T-4", convnext_t, FOUR, 34.5, 25.6, 4.2, ""),
+    ("ConvNeXt-S", convnext_s, {}, 50.0, 50.0, 8.7, ""),
+    ("ConvNeXt-S-4", convnext_s, FOUR, 56.1, 47.3, 8.5, ""),
+    ("ConvNeXt-B", convnext_b, {}, 88.6, 88.6, 15.4, ""),
+    ("ConvNeXt-B-4", convnext_b, FOUR, 99.1, 83.4, 15.0, ""),
+    ("ConvNeXt-S iso", convnext_iso_s, {}, 22.3, 22.3, 4.3, ""),
+    ("ConvNeXt-S-8 iso", convnext_iso_s, dict(moe_layers="last2"), 38.9, 22.3, 4.3, ""),
+    ("ConvNeXt-B iso", convnext_iso_b, {}, 82.4, 82.4, 16.9, "the official code has 87.1"),
+    ("ConvNeXt-B-8 iso", convnext_iso_b, dict(moe_layers="last2"), 115.4, 82.4, 16.9, "115.4 counts one MoE layer of two"))
+
+
+def print_table():
+    """One line per row of TABLE. Built on the meta device: it takes seconds and no memory."""
+    print(f"{'':<17}{'params M':>18}{'active M':>18}{'GFLOPs':>18}\n{'':<17}" + f"{'paper':>10}{'ours':>8}" * 3)
+    for name, preset, options, *paper, note in TABLE:
+        with torch.device("meta"):
+            model = preset(**options)
+        ours = [count / 1e6 for count in count_parameters(model)] + [count_flops(model, 224) / 1e9]
+        print(f"{name:<17}" + "".join(f"{a:>10.1f}{b:>8.1f}" for a, b in zip(paper, ours)) + f"  {note}".rstrip())
+
+
+if __name__ == "__main__":
+    print_table()

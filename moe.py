@@ -407,28 +407,40 @@ def mean_balance_loss(routings):
 
 
 @torch.no_grad()
-def upcycle(dense_state_dict, model, exact=True):
-    """Start a sparse model from the weights of the dense model of the same backbone: every expert is its MLP.
+def upcycle(state_dict, model, exact=True):
+    """Load the weights of a model of the same backbone, dense or sparse: a list of the names that were left fresh.
 
-    The kept gates sum to less than 1, so copies alone would shrink the layer's output. With exact=True the sparse model
-    computes the dense function at the start (in evaluation, without a capacity limit): equal router codes give every
-    expert the gate 1/E, K of them sum to K/E, and w2 and b2 are multiplied by E/K. The router noise then breaks the tie,
-    so leave it on. The skip that a sparse ConvNeXt block adds is switched off for good (its buffer `skip` becomes 0), as
-    a dense block has none. exact=False only copies: random router, w2 and b2 as they are, skip on.
-    Raises KeyError or RuntimeError naming what does not fit.
+    Where the weights have an MLP and the model a MoE, every expert becomes this MLP. The kept gates sum to less than 1,
+    so copies alone would shrink the layer's output. With exact=True the sparse model computes the dense function at the
+    start (in evaluation, without a capacity limit): equal router codes give every expert the gate 1/E, K of them sum to
+    K/E, and w2 and b2 are multiplied by E/K. The router noise then breaks the tie, so leave it on. The skip that a sparse
+    ConvNeXt block adds is switched off for good (its buffer `skip` becomes 0), as a dense block has none. exact=False only
+    copies: random router, w2 and b2 as they are, skip on.
+    A head for another number of classes stays fresh. ValueError names the first tensor that does not fit otherwise.
     """
-    state = dict(dense_state_dict)
+    state, own = dict(state_dict), model.state_dict()
+    fresh = [name for name in ("head.weight", "head.bias") if name in state and state[name].shape != own[name].shape]
+    state |= {name: own[name] for name in fresh}
     for name, layer in model.named_modules():
-        if isinstance(layer, MoE):
+        if isinstance(layer, MoE) and f"{name}.0.weight" in state:
             w1, b1, w2, b2 = (state.pop(f"{name}.{leaf}") for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"))
+            if w1.T.shape != layer.experts.w1.shape[1:]:
+                raise ValueError(f"{name}: the weights have an MLP {tuple(w1.T.shape)}, the model experts "
+                                 f"{tuple(layer.experts.w1.shape[1:])}: they must be of the same size to upcycle")
             scale = layer.num_experts / layer.k if exact else 1.0
             for stacked, dense in zip(layer.experts.parameters(), (w1.T, b1, scale * w2.T, scale * b2)):
                 stacked.copy_(dense)  # the same for all E
             if exact:
                 layer.router.codes.copy_(layer.router.codes[0].clone())
             state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
-    state |= {name: torch.zeros_like(skip) if exact else skip for name, skip in model.named_buffers()}
+            skip = name.removesuffix("mlp") + "skip"
+            state |= {skip: own[skip] * (not exact)} if skip in own else {}
+    for name in sorted(own.keys() | state.keys()):
+        there, here = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (state, own))
+        if there != here:
+            raise ValueError(f"the weights do not fit the model: {name} is {there} in the weights, {here} in the model")
     model.load_state_dict(state)
+    return fresh
 
 
 # ---------------------------------------------------------------- python moe.py: what does sparse cost?

@@ -27,33 +27,41 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import convnext
+import vit
 from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  normalize, open_dataset)
-from moe import count_parameters, mean_balance_loss
+                  load_checkpoint, normalize, open_dataset)
+from moe import count_parameters, mean_balance_loss, upcycle
 
 # ---------------------------------------------------------------- recipes
 # One dictionary per family; a flag of the same name overrides an entry. lr holds for a global batch of lr_batch and
 # is scaled linearly with the batch. The MoE entries are stand-ins, as the paper does not publish its own: noise,
 # capacity and balance weight are V-MoE's (Riquelme et al. 2021).
 
-MOE = dict(moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0, capacity_factor=1.05,
-           balance_weight=0.005)
-IMAGENET = MOE | dict(
+BASE = dict(
+    moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0, capacity_factor=1.05,
+    balance_weight=0.005, loss="softmax", decay="cosine")
+IMAGENET = BASE | dict(
     epochs=300, weight_decay=0.05, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaug=9, erasing=0.25, clip_grad=0.0,
-    crop_scale=0.08, flip=True, image_size=224, crop_ratio=0.875)
+    crop_scale=0.08, flip=1, image_size=224, crop_ratio=0.875)
 CONVNEXT = IMAGENET | dict(  # Liu et al. 2022, TRAINING.md
     k=1, lr=4e-3, lr_batch=4096, batch_size=4096, min_lr=1e-6, warmup_epochs=20, ema=0.9999)
 VIT = IMAGENET | dict(  # DeiT: Touvron et al. 2021, README_deit.md
     k=2, lr=1e-3, lr_batch=1024, batch_size=1024, min_lr=1e-5, warmup_epochs=5, drop_path=0.1, ema=0.99996)
-NANO = MOE | dict(  # ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps
+VMOE = IMAGENET | dict(  # V-MoE: Riquelme et al. 2021, appendix B; it reports 73.1% for S/32
+    k=2, lr=3e-3, lr_batch=8192, batch_size=8192, min_lr=1e-5, warmup_epochs=64.1, weight_decay=0.1, clip_grad=1.0,
+    loss="sigmoid", decay="linear", label_smoothing=0.0, mixup=0.2, cutmix=0.0, randaug=10, erasing=0.0, drop_path=0.0,
+    ema=0.0)  # 64.1 epochs are 10,000 steps
+NANO = BASE | dict(  # ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps
     batch_size=64, lr_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, drop_path=0.0, label_smoothing=0.0,
-    mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, clip_grad=1.0, ema=0.0, crop_scale=1.0, flip=False, image_size=32,
+    mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, clip_grad=1.0, ema=0.0, crop_scale=1.0, flip=0, image_size=32,
     crop_ratio=1.0, capacity_factor=0.0)
 RECIPES = dict(
     convnext_nano=NANO | dict(k=1, lr=4e-3, steps=1250),
@@ -63,7 +71,14 @@ RECIPES = dict(
     convnext_iso_s=CONVNEXT | dict(drop_path=0.1, warmup_epochs=50),
     convnext_iso_b=CONVNEXT | dict(drop_path=0.2, warmup_epochs=50),
     vit_nano=NANO | dict(k=2, lr=3e-3, steps=1750),
-    vit_ti=VIT, vit_s=VIT, vit_b=VIT)
+    vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT, vmoe_s32=VMOE)
+# With --init-from, on top of the model's recipe (but for the nano models): ConvNeXt's and DeiT III's fine-tuning from 21k
+# to 1k, without ConvNeXt's layer-wise decay of the learning rate.
+CONVNEXT_TUNE = dict(epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
+VIT_TUNE = dict(epochs=50, lr=3e-4, lr_batch=2048, batch_size=2048, weight_decay=0.02)
+# The torchvision model whose weights fit, for --init-from torchvision.
+TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
+                   convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
 
 
 def parse_args(argv=None):
@@ -73,6 +88,8 @@ def parse_args(argv=None):
     flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
     flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
+    flag("--init-from", help="start from `torchvision`'s ImageNet weights or from a checkpoint of ours; a dense one is upcycled")
+    flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
     flag("--seed", type=int, default=0, help="start of all random draws (default: 0)")
 
     flag("--moe-layers", help="none, every2, last2, last3, stage, or block indices such as 3,5")
@@ -88,18 +105,24 @@ def parse_args(argv=None):
     flag("--batch-size", type=int, help="global: images per step over all processes")
     flag("--accumulate", type=int, default=1, help="split each step's batch into this many passes (default: 1)")
     flag("--lr", type=float, help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--min-lr", type=float, help="learning rate at the end")
+    flag("--decay", choices=("cosine", "linear"), help="from the peak to the end")
     flag("--warmup-epochs", type=float)
     flag("--weight-decay", type=float)
     flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
     flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
     flag("--ema", type=float, help="decay per step of the averaged weights; 0 is off")
     flag("--drop-path", type=float, help="rate at the last block")
+    flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
     flag("--label-smoothing", type=float)
     flag("--mixup", type=float, help="alpha; 0 is off")
     flag("--cutmix", type=float, help="alpha; 0 is off")
     flag("--randaug", type=int, help="magnitude of RandAugment, 1 to 10; 0 is off")
     flag("--erasing", type=float, help="probability of erasing a rectangle")
+    flag("--crop-scale", type=float, help="smallest part of an image's area that a training crop shows; 1: no random crop")
+    flag("--flip", type=int, choices=(0, 1), help="1: mirror every other training image")
     flag("--image-size", type=int, help="pixels")
+    flag("--crop-ratio", type=float, help="image size over the size to which evaluation resizes before its centre crop")
 
     flag("--workers", type=int, help="processes that load images, for each training process (default: 0 if the images are "
          "in memory, else its share of the processors, at most 12)")
@@ -110,11 +133,13 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """The configuration of a run: the model's recipe, overridden by the flags. A dict of plain values; ValueError if wrong."""
+    """The configuration of a run: the model's recipe, overridden by the flags. Plain values; ValueError if wrong."""
     if args.model not in RECIPES:
         raise ValueError(f"unknown model {args.model!r}: expected one of {', '.join(RECIPES)}")
+    if args.freeze_backbone and not args.init_from:
+        raise ValueError("--freeze-backbone trains the head only, on a random backbone: give --init-from, too")
     given = {name: value for name, value in vars(args).items() if value is not None}
-    config = vars(args) | RECIPES[args.model] | given
+    config = vars(args) | find_recipe(vars(args)) | given
     for name in ("lr", "batch_size", "epochs"):
         config[name] = given.get(name)  # None: fit_to_data() will settle it
     config["expert_weight_decay"] = given.get("expert_weight_decay", config["weight_decay"])
@@ -126,9 +151,17 @@ def resolve(args):
     return config
 
 
+def find_recipe(config):
+    """The recipe of the model, with --init-from its variant for fine-tuning."""
+    model, tune = config["model"], {}
+    if config["init_from"] and not model.endswith("_nano"):
+        tune = CONVNEXT_TUNE if model.startswith("convnext") else VIT_TUNE
+    return RECIPES[model] | tune
+
+
 def fit_to_data(config, num_images, world):
     """Settle batch_size, lr and epochs for this data and number of processes, in place. ValueError if that is impossible."""
-    recipe, share = RECIPES[config["model"]], world * config["accumulate"]
+    recipe, share = find_recipe(config), world * config["accumulate"]
     batch = config["batch_size"]
     if batch is None:  # the recipe's, or all images where there are fewer
         batch = min(recipe["batch_size"], num_images)
@@ -229,14 +262,52 @@ def make_mixer(config, num_classes):
 # ---------------------------------------------------------------- optimisation
 
 
+def start_from(model, config):
+    """Load the weights that --init-from names into the model; a list of the names that were left fresh.
+
+    ValueError if they do not fit, or if torchvision's are not there and cannot be downloaded.
+    """
+    if config["init_from"] == "torchvision":
+        load = vit.load_torchvision if isinstance(model, vit.ViT) else convnext.load_torchvision
+        return load(model, torchvision_weights(config["model"]))
+    state = load_checkpoint(config["init_from"], "cpu")[0].state_dict()
+    return upcycle(vit.resize_positions(state, model) if isinstance(model, vit.ViT) else state, model)
+
+
+def torchvision_weights(name):
+    """torchvision's ImageNet weights for a model of ours, a state dict, from its cache or the network."""
+    if name not in TORCHVISION:
+        raise ValueError(f"torchvision has no weights for {name}: expected one of {', '.join(TORCHVISION)}")
+    weights = torchvision.models.get_model_weights(TORCHVISION[name]).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise ValueError(f"torchvision's weights for {name} cannot be loaded ({str(error).splitlines()[0]}): download "
+                         f"{weights.url} by hand and place it at {place}") from None
+
+
+def classification_loss(logits, targets, config):
+    """Cross-entropy of logits (B, classes) with labels (B,) or mixed targets (B, classes): a scalar, mean over images.
+
+    softmax: the classes exclude each other. sigmoid (V-MoE): each class is a yes or no of its own, summed over classes.
+    """
+    if config["loss"] == "softmax":
+        return F.cross_entropy(logits, targets, label_smoothing=config["label_smoothing"])
+    targets = F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum") / len(logits)
+
+
 def parameter_groups(model, weight_decay, expert_weight_decay):
-    """Three groups for the optimizer: weights, expert weights, and what must not decay.
+    """Groups for the optimizer: weights, expert weights, and what must not decay; none for frozen parameters.
 
     Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
     """
     groups = {rate: dict(params=[], weight_decay=rate) for rate in (weight_decay, expert_weight_decay, 0.0)}
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-1]
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2 or leaf in ("b1", "b2", "pos_embed", "class_token"):
             groups[0.0]["params"].append(parameter)
         else:
@@ -245,7 +316,7 @@ def parameter_groups(model, weight_decay, expert_weight_decay):
 
 
 def learning_rate(step, steps_per_epoch, config):
-    """The rate of optimizer step `step` (0-based): linear warmup to the peak, then half a cosine down to the minimum.
+    """The rate of optimizer step `step` (0-based): linear warmup to the peak, then half a cosine or a line to the minimum.
 
     The last step of the warmup has the peak, the last step of the run the minimum.
     """
@@ -253,7 +324,8 @@ def learning_rate(step, steps_per_epoch, config):
     if step < warmup:
         return config["lr"] * (step + 1) / warmup
     progress = (step + 1 - warmup) / max(1, total - warmup)
-    return config["min_lr"] + (config["lr"] - config["min_lr"]) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config["decay"] == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config["min_lr"] + (config["lr"] - config["min_lr"]) * left
 
 
 # ---------------------------------------------------------------- runs and checkpoints
@@ -401,6 +473,10 @@ def prepare(args):
     if world > 1:
         dist.broadcast_object_list(found)  # rank 0 decides for all
     run.folder, checkpoint = found[0]
+    run.fresh = start_from(run.model, config) if config["init_from"] and not checkpoint else []
+    if config["freeze_backbone"]:
+        run.model.requires_grad_(False)
+        run.model.head.requires_grad_(True)
 
     workers = auto_workers(run.train_set, world) if config["workers"] is None else config["workers"]
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
@@ -440,7 +516,7 @@ def train_step(run, parts):
         with nullcontext() if send else run.net.no_sync():
             with autocast(run.device, run.dtype):
                 logits, routings = run.net(images, return_routing=True)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config["label_smoothing"])
+            loss = classification_loss(logits.float(), targets, config)
             balance = mean_balance_loss(routings).to(run.device)
             ((loss + config["balance_weight"] * balance) / accumulate).backward()
         losses += torch.stack([loss.detach(), balance.detach()]) / accumulate
@@ -480,7 +556,7 @@ def train_epoch(run):
         losses=torch.tensor(start["losses"], dtype=torch.float64, device=run.device),
         routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, run.config["experts"] + 1))
     run.batches.epoch, run.batches.first_step = run.epoch, first
-    run.net.train()
+    run.net.train(not run.config["freeze_backbone"])  # frozen, it works as in evaluation: no noise, no drop path
     parts = iter(run.loader)
     clock = time.perf_counter() - run.progress["seconds"]
     for _ in tqdm(range(first, run.batches.steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
@@ -529,9 +605,10 @@ def print_summary(run):
     blocks = run.model.moe_blocks
     sparse = f"{config['experts']} experts, top {config['k']}, in blocks {blocks}" if blocks else "dense"
     passes = f"{run.world} process(es) x {config['accumulate']} pass(es)"
+    source = f"start       from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}\n" if config["init_from"] else ""
     print(f"data        {config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to validate, "
           f"{len(run.train_set.classes)} classes\n"
-          f"model       {config['model']}, {sparse}\n"
+          f"model       {config['model']}, {sparse}\n{source}"
           f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M\n"
           f"batch       {config['batch_size']} = {passes} x {config['batch_size'] // run.world // config['accumulate']}\n"
           f"schedule    {config['epochs']} epochs x {run.batches.steps} steps, peak lr {config['lr']:.3g}\n"

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import StochasticDepth
 
-from moe import MLP, MoE
+from moe import MLP, MoE, count_flops, count_parameters, upcycle
 
 PLACEMENTS = ("none", "every2", "last2", "last3")
 
@@ -143,6 +143,47 @@ def init_weights(module, std):
         nn.init.zeros_(module.bias)
 
 
+# ---------------------------------------------------------------- weights from elsewhere
+
+TORCHVISION = (  # what its names say, what ours say; the rest of a name is the same
+    ("conv_proj.", "patch_embed."),
+    ("encoder.pos_embedding", "pos_embed"),
+    ("encoder.layers.encoder_layer_", "blocks."),
+    (".ln_1.", ".norm1."),
+    (".self_attention.in_proj_", ".attn.qkv."),
+    (".self_attention.out_proj.", ".attn.proj."),
+    (".ln_2.", ".norm2."),
+    (".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.2."),  # in its older files
+    (".mlp.3.", ".mlp.2."),  # there is a dropout in between
+    ("encoder.ln.", "norm."),
+    ("heads.head.", "head."))
+
+
+def load_torchvision(model, state_dict):
+    """Load weights of a torchvision VisionTransformer (vit_b_16, vit_b_32, vit_l_16, ...) into the same sizes of ours.
+
+    A sparse model is upcycled (moe.upcycle). For another image size the position embedding is interpolated; a head for
+    another number of classes stays fresh. Returns the names left fresh; ValueError names the first tensor that does not fit.
+    """
+    state = {}
+    for name, weight in state_dict.items():
+        for theirs, ours in TORCHVISION:
+            name = name.replace(theirs, ours)
+        state[name] = weight
+    return upcycle(resize_positions(state, model), model)
+
+
+def resize_positions(state, model):
+    """The state dict with its position embedding fitted to the model's image size: bicubic, the class token's apart."""
+    there, here = state.get("pos_embed"), model.pos_embed
+    if there is None or there.shape[1] == here.shape[1]:
+        return state
+    old, new = (round((pos.shape[1] - 1) ** 0.5) for pos in (there, here))
+    grid = there[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, old * old, D) -> (1, D, old, old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    return state | dict(pos_embed=torch.cat([there[:, :1], grid.flatten(2).transpose(1, 2)], dim=1))
+
+
 # ---------------------------------------------------------------- presets: the paper's sizes, and one for a laptop
 # options: moe_layers="none", num_experts=8, k=2, expert_ratio=4, router="linear", ... as in ViT above.
 
@@ -166,3 +207,43 @@ def vit_s(num_classes=1000, **options):
 def vit_b(num_classes=1000, **options):
     """ViT-B/16: width 768, 12 blocks, 12 heads; 86.6M parameters when dense, 284.9M with moe_layers="every2"."""
     return ViT(**dict(dim=768, depth=12, heads=12) | options, num_classes=num_classes)
+
+
+def vit_b32(num_classes=1000, **options):
+    """ViT-B/32: the same with patches of 32 pixels, a quarter of the tokens."""
+    return vit_b(num_classes, **dict(patch_size=32) | options)
+
+
+def vit_l(num_classes=1000, **options):
+    """ViT-L/16: width 1,024, 24 blocks, 16 heads; 304.3M parameters when dense."""
+    return ViT(**dict(dim=1024, depth=24, heads=16) | options, num_classes=num_classes)
+
+
+def vmoe_s32(num_classes=1000, **options):
+    """V-MoE-S/32 (Riquelme et al. 2021): width 512, 8 blocks, 49 patches; 8 experts, top 2, in blocks 5 and 7."""
+    sizes = dict(patch_size=32, dim=512, depth=8, heads=8, moe_layers="last2", num_experts=8, k=2)
+    return ViT(**sizes | options, num_classes=num_classes)
+
+
+# ---------------------------------------------------------------- python vit.py: the paper's Table 1 beside ours
+
+TABLE = (  # name, preset, options, and the paper's params (M), active params (M), GFLOPs, with a note
+    ("ViT-S", vit_s, {}, 22.0, 22.0, 4.6, ""),
+    ("ViT-S-8 last2", vit_s, dict(moe_layers="last2"), 38.6, 25.0, 5.3, "paper's active and GFLOPs exceed exact top-2"),
+    ("ViT-S-8 every2", vit_s, dict(moe_layers="every2"), 71.7, 33.1, 6.9, "the same"),
+    ("ViT-B", vit_b, {}, 86.6, 86.6, 17.5, ""),
+    ("ViT-B-8 every2", vit_b, dict(moe_layers="every2"), 284.9, 129.9, 26.3, "the same"))
+
+
+def print_table():
+    """One line per row of TABLE. Built on the meta device: it takes seconds and no memory."""
+    print(f"{'':<16}{'params M':>18}{'active M':>18}{'GFLOPs':>18}\n{'':<16}" + f"{'paper':>10}{'ours':>8}" * 3)
+    for name, preset, options, *paper, note in TABLE:
+        with torch.device("meta"):
+            model = preset(**options)
+        ours = [count / 1e6 for count in count_parameters(model)] + [count_flops(model, 224) / 1e9]
+        print(f"{name:<16}" + "".join(f"{a:>10.1f}{b:>8.1f}" for a, b in zip(paper, ours)) + f"  {note}".rstrip())
+
+
+if __name__ == "__main__":
+    print_table()

@@ -21,9 +21,9 @@ import vit
 from conftest import needs_compile
 from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano, convnext_s, convnext_t
 from moe import MLP, MoE, count_flops, count_parameters, mean_balance_loss, upcycle
-from vit import ViT, vit_b, vit_nano, vit_s, vit_ti
+from vit import ViT, vit_b, vit_b32, vit_l, vit_nano, vit_s, vit_ti, vmoe_s32
 
-PRESETS = [vit_nano, vit_ti, vit_s, vit_b,
+PRESETS = [vit_nano, vit_ti, vit_s, vit_b, vit_b32, vit_l, vmoe_s32,
            convnext_nano, convnext_t, convnext_s, convnext_b, convnext_iso_s, convnext_iso_b]
 
 # Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of the ConvNeXt.
@@ -192,7 +192,7 @@ def test_parameters_of_a_vit_by_hand():
 def test_output_shape_of_every_preset(preset):
     """Images (B, 3, S, S) become logits (B, 1000), where S is the preset's image_size."""
     with torch.device("meta"):
-        model = preset(init_std=None)
+        model = preset(init_std=None, moe_layers="none")
     images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
     assert model(images).shape == (2, 1000)
     assert model.image_size == (32 if "nano" in preset.__name__ else 224)
@@ -350,58 +350,108 @@ def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
     assert routing is None
 
 
+def official_vit(image_size=24, num_classes=5):
+    return OfficialViT(image_size, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=num_classes)
+
+
+def small_vit(image_size=24, **options):
+    """Ours of the same sizes."""
+    return ViT(image_size=image_size, patch_size=8, dim=16, depth=3, heads=2, mlp_ratio=2, num_classes=5, **options)
+
+
+def official_convnext(num_classes=5):
+    settings = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, 12, 1), CNBlockConfig(12, None, 2)]
+    return OfficialConvNeXt(settings, layer_scale=0.5, num_classes=num_classes)
+
+
+def small_convnext(**options):
+    """Ours of the same sizes."""
+    return ConvNeXt(image_size=32, depths=(2, 1, 2), widths=(8, 16, 12), num_classes=5, layer_scale=0.5, **options)
+
+
+def same_function(ours, theirs, images):
+    """Both give the same logits and, for a random direction of these, the same gradient with respect to the images."""
+    results, direction = [], torch.randn(len(images), 5, dtype=images.dtype)
+    for model in (ours, theirs):
+        x = images.clone().requires_grad_()
+        logits = model(x)
+        results.append((logits, *torch.autograd.grad(logits, x, direction)))
+    assert_close(*results, msg=lambda m: f"a weight in the wrong place? another epsilon, order or norm? {m}")
+
+
 def test_a_dense_vit_is_torchvisions():
-    """The whole dense ViT gives the logits of torchvision's VisionTransformer with the same weights."""
-    ours = with_random_weights(ViT(image_size=24, patch_size=8, dim=16, depth=3, heads=2, mlp_ratio=2, num_classes=5))
-    theirs = OfficialViT(24, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
-    renamed = {}
-    for name, weight in ours.state_dict().items():
-        for old, new in [("patch_embed", "conv_proj"), ("pos_embed", "encoder.pos_embedding"), ("head.", "heads.head."),
-                         ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
-                         ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
-                         ("mlp.2", "mlp.3")]:  # theirs has a dropout in between
-            name = name.replace(old, new)
-        renamed["encoder.ln." + name[5:] if name.startswith("norm.") else name] = weight
-    theirs.load_state_dict(renamed)
-    images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    assert_close(ours(images), theirs.double().eval()(images),
-                 msg=lambda m: f"class token first? position added to it, too? final norm? {m}")
-
-
-def official_convnext(ours, depths, widths, layer_scale):
-    """torchvision's ConvNeXt with our weights."""
-    settings = [CNBlockConfig(a, b, n) for a, b, n in zip(widths, [*widths[1:], None], depths)]
-    theirs = OfficialConvNeXt(settings, layer_scale=layer_scale, num_classes=5)
-    names = {"dwconv": "block.0", "norm": "block.2", "mlp.0": "block.3", "mlp.2": "block.5", "gamma": "layer_scale"}
-    renamed = {}
-    for name, weight in ours.state_dict().items():
-        part, *rest = name.split(".")
-        if part == "stem":  # theirs keeps stem, stage, downsampling, stage, ... in one list
-            name = ".".join(["features.0", *rest])
-        elif part == "downsample":
-            name = ".".join([f"features.{2 * int(rest[0]) + 2}", *rest[1:]])
-        elif part == "stages":
-            layer = ".".join(rest[2:])
-            for old, new in names.items():
-                layer = new + layer.removeprefix(old) if layer.startswith(old) else layer
-            name = f"features.{2 * int(rest[0]) + 1}.{rest[1]}.{layer}"
-        else:
-            name = ".".join([{"norm": "classifier.0", "head": "classifier.2"}[part], *rest])
-        renamed[name] = weight.view(-1, 1, 1) if name.endswith("layer_scale") else weight
-    theirs.load_state_dict(renamed)
-    return theirs.double().eval()
+    """With torchvision's weights our dense ViT is torchvision's VisionTransformer: logits and gradients of the images."""
+    theirs, ours = with_random_weights(official_vit()), small_vit().double().eval()
+    assert vit.load_torchvision(ours, theirs.state_dict()) == []
+    same_function(ours, theirs, torch.randn(2, 3, 24, 24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_dense_convnext_is_torchvisions(memory_format):
-    """The whole dense ConvNeXt gives the logits of torchvision's with the same weights, in either memory layout."""
-    depths, widths = (2, 1, 2), (8, 16, 12)
-    ours = with_random_weights(ConvNeXt(image_size=32, depths=depths, widths=widths, num_classes=5, layer_scale=0.5))
-    theirs = official_convnext(ours, depths, widths, layer_scale=0.5)
+    """With torchvision's weights our dense ConvNeXt is torchvision's, logits and gradients, in either memory layout."""
+    theirs, ours = with_random_weights(official_convnext()), small_convnext().double().eval()
+    assert convnext.load_torchvision(ours, theirs.state_dict()) == []
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    ours = ours.to(memory_format=memory_format)
-    assert_close(ours(images.to(memory_format=memory_format)), theirs(images),
-                 msg=lambda m: f"norm over the channels? gamma? norm AFTER the pooling? {m}")
+    same_function(ours.to(memory_format=memory_format), theirs, images.to(memory_format=memory_format))
+
+
+def test_torchvisions_weights_in_a_sparse_model():
+    """load_torchvision upcycles: the sparse models start as torchvision's dense ones."""
+    for load, theirs, ours, size in (
+            (vit.load_torchvision, official_vit(), small_vit(moe_layers=[1], num_experts=4, k=2, expert_ratio=2), 24),
+            (convnext.load_torchvision, official_convnext(), small_convnext(moe_layers="last2", num_experts=4, k=1), 32)):
+        theirs, ours = with_random_weights(theirs), ours.double().eval()
+        load(ours, theirs.state_dict())
+        same_function(ours, theirs, torch.randn(2, 3, size, size, dtype=torch.float64))
+
+
+def test_older_names_of_torchvisions_vit():
+    """Files from before torchvision 0.12 call the MLP's layers linear_1 and linear_2."""
+    theirs, ours = with_random_weights(official_vit()), small_vit().double().eval()
+    old = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): weight
+           for name, weight in theirs.state_dict().items()}
+    vit.load_torchvision(ours, old)
+    same_function(ours, theirs, torch.randn(2, 3, 24, 24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("load, theirs, ours", [(vit.load_torchvision, official_vit, small_vit),
+                                                (convnext.load_torchvision, official_convnext, small_convnext)])
+def test_a_head_for_other_classes_stays_fresh(load, theirs, ours):
+    """1,000 classes there, 5 here: the head keeps its random start, and the caller is told; the rest is loaded."""
+    theirs, ours = with_random_weights(theirs(num_classes=7)).float(), ours()
+    head = ours.head.weight.clone()
+    assert load(ours, theirs.state_dict()) == ["head.weight", "head.bias"]
+    assert torch.equal(ours.head.weight, head) and torch.equal(ours.norm.weight, list(theirs.parameters())[-4])
+
+
+def test_positions_of_another_image_size():
+    """A position embedding that is linear in the row stays linear in the row; the class token's is not touched."""
+    ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
+    state = small_vit(image_size=32).state_dict()
+    rows = torch.arange(4.0).view(4, 1, 1).expand(4, 4, 16)
+    state["pos_embed"] = torch.cat([torch.full((1, 16), 9.0), rows.reshape(16, 16)]).unsqueeze(0)
+    fitted = vit.resize_positions(state, ours)["pos_embed"]
+    assert torch.equal(fitted[0, 0], torch.full((16,), 9.0))
+    grid = fitted[0, 1:].view(8, 8, 16)
+    # Pixel centres: new row i lies at (i + 0.5) / 2 - 0.5 in old rows. Away from the border bicubic is exact on a line.
+    for i in (3, 4):
+        assert_close(grid[i], torch.full((8, 16), (i + 0.5) / 2 - 0.5))
+    assert_close(grid[:, 0], grid[:, 7], msg="rows and columns mixed up")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("encoder.ln.weight"), "norm.weight is missing in the weights"),
+    (lambda state: state.update(extra=torch.zeros(2)), r"extra is \(2,\) in the weights, missing in the model"),
+    (lambda state: state.update(class_token=torch.zeros(1, 1, 8)), r"class_token is \(1, 1, 8\) in the weights, \(1, 1, 16\)"),
+], ids=["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_named(change, message):
+    """The error names the tensor, its shape there and its shape here, and nothing has been loaded."""
+    state, ours = official_vit().state_dict(), small_vit()
+    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        vit.load_torchvision(ours, state)
+    assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
 
 
 def test_an_isotropic_convnext_by_hand():
@@ -691,6 +741,20 @@ def test_upcycling_may_copy_only():
         assert torch.equal(layer.experts.w2[e], dense.blocks[3].mlp[2].weight.T), "nn.Linear keeps (outputs, inputs)"
 
 
+def test_a_sparse_model_is_loaded_as_it_is():
+    """Weights that are sparse already are copied one to one, with the router and the skip they were trained with."""
+    _, first = dense_and_sparse(convnext_nano, k=1)
+    _, second = dense_and_sparse(convnext_nano, k=1)
+    assert upcycle(first.state_dict(), second) == []
+    assert all(torch.equal(weight, first.state_dict()[name]) for name, weight in second.state_dict().items())
+
+
+def test_experts_of_another_size_cannot_be_upcycled():
+    """expert_ratio 2 against an MLP of ratio 4: the error names the layer and both sizes."""
+    with pytest.raises(ValueError, match=r"blocks.3.mlp: the weights have an MLP \(64, 256\), the model experts \(64, 128\)"):
+        upcycle(vit_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2))
+
+
 def test_the_switched_off_skip_survives_saving():
     """An upcycled ConvNeXt remembers in its state_dict that it has no added skip."""
     dense, sparse = dense_and_sparse(convnext_nano, k=1)
@@ -702,8 +766,8 @@ def test_the_switched_off_skip_survives_saving():
 
 
 def test_upcycling_names_what_does_not_fit():
-    """A checkpoint of another backbone is refused with the name of the first tensor that is missing."""
-    with pytest.raises(KeyError, match=r"blocks\.1\.mlp\.0\.weight"):
+    """A checkpoint of another backbone is refused with the name of the first tensor that does not fit."""
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias is missing in the weights"):
         upcycle(convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2"))
 
 
@@ -732,3 +796,26 @@ def test_sparse_costs_k_experts_whatever_their_number():
                         for layers, E in (("none", 1), ([3], 4), ([3], 16)))
     assert few - dense == 17 * (2 * 64 * 256 + 4 * 64)  # 17 tokens
     assert many - few == 17 * 12 * 64
+
+
+@pytest.mark.parametrize("module", [vit, convnext], ids=["vit", "convnext"])
+def test_the_printed_table_holds_what_it_says(module, capsys):
+    """Each row of Table 1: our sizes are the paper's within 2%, but where the row's note says that the paper is wrong."""
+    module.print_table()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(module.TABLE)
+    for row, (name, *_, note) in zip(rows, module.TABLE):
+        numbers = [float(number) for number in row.removeprefix(name).removesuffix(note).split()]
+        for paper, ours in zip(numbers[::2], numbers[1::2]):
+            assert note or abs(ours / paper - 1) <= 0.02, row
+
+
+def test_vmoe_s32_by_hand():
+    """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in blocks 5 and 7, two per token."""
+    with torch.device("meta"):
+        model = vmoe_s32()
+    assert model.moe_blocks == [5, 7] and model.pos_embed.shape == (1, 50, 512)
+    block = 4 * 512 ** 2 + 4 * 512 + 4 * 512  # attention with biases, two norms
+    mlp = 2 * 512 * 2048 + 2048 + 512
+    rest = 32 * 32 * 3 * 512 + 512 + 512 + 50 * 512 + 2 * 512 + 512 * 1000 + 1000  # patches, class token, positions, norm, head
+    assert count_parameters(model) == (8 * block + (6 + 16) * mlp + 2 * 8 * 512 + rest, 8 * block + (6 + 4) * mlp + 2 * 8 * 512 + rest)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torchvision.io import write_png
 
 import eval as evaluation
@@ -60,6 +61,9 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
     ("--batch-size 1000", "more than the 96 training images"),
     ("--epochs 0", "--epochs 0: expected at least 1"),
+    ("--freeze-backbone", "give --init-from"),
+    ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("--init-from torchvision", "torchvision has no weights for vit_nano"),
 ])
 def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tmp_path):
     """The message says what was expected, and the working folder stays empty."""
@@ -99,12 +103,37 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
 
 def test_learning_rate_by_hand():
     """Warmup of 2 of 10 steps to the peak 1.0, then half a cosine to 0.1 at the last step."""
-    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1)
+    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="cosine")
     rates = [train.learning_rate(step, 2, config) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]  # 1/2 and 2/2 of the peak
     assert math.isclose(rates[5], 0.1 + 0.9 * 0.5)  # step 5 is 4 of the 8 steps after the warmup: cos(pi/2) = 0
     assert math.isclose(rates[9], 0.1)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_linear_decay_by_hand():
+    """The same run with --decay linear: 8 equal steps of 0.9 / 8 from the peak 1.0 down to 0.1."""
+    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="linear")
+    rates = [train.learning_rate(step, 2, config) for step in range(10)]
+    for i, rate in enumerate(rates[1:]):
+        assert math.isclose(rate, 1.0 - i * 0.9 / 8)
+
+
+def test_vmoe_warms_up_for_10000_steps():
+    """V-MoE-S/32 on ImageNet: 1,281,167 images in batches of 8,192 are 156 steps per epoch."""
+    config = dict(train.RECIPES["vmoe_s32"])
+    rates = [train.learning_rate(step, 1_281_167 // 8192, config) for step in (4_999, 9_999, 10_000)]
+    assert math.isclose(rates[0], 3e-3 / 2) and rates[1] == 3e-3 and rates[2] < 3e-3
+
+
+def test_sigmoid_loss_by_hand():
+    """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for the other."""
+    logits, config = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), dict(loss="sigmoid", label_smoothing=0.0)
+    expected = math.log(1 + math.exp(-2)) + math.log(2)  # the same for both images, so also their mean
+    assert math.isclose(train.classification_loss(logits, torch.tensor([0, 1]), config).item(), expected, rel_tol=1e-6)
+    mixed = train.classification_loss(logits, torch.tensor([[0.5, 0.5], [0.5, 0.5]]), config).item()
+    other = math.log(1 + math.exp(2)) + math.log(2)  # the loss with the wrong label; half and half is the mean of the two
+    assert math.isclose(mixed, (expected + other) / 2, rel_tol=1e-6), "mixed targets"
 
 
 def test_what_decays_and_what_does_not():
@@ -348,3 +377,85 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith("error: k = 3")
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- starting from other weights
+
+
+def state(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_dense_checkpoint_starts_a_sparse_run():
+    """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is, the dense one."""
+    run("--moe-layers", "none", "--epochs", "1", "--out", "dense")
+    run("--moe-layers", "last2", "--epochs", "1", "--init-from", "dense/last.pt", "--lr", "0", "--min-lr", "0", "--out", "sparse")
+    images = torch.randn(4, 3, 32, 32)
+    dense, sparse = (evaluation.load_checkpoint(f"{name}/last.pt", "cpu")[0] for name in ("dense", "sparse"))
+    assert sparse.moe_blocks and not dense.moe_blocks
+    torch.testing.assert_close(sparse(images), dense(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
+    """--freeze-backbone: everything but the head keeps its bits; the head for other classes is fresh, and announced."""
+    run("--epochs", "1", "--moe-layers", "last2", "--out", "first")
+    make_folder(tmp_path / "photos", ("cat", "dog", "emu"), images=20, size=(32, 32))
+    run("--data", "photos", "--init-from", "first/last.pt", "--freeze-backbone", "--moe-layers", "last2", "--epochs", "2",
+        "--drop-path", "0.5", "--out", "probe")
+    assert "from first/last.pt, fresh: head.weight, head.bias" in capsys.readouterr().out
+    before, after = state("first/last.pt"), state("probe/last.pt")
+    changed = [name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()]
+    assert changed == ["head.weight", "head.bias"]
+
+
+def test_frozen_layers_work_as_in_evaluation(monkeypatch):
+    """A frozen backbone has no drop path and no router noise: its features are those that evaluation will see."""
+    run("--epochs", "1", "--out", "first")
+    modes, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda r, parts: (modes.append(r.model.training), step(r, parts)))
+    run("--epochs", "1", "--init-from", "first/last.pt", "--freeze-backbone", "--out", "probe")
+    assert modes == [False] * 3
+
+
+def test_a_continued_run_does_not_start_from_the_other_weights_again(monkeypatch):
+    """--init-from holds for the start: on the second call the run's own checkpoint counts."""
+    run("--epochs", "1", "--out", "first")
+    again = ("--epochs", "1", "--init-from", "first/last.pt", "--out", "second")
+    run(*again)
+    monkeypatch.setattr(train, "start_from", lambda *_: pytest.fail("the weights were loaded again"))
+    run(*again)
+
+
+def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
+    """Without a network a file in torch's cache is used; its values arrive in our model."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "hub" / "checkpoints").mkdir(parents=True)
+    weights = torchvision.models.convnext_tiny().state_dict()
+    torch.save(weights, tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
+    model = evaluation.build_model(dict(model="convnext_t", num_classes=1000))
+    assert train.start_from(model, dict(init_from="torchvision", model="convnext_t")) == []
+    assert torch.equal(model.head.weight, weights["classifier.2.weight"])
+
+
+def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
+    """One line says what to download, from where, and where to put it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(ValueError, match=r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)") as error:
+        train.torchvision_weights("convnext_t")
+    assert str(tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in str(error.value)
+    with pytest.raises(ValueError, match="no weights for convnext_nano: expected one of vit_b, "):
+        train.torchvision_weights("convnext_nano")
+
+
+def unreachable(*args, **kwargs):
+    raise OSError("Name or service not known")
+
+
+@pytest.mark.parametrize("model, expected", [("convnext_t", (30, 5e-5, 1e-8)), ("vit_s", (50, 3e-4, 0.02)),
+                                             ("vit_nano", (None, None, 0.05))])
+def test_fine_tuning_has_its_own_recipe(model, expected):
+    """With --init-from epochs, learning rate at the recipe's batch, and weight decay are those published for fine-tuning."""
+    config = train.resolve(train.parse_args(["--model", model, "--init-from", "x.pt"]))
+    recipe = train.find_recipe(config)
+    assert (recipe.get("epochs"), recipe["lr"] if expected[1] else None, config["weight_decay"]) == expected
