@@ -43,8 +43,8 @@ from moe import MoE, clock, count_flops, count_parameters
 # ---------------------------------------------------------------- models and checkpoints
 
 MODELS = {preset.__name__: preset for preset in (
-    vit.vit_nano, vit.vit_ti, vit.vit_s, vit.vit_b, vit.vit_b32, vit.vit_l, vit.vmoe_s32, convnext.convnext_nano, convnext.convnext_t, convnext.convnext_s,
-    convnext.convnext_b, convnext.convnext_iso_s, convnext.convnext_iso_b)}
+    vit.vit_nano, vit.vit_ti, vit.vit_s, vit.vit_b, vit.vit_b32, vit.vit_l, vit.vmoe_s32, convnext.convnext_nano,
+    convnext.convnext_t, convnext.convnext_s, convnext.convnext_b, convnext.convnext_iso_s, convnext.convnext_iso_b)}
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per colour
 CHECKPOINT_KEYS = {"config", "classes", "image_size", "crop_ratio", "mean", "std", "model", "ema", "optimizer", "epoch",

@@ -650,8 +650,8 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
 
 def test_every_model_has_a_name():
     """build_model() makes each preset from its name and options, and leaves the config as it was."""
-    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "convnext_nano", "convnext_t", "convnext_s",
-                            "convnext_b", "convnext_iso_s", "convnext_iso_b"]
+    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "vit_b32", "vit_l", "vmoe_s32", "convnext_nano",
+                            "convnext_t", "convnext_s", "convnext_b", "convnext_iso_s", "convnext_iso_b"]
     config = dict(model="convnext_nano", num_classes=3, moe_layers="last2")
     for _ in range(2):
         model = build_model(config)
@@ -659,7 +659,7 @@ def test_every_model_has_a_name():
 
 
 @pytest.mark.parametrize("config, expected", [
-    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, convnext_nano, "),
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, "),
     (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
     (dict(model="vit_nano", moe_layers="last2", router="round"), "expected one of linear, cosine, l2"),
     (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k must be 1 to 2"),
