@@ -499,8 +499,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     columns = None if columns is None else torch.tensor(columns, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
     broken = torch.tensor(-1, device=device)
-    hidden = None if progress else True  # None: hidden where nobody looks on, as in a file
-    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False, disable=hidden):
+    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False,
+                                           disable=None if progress else True):  # None: shown on a terminal only
         if (unreadable >= 0).any():
             broken.fill_(unreadable.max())
             break
@@ -726,7 +726,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)  # no traceback of a worker
         sys.exit(2)
