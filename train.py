@@ -299,15 +299,13 @@ def classification_loss(logits, targets, config):
 
 
 def parameter_groups(model, weight_decay, expert_weight_decay):
-    """Groups for the optimizer: weights, expert weights, and what must not decay; none for frozen parameters.
+    """Three groups for the optimizer: weights, expert weights, and what must not decay.
 
     Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
     """
     groups = {rate: dict(params=[], weight_decay=rate) for rate in (weight_decay, expert_weight_decay, 0.0)}
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-1]
-        if not parameter.requires_grad:
-            continue
         if parameter.ndim < 2 or leaf in ("b1", "b2", "pos_embed", "class_token"):
             groups[0.0]["params"].append(parameter)
         else:
@@ -363,13 +361,23 @@ def choose_folder(config):
     return config["out"], checkpoint
 
 
-def make_checkpoint(run):
+def add_up(run):
+    """The unfinished epoch so far, its losses and routing summed over all processes: plain values, None between epochs."""
+    if run.progress is None:
+        return None
+    losses, routed = run.progress["losses"].clone(), run.progress["routed"].clone()
+    if run.world > 1:
+        dist.all_reduce(losses)
+        dist.all_reduce(routed)
+    return run.progress | dict(losses=losses.tolist(), routed=routed.tolist())
+
+
+def make_checkpoint(run, progress):
     """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True.
 
-    epoch: finished ones. progress: what the unfinished epoch has added up so far, or None between epochs.
+    epoch: finished ones. progress: of the unfinished epoch, from add_up().
     """
     config = run.config
-    progress = run.progress and {name: torch.as_tensor(value).tolist() for name, value in run.progress.items()}
     return dict(
         config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
         image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
@@ -386,6 +394,9 @@ def restore(run, checkpoint):
         run.ema.n_averaged.fill_(checkpoint["step"])
     run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
     run.progress = checkpoint["progress"]
+    if run.progress and run.rank > 0:  # rank 0 carries the sums of all processes on
+        zeros = torch.zeros_like(torch.tensor(run.progress["routed"])).tolist()
+        run.progress = run.progress | dict(losses=[0.0, 0.0], routed=zeros)
 
 
 def save(run, *names):
@@ -394,8 +405,9 @@ def save(run, *names):
     Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
     If the disk is full the old file stays and the run goes on: the next save may have more luck.
     """
+    progress = add_up(run)
     if run.rank == 0:
-        checkpoint = make_checkpoint(run)
+        checkpoint = make_checkpoint(run, progress)
         for path in (os.path.join(run.folder, name) for name in names):
             try:
                 with open(path + ".tmp", "wb") as file:
@@ -560,16 +572,16 @@ def train_epoch(run):
 
 def validate_epoch(run):
     """Evaluate after the epoch's last step; the epoch's line for the log, a dict."""
-    progress, steps = run.progress, run.batches.steps
-    losses, routed = progress["losses"] / steps / run.world, progress["routed"].double()
+    progress, steps = add_up(run), run.batches.steps
+    loss, balance = (total / steps / run.world for total in progress["losses"])
+    routed = torch.tensor(progress["routed"], dtype=torch.float64).view(-1, run.config["experts"] + 1)
+    choices, dropped = routed[:, :-1], routed[:, -1]
     unreadable = torch.tensor(len(run.unreadable), device=run.device)
     if run.world > 1:
-        for numbers in (losses, routed, unreadable):
-            dist.all_reduce(numbers)
-    choices, dropped = routed[:, :-1], routed[:, -1]
+        dist.all_reduce(unreadable)
     val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
-    line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=losses[0].item(),
-                balance_loss=losses[1].item(), val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
+    line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
+                balance_loss=balance, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
                 images_per_s=steps * run.config["batch_size"] / progress["seconds"],
                 data_wait=progress["wait"] / progress["seconds"], seconds=progress["seconds"],
                 dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
@@ -637,6 +649,7 @@ def main(args):
         signal.signal(number, lambda number, frame: setattr(run, "signal", number))  # finish the step, save, exit
     while run.epoch < run.config["epochs"]:
         if not train_epoch(run):
+            run.loader = run.val_loader = None  # ends their processes, which have learned to ignore signals, too
             raise SystemExit(128 + run.stop)
         line = validate_epoch(run)
         run.epoch, run.progress = run.epoch + 1, None

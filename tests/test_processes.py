@@ -1,0 +1,198 @@
+"""train.py in real processes: killed and continued, two against one, and what must be the same at every world size.
+
+torchrun does two things: it starts the processes, and tells each its rank by environment variables. Here the second
+is done by hand, in processes forked from a server that has PyTorch loaded already, so that starting one takes no time.
+test_train.py has a run under torchrun itself.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+import eval as evaluation
+import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")]
+
+if hasattr(os, "fork"):
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+
+
+def process(rank, world, port, folder, flags):
+    """One process of a run, as torchrun would start it, validating on 40 pictures only."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the data loader's own processes
+    small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
+    evaluation.shapes_size = lambda spec, split: small[split](int(spec.split(":")[1]))
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    train.main(train.parse_args(flags))
+
+
+def start(world, folder, *flags, target=process):
+    """Start `python train.py <flags>` in `world` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [server.Process(target=target, args=(rank, world, port, str(folder), flags)) for rank in range(world)]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def finish(processes, seconds=60):
+    """Wait for the end: the exit codes."""
+    for p in processes:
+        p.join(seconds)
+    return [p.exitcode for p in processes]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------- killed and continued
+
+
+LONG = ("--data shapes:240 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 "
+        "--crop-scale 0.5 --flip 1 --drop-path 0.2 --capacity-factor 1.05 --save-every-minutes 0.001").split()
+
+
+def interrupt(processes, run, number):
+    """Send a signal to all processes in the middle of epoch 2, after a save: the step of the last checkpoint."""
+    deadline = time.monotonic() + 60
+    step = 0
+    while not (step > 15 and step % 15):  # 15 steps per epoch
+        assert time.monotonic() < deadline and all(p.is_alive() for p in processes), "the run ended before it was stopped"
+        time.sleep(0.02)
+        step = load(run / "last.pt")["step"] if (run / "last.pt").exists() else 0
+    for p in processes:
+        os.kill(p.pid, number)
+    return step
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole_run(request, tmp_path_factory):
+    """(world size, folder): an uninterrupted run."""
+    world, folder = request.param, tmp_path_factory.mktemp("runs")
+    assert finish(start(world, folder, *LONG, "--workers", "0", "--out", "whole")) == [0] * world
+    return world, folder / "whole"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_and_continued_a_run_ends_like_a_whole_one(whole_run, workers, tmp_path):
+    """SIGTERM, then SIGKILL, then to the end: weights, EMA and optimizer are bit for bit those of an uninterrupted run."""
+    world, whole = whole_run
+    broken = (*LONG, "--workers", workers, "--out", "broken")
+
+    processes = start(world, tmp_path, *broken)
+    reached = interrupt(processes, tmp_path / "broken", signal.SIGTERM)
+    assert finish(processes) == [143] * world, "128 + 15: a scheduler sees that the run was stopped"
+    saved = load(tmp_path / "broken" / "last.pt")["step"]
+    assert reached <= saved < 45, "saved on the way out"
+
+    processes = start(world, tmp_path, *broken)
+    while load(tmp_path / "broken" / "last.pt")["step"] == saved:
+        time.sleep(0.02)
+    interrupt(processes, tmp_path / "broken", signal.SIGKILL)
+    assert finish(processes) == [-9] * world
+    assert load(tmp_path / "broken" / "last.pt")["step"] < 45
+
+    assert finish(start(world, tmp_path, *broken)) == [0] * world
+    expected, continued = load(whole / "last.pt"), load(tmp_path / "broken" / "last.pt")
+    for part in ("model", "ema", "optimizer", "best", "step"):
+        assert same(expected[part], continued[part]), part
+    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (whole, tmp_path / "broken")]
+    for line, other in zip(*logs, strict=True):
+        for field in ("epoch", "step", "lr", "train_loss", "balance_loss", "val_loss", "top1", "ema_top1", "dropped"):
+            assert math.isclose(line[field], other[field], rel_tol=1e-12), field  # sums in another order, over two ranks
+        assert line["load"] == other["load"]
+
+
+def test_ctrl_c_exits_with_130(tmp_path):
+    """SIGINT finishes the step, saves, and exits with 128 + 2."""
+    processes = start(1, tmp_path, *LONG, "--workers", "0", "--out", "r")
+    reached = interrupt(processes, tmp_path / "r", signal.SIGINT)
+    assert finish(processes) == [130]
+    assert load(tmp_path / "r" / "last.pt")["step"] >= reached
+
+
+# ---------------------------------------------------------------- two processes against one
+
+
+@pytest.mark.parametrize("layers", ["none", "every2"])
+def test_two_processes_train_like_one(layers, tmp_path):
+    """20 steps on the same global batches: the losses agree to 1e-5, and both ranks end with the same bits.
+
+    Without what each process draws for itself (noise, drop path) or computes from its own tokens (balance loss).
+    """
+    flags = ("--data shapes:64 --model vit_nano --batch-size 64 --epochs 20 --warmup-epochs 2 --balance-weight 0 "
+             "--router-noise 0 --workers 0 --lr 0.001 --moe-layers").split() + [layers]
+    losses = []
+    for world in (1, 2):
+        assert finish(start(world, tmp_path, *flags, "--out", f"world{world}")) == [0] * world
+        losses.append([json.loads(line)["train_loss"] for line in open(tmp_path / f"world{world}" / "log.jsonl")])
+    assert len(losses[0]) == 20 and losses[0][-1] < 0.9 * losses[0][0], "one step per epoch, and it learns"
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
+
+
+def test_ranks_hold_the_same_bits(tmp_path):
+    """Each rank draws its own noise and drop path, and yet all weights stay equal: they apply one average gradient."""
+    flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --drop-path 0.2 --capacity-factor 1.05 --workers 0 "
+             "--out r").split()
+    assert finish(start(2, tmp_path, *flags, target=process_that_keeps_its_weights)) == [0, 0]
+    assert same(load(tmp_path / "rank0.pt"), load(tmp_path / "rank1.pt"))
+
+
+def process_that_keeps_its_weights(rank, world, port, folder, flags):
+    """As process(), but at every save each rank also writes its own weights."""
+    save = train.save
+
+    def save_both(run, *names):
+        save(run, *names)
+        torch.save(run.model.state_dict(), f"rank{rank}.pt")
+
+    train.save = save_both
+    process(rank, world, port, folder, flags)
+
+
+def test_validation_counts_each_of_7_images_once(tmp_path):
+    """7 images on 2 ranks: the accuracy is a multiple of 1/7, and it and the loss are those of one process."""
+    for split, count in (("train", 8), ("val", 7)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(count)[label::2]:
+                image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+                write_png(image, str(tmp_path / "d" / split / name / f"{i}.png"))
+    flags = "--data d --model vit_nano --batch-size 8 --epochs 1 --workers 0 --out r".split()
+    assert finish(start(2, tmp_path, *flags)) == [0, 0]
+    line = json.loads(open(tmp_path / "r" / "log.jsonl").readline())
+    cpu = torch.device("cpu")
+    model, checkpoint = evaluation.load_checkpoint(tmp_path / "r" / "last.pt", cpu)
+    data = evaluation.open_dataset(str(tmp_path / "d"), "val", evaluation.eval_transform(32, 1.0))
+    alone = evaluation.evaluate(model, evaluation.eval_loader(data, 3, 0, cpu), cpu, checkpoint["mean"], checkpoint["std"])
+    assert alone["images"] == 7 and line["top1"] == alone["top1"]
+    assert abs(line["val_loss"] - alone["loss"]) < 1e-6
