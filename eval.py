@@ -1,39 +1,50 @@
 """Put a number on a checkpoint: open a data set, load a model, match the classes, count what is right.
 
-    python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes
-    python eval.py best.pt --data /imagenet --json result.json
+    python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes --data shapes-noise --data shapes-rotated
+    python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-v2 --data /imagenet-a --json result.json
+    torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
 
-train.py computes the accuracies of its log with the same evaluate(). Four sections: models and checkpoints, data
-sets, counting, command line.
+One row per checkpoint, as in the tables of Videau et al., TMLR 2025. train.py computes the accuracies of its log with the
+same evaluate(). Sections: models and checkpoints, data sets, whose class is which, counting, command line.
 
-A data set spec is `shapes` (made here, below; `shapes:4000` for 4,000 training images instead of 16,000), `cifar10` or `cifar100`
-(downloaded by torchvision to data/), or a folder: with train/ and val/ in it, or directly with class folders.
+A data set spec is
+- `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same pictures as training
+  never shows them: `shapes-noise`, `shapes-blur`, `shapes-rotated`, `shapes-inverted`;
+- `cifar10` or `cifar100`, downloaded by torchvision to data/;
+- a folder with train/ and val/ in it, or directly with class folders: also ImageNet-V2, -A, -R, -Sketch;
+- a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>.
 """
 
 import argparse
+import copy
 import json
+import math
 import os
 import pickle
+import re
+import statistics
 import sys
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import convnext
 import vit
-from moe import count_parameters
+from moe import MoE, clock, count_flops, count_parameters
 
 # ---------------------------------------------------------------- models and checkpoints
 
 MODELS = {preset.__name__: preset for preset in (
-    vit.vit_nano, vit.vit_ti, vit.vit_s, vit.vit_b, vit.vit_b32, vit.vit_l, vit.vmoe_s32, convnext.convnext_nano, convnext.convnext_t, convnext.convnext_s,
-    convnext.convnext_b, convnext.convnext_iso_s, convnext.convnext_iso_b)}
+    vit.vit_nano, vit.vit_ti, vit.vit_s, vit.vit_b, vit.vit_b32, vit.vit_l, vit.vmoe_s32, convnext.convnext_nano,
+    convnext.convnext_t, convnext.convnext_s, convnext.convnext_b, convnext.convnext_iso_s, convnext.convnext_iso_b)}
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per colour
 CHECKPOINT_KEYS = {"config", "classes", "image_size", "crop_ratio", "mean", "std", "model", "ema", "optimizer", "epoch",
@@ -65,7 +76,13 @@ def load_checkpoint(path, device, raw=False):
     missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    model = build_model(checkpoint["config"])
+    try:
+        model = build_model(checkpoint["config"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"the config in {path} does not describe a model of this version: {error}") from None
+    if checkpoint["config"].get("num_classes") != len(checkpoint["classes"]):
+        raise ValueError(f"{path} names {len(checkpoint['classes'])} classes, but its model has "
+                         f"{checkpoint['config'].get('num_classes')} outputs: expected one name per output")
     try:
         model.load_state_dict(checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"])
     except RuntimeError as error:
@@ -74,10 +91,44 @@ def load_checkpoint(path, device, raw=False):
     return model.to(device).eval(), checkpoint
 
 
+def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
+    """Let a sparse model choose its experts otherwise than in training. Returns what differs, a list of sentences.
+
+    k: experts per token. capacity_factor: limits the experts' slots, in units of the even share. drop_experts: pairs
+    (MoE layer, expert), both counted from 0. ValueError if the model has no such layer or expert, or too few are left.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError("a dense model has no router: --k, --capacity-factor and --drop-expert need a sparse one")
+    E, trained_k, trained_factor = layers[0].num_experts, layers[0].k, layers[0].capacity_factor
+    k, notes = k or trained_k, []
+    for i, expert in drop_experts:
+        if not (0 <= i < len(layers) and 0 <= expert < E):
+            raise ValueError(f"--drop-expert {i}:{expert}: expected a MoE layer 0 to {len(layers) - 1}, expert 0 to {E - 1}")
+        layers[i].router.register_forward_hook(partial(mute, expert=expert))
+        notes.append(f"expert {expert} of MoE layer {i}, block {model.moe_blocks[i]}, is never chosen")
+    left = E - max(len({expert for i, expert in drop_experts if i == layer}) for layer in range(len(layers)))
+    if k > left:
+        raise ValueError(f"k = {k} experts per token, but a MoE layer has only {left} to choose from: give --k 1 to {left}")
+    for layer in layers:
+        layer.k, layer.eval_capacity_factor = k, capacity_factor
+    if k != trained_k:
+        notes.append(f"k = {k} instead of {trained_k}")
+    if capacity_factor is not None:
+        notes.append(f"capacity factor {capacity_factor} instead of {trained_factor or 'no limit'}; with a limit a "
+                     f"prediction depends on the other images of its batch")
+    return notes
+
+
+def mute(router, inputs, logits, expert):
+    """A forward hook for a router, logits (T, E): no token chooses this expert, and the softmax is over the others."""
+    logits[:, expert] = -math.inf
+
+
 # ---------------------------------------------------------------- data sets
-# Each has .classes (names in label order), .path(index), and items (image (3, S, S) uint8, label, unreadable): the last
-# is -1, or the index of the file that could not be read and was replaced by the next one. Who gets the item decides
-# what that means: train.py reports and goes on, evaluate() stops.
+# Each has .classes (names in label order), .labels (N,), .path(index), and items (image (3, S, S) uint8, label, unreadable):
+# the last is -1, or the index of the file that could not be read and was replaced by the next one. Who gets the item
+# decides what that means: train.py reports and goes on, evaluate() stops.
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -88,8 +139,8 @@ def open_dataset(spec, split, transform=None):
     transform: uint8 tensor (3, H, W) -> uint8 tensor (3, S, S). A folder without train/ and val/ is split here: every
     fifth image of a class is for validation. "all" is every image of it; elsewhere "all" means "val".
     """
-    if spec.split(":")[0] == "shapes":
-        return Shapes(*shapes_size(spec, split), transform)
+    if spec.split(":")[0] in ("shapes", *SHIFTS):
+        return shift(Shapes(*shapes_size(spec, split), transform), spec.split(":")[0])
     if spec in ("cifar10", "cifar100"):
         return open_cifar(spec, split, transform)
     return FolderImages(spec, split, transform)
@@ -136,7 +187,7 @@ class FolderImages:
             i %= len(self)
             image = read_image(self.path(i))
             if image is not None:
-                return self.transform(image) if self.transform else image, int(self.labels[i]), unreadable
+                return self.transform(image) if self.transform else image, self.labels[i].long(), unreadable
             unreadable = index
         raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
 
@@ -149,7 +200,8 @@ EXPECTED_TREE = """: expected
 def split_folder(root, split):
     """(the folder with the class folders of this split, None or whether to take the held-out fifth of its images)."""
     if not os.path.isdir(root):
-        raise ValueError(f"no data at {root!r}: expected `shapes`, `cifar10`, `cifar100` or a folder{EXPECTED_TREE}")
+        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` "
+                         f"or a folder{EXPECTED_TREE}")
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
     if os.path.isdir(train) and os.path.isdir(val):
         return (train if split == "train" else val), None
@@ -185,7 +237,10 @@ def read_image(path):
 
 
 class TensorImages:
-    """Images that are in memory already: images (N, 3, H, W) uint8 and labels (N,)."""
+    """Images that are in memory already: images (N, 3, H, W) uint8 and labels (N,).
+
+    An index may also be a list of B: then the item is a batch of them. One by one they take longer than a small model.
+    """
 
     def __init__(self, images, labels, classes, transform=None):
         self.images, self.labels, self.classes, self.transform = images, labels, list(classes), transform
@@ -198,8 +253,8 @@ class TensorImages:
         return f"image {index}"
 
     def __getitem__(self, index):
-        image = self.images[index]
-        return self.transform(image) if self.transform else image, int(self.labels[index]), -1
+        image, label = self.images[index], self.labels[index]
+        return self.transform(image) if self.transform else image, label, torch.full(image.shape[:-3], -1)
 
 
 def open_cifar(spec, split, transform):
@@ -244,7 +299,7 @@ class Shapes(TensorImages):
 def shapes_size(spec, split):
     """(count, seed) of a split of `shapes` or `shapes:COUNT`: 16,000 to train on, 2,000 others to validate."""
     count = spec.partition(":")[2] or "16000"
-    if not count.isdigit() or not 1 <= int(count) <= 100_000:
+    if not count.isdecimal() or not 1 <= int(count) <= 100_000:
         raise ValueError(f"{spec!r} is no data set: expected `shapes` or `shapes:COUNT` with a count of 1 to 100000")
     return (int(count), 1) if split == "train" else (2000, 2)
 
@@ -257,7 +312,7 @@ def draw_shapes(generator, n=500):
     shape, texture = draw(0, 4), draw(0, 4)
     row, column, radius = draw(12, 20), draw(12, 20), draw(10 * 256, 13 * 256)
     turn = draw(0, 7)
-    colours = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)[:, :3]  # object, its texture, background: all different
+    colours = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)[:, :3]  # three: object, texture, background
 
     # The pixel grid in the object's own frame: u to its right, v down, both (n, 32, 32) in 1/256 pixel.
     cos, sin = (torch.tensor(table, dtype=torch.int32)[turn].view(n, 1, 1) for table in (COSINES, SINES))
@@ -285,6 +340,104 @@ def draw_shapes(generator, n=500):
     return images.clamp(0, 255).to(torch.uint8), mask, {name: factor.long() for name, factor in factors.items()}
 
 
+SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
+
+
+def shift(data, name):
+    """Change the pictures of a Shapes, in place, to what training never shows; labels, masks and places stay right."""
+    images = data.images
+    if name == "shapes-noise":  # each value up to 80 brighter or darker; training has seen 12
+        draws = torch.randint(-80, 81, images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+        data.images = (images + draws).clamp(0, 255).to(torch.uint8)
+    elif name == "shapes-blur":  # the mean of 3 x 3 values: their sum is exact in float32, and no ninth is near .5
+        data.images = F.avg_pool2d(F.pad(images.float(), (1, 1, 1, 1), "replicate"), 3, 1).round().to(torch.uint8)
+    elif name == "shapes-rotated":  # a quarter turn to the left; training has seen turns of up to 34 degrees
+        data.images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
+        data.factors |= dict(row=31 - data.factors["column"], column=data.factors["row"])
+    elif name == "shapes-inverted":  # negatives: a dark object on a bright background
+        data.images = 255 - images
+    return data
+
+
+# ---------------------------------------------------------------- whose class is which
+# One rule for every test set. Folder names are looked up among the checkpoint's classes, and the prediction is made among
+# the classes that were found: all 1,000 for ImageNet-V2 and Sketch, 200 for -A and -R, and 1,000 of a 21k model's ("zero
+# shot"). V2 has folders 0 to 999, which are sorted 0, 1, 10, 100: such a name is the number of a class, not its position.
+
+
+def match_classes(names, classes, ignore_unmatched=False):
+    """For each class folder of a data set its position among the checkpoint's classes: a list of int.
+
+    ValueError names folders that the checkpoint does not know; with ignore_unmatched they get -1, if others are known.
+    """
+    keys, known = names, classes
+    if are_numbers(names, classes):
+        keys, known = [int(name) for name in names], range(len(classes))
+    position = {key: i for i, key in enumerate(known)}
+    columns = [position.get(key, -1) for key in keys]
+    unknown = [name for name, column in zip(names, columns) if column < 0]
+    if unknown and (not ignore_unmatched or len(unknown) == len(names)):
+        way_out = "" if len(unknown) == len(names) else "; --ignore-unmatched leaves them out"
+        raise ValueError(f"{len(unknown)} of {len(names)} classes of the data are unknown to the checkpoint "
+                         f"({', '.join(unknown[:3])}, ...): it knows {', '.join(classes[:3])}, ...{way_out}")
+    return columns
+
+
+def are_numbers(names, classes):
+    """Whether folder names are numbers of classes: all are integers, and no class is itself called by an integer."""
+    return all(n.isdecimal() for n in names) and not any(c.isdecimal() for c in classes)
+
+
+def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
+    """A data set as a checkpoint with these classes is scored on it: a copy, which shares the images, with new attributes.
+
+    labels (N, L): the L right answers of each image as indices into columns, padded with -1. L is 1, except with real, a
+    file of ReaL labels. columns: those of the logits that take part. indices: the images that have an answer. note: what
+    was done, in words. Raises ValueError if nothing is left.
+    """
+    found = match_classes(dataset.classes, classes, ignore_unmatched)
+    dataset = copy.copy(dataset)
+    dataset.columns = sorted(set(found) - {-1})
+    place = {column: i for i, column in enumerate(dataset.columns)} | {-1: -1}
+    if real:
+        dataset.labels = read_real(real, dataset, len(dataset.columns))
+    else:
+        dataset.labels = torch.tensor([place[column] for column in found])[dataset.labels.long()].unsqueeze(1)  # (N, 1)
+    dataset.indices = (dataset.labels >= 0).any(1).nonzero().flatten().tolist()
+    if not dataset.indices:
+        raise ValueError("no image of the data is in a class that the checkpoint knows")
+    skipped = len(dataset) - len(dataset.indices)
+    dataset.note = ", ".join([f"{len(dataset.indices)} images, {len(dataset.columns)} of {len(classes)} classes"]
+                             + ["logits restricted"] * (len(dataset.columns) < len(classes))
+                             + ["folder names are class numbers"] * are_numbers(dataset.classes, classes)
+                             + [f"{found.count(-1)} unmatched folders left out"] * (-1 in found)
+                             + [f"ReaL labels from {real}"] * bool(real) + [f"{skipped} images skipped"] * (skipped > 0))
+    return dataset
+
+
+def read_real(path, dataset, num_classes):
+    """ReaL's labels of ImageNet's validation images (Beyer et al. 2020), (N, L) int64 padded with -1.
+
+    The file is a JSON list of the lists of right labels, some empty: entry i belongs to the image whose NAME has number
+    i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files sorted by class. ValueError if file and images do not
+    correspond one to one, or the labels are not among 0 .. num_classes - 1.
+    """
+    try:
+        with open(path) as file:
+            real = {f"ILSVRC2012_val_{i:08}": entry for i, entry in enumerate(json.load(file), start=1)}
+        names = [os.path.basename(dataset.path(i))[:23] for i in range(len(dataset))]
+        if sorted(names) != sorted(real):
+            raise ValueError(f"{len(real)} entries for {len(names)} images ({names[0]}, ...), expected one for each of "
+                             f"ILSVRC2012_val_00000001 to {len(names):08}")
+        longest = max(1, *map(len, real.values()))
+        labels = torch.tensor([real[name] + [-1] * (longest - len(real[name])) for name in names])  # (N, L)
+        if labels.dtype != torch.int64 or not -1 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes in order")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--real {path} does not fit: {str(error).splitlines()[0]}") from None
+    return labels
+
+
 # ---------------------------------------------------------------- counting
 
 
@@ -297,7 +450,7 @@ def eval_transform(image_size, crop_ratio):
 def normalize(images, mean, std):
     """uint8 (B, 3, S, S) on any device -> float32, (pixel / 255 - mean) / std per colour."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (images.float() / 255 - mean) / std
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))  # one pass: a small model would wait for the memory
 
 
 def autocast(device, dtype):
@@ -310,100 +463,270 @@ def best_dtype(device):
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def match_classes(names, classes):
-    """For each class name of a data set its position among the checkpoint's classes. ValueError names the unmatched."""
-    position = {name: i for i, name in enumerate(classes)}
-    unknown = [name for name in names if name not in position]
-    if unknown:
-        raise ValueError(f"{len(unknown)} of {len(names)} classes of the data are unknown to the checkpoint "
-                         f"({', '.join(unknown[:3])}, ...): it knows {', '.join(classes[:3])}, ...")
-    return [position[name] for name in names]
-
-
 def auto_workers(dataset, world=1):
     """Processes to load images with: none if they are in memory, else this process's share of the processors, at most 12."""
     return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
 
 
-def eval_loader(dataset, batch_size, workers, device):
+def eval_loader(dataset, batch_size, workers, device, indices=None):
     """Batches of this process's share of a data set: every world-th image, so that each is counted exactly once.
 
     (DistributedSampler would repeat images until the shares are equal, and count those twice.)
+    indices: of the images that take part; None for all.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DataLoader(dataset, batch_size, sampler=range(rank, len(dataset), world), num_workers=workers,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    share = (range(len(dataset)) if indices is None else indices)[rank::world]
+    sampling = dict(batch_size=batch_size, sampler=share)
+    if isinstance(dataset, TensorImages):  # asked for whole batches
+        sampling = dict(batch_size=None, sampler=BatchSampler(share, batch_size, drop_last=False))
+    return DataLoader(dataset, **sampling, num_workers=workers, pin_memory=device.type == "cuda",
+                      persistent_workers=workers > 0)
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress=False):
-    """Count over a loader of eval_loader(): dict(images, top1, top5 in percent, loss = mean cross-entropy).
+def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress=""):
+    """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
 
-    columns: for each class of the data its column of the logits, from match_classes(); the prediction is made among
-    these only. None: the classes are the model's own. With fewer than 5 classes top5 is top-all, 100.
-    Under torchrun each process counts its share and the sums are added at the end. Raises ValueError at the first image
-    that cannot be read. The model is left in the mode it came in.
+    Labels are (B,), or (B, L) padded with -1 if several answers are right: then one of them must be the best, or among the
+    best five. loss is the mean of -log(probability of the right answers), the cross-entropy when there is one.
+    columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
+    With fewer than 5 classes top5 is top-all, 100. progress: what the progress bar is called; none if empty.
+    Under torchrun each process counts its share and the sums are added at the end. ValueError, in all processes, if an
+    image cannot be read. The model is left in the mode it came in.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
-    for images, labels, unreadable in tqdm(loader, desc="evaluate", unit="batch", leave=False,
-                                           disable=None if progress else True):
+    columns = None if columns is None else torch.tensor(columns, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
+    broken = torch.tensor(-1, device=device)
+    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False,
+                                           disable=None if progress else True):  # None: shown on a terminal only
         if (unreadable >= 0).any():
-            raise ValueError(f"cannot read {loader.dataset.path(int(unreadable.max()))}: an accuracy without this image "
-                             f"would not be comparable; repair or remove the file")
+            broken.fill_(unreadable.max())
+            break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, dtype):
-            logits = model(normalize(images, mean, std)).float()
+            logits = model(normalize(images, mean, std)).float()  # (B, classes)
         logits = logits if columns is None else logits[:, columns]
+        answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        hits = best == labels.unsqueeze(1)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.sum(), loss])
+        hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
+        log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -math.inf)  # (B, L)
+        loss = -log_probs.logsumexp(1).double().sum()
+        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), loss])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    images, top1, top5, loss = sums.tolist()
+        dist.all_reduce(broken, dist.ReduceOp.MAX)
+    if broken >= 0:
+        raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without this image would not be "
+                         f"comparable; repair or remove the file")
+    images, correct1, correct5, loss = sums.tolist()
     model.train(was_training)
-    return dict(images=int(images), top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+    return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
+                top5=100 * correct5 / images, loss=loss / images)
+
+
+@torch.no_grad()
+def images_per_second(model, images, device, dtype):
+    """Speed of the model alone on a batch (B, 3, S, S): the median of 3 forward passes or, if fast, of all in 0.3 s."""
+    seconds = []
+    while len(seconds) < 4 or sum(seconds) < 0.3:
+        start = clock(device.type)
+        with autocast(device, dtype):
+            model(images)
+        seconds.append(clock(device.type) - start)
+    return len(images) / statistics.median(seconds[1:])  # the first is a warm-up
+
+
+# ---------------------------------------------------------------- ImageNet-C (Hendrycks and Dietterich 2019)
+
+ALEXNET = dict(  # its error per corruption, a mean over five severities: what mCE divides by
+    gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880, glass_blur=.826268,
+    motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572, fog=.819324, brightness=.564592,
+    contrast=.853204, elastic_transform=.646056, pixelate=.717840, jpeg_compression=.606500)
+
+
+def open_parts(spec, split):
+    """{"": data set} of a spec or, of a folder of ImageNet-C's shape, {"fog/1": data set, ...}. ValueError if not all 75."""
+    folders = {f"{name}/{severity}": os.path.join(spec, name, severity) for name in ALEXNET for severity in "12345"}
+    missing = [part for part, path in folders.items() if not os.path.isdir(path)]
+    if len(missing) == len(folders):
+        return {"": open_dataset(spec, split)}
+    if missing:
+        raise ValueError(f"{spec} has ImageNet-C's shape, but {len(missing)} of 75 folders are missing ({missing[0]}, ...): "
+                         f"expected 15 corruptions with severities 1 to 5")
+    parts = {part: open_dataset(path, "all") for part, path in folders.items()}
+    uneven = [part for part, dataset in parts.items() if dataset.classes != parts["fog/1"].classes]
+    if uneven:  # they would be evaluated with logits restricted to different classes
+        raise ValueError(f"{spec}: {uneven[0]} has not the same class folders as fog/1, expected the same in all 75")
+    return parts
+
+
+def corruption_errors(results):
+    """Percent, from {"fog/1": evaluate()'s result, ...}: dict(corruptions: {"fog": [5 errors, mean, CE]}, mean_error, mce)
+
+    The mean error is the plain mean over all 75. A CE is a corruption's mean error divided by AlexNet's, and mCE is the
+    mean of the CE: two numbers of similar size, of which one has been quoted as the other.
+    """
+    table = {}
+    for name, alexnet in ALEXNET.items():
+        errors = [100 - results[f"{name}/{severity}"]["top1"] for severity in "12345"]
+        table[name] = [*errors, statistics.mean(errors), statistics.mean(errors) / alexnet]
+    mean_error, mce = (statistics.mean(row[column] for row in table.values()) for column in (5, 6))
+    return dict(corruptions=table, mean_error=mean_error, mce=mce)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py on a data set.")
-    parser.add_argument("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
-    parser.add_argument("--data", required=True, help="shapes, cifar10, cifar100 or a folder")
-    parser.add_argument("--split", choices=("train", "val", "all"), default="all",
-                        help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
-    parser.add_argument("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time (default: 128)")
-    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
-    parser.add_argument("--json", help="write the result to this file, too")
-    return parser.parse_args()
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.")
+    flag = parser.add_argument
+    flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
+    flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
+    flag("--split", choices=("train", "val", "all"), default="all",
+         help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
+    flag("--ignore-unmatched", action="store_true", help="leave out class folders that the checkpoint does not know")
+    flag("--real", metavar="FILE", help="score ImageNet's validation images by the ReaL labels in this JSON file")
+    flag("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
+    flag("--k", type=int, help="experts per token, other than in training")
+    flag("--capacity-factor", type=float, help="slots per expert, in units of the even share (default: no limit)")
+    flag("--drop-expert", type=layer_and_expert, action="append", default=[], metavar="LAYER:EXPERT",
+         help="never choose this expert; MoE layers and experts count from 0; repeatable")
+    flag("--batch-size", type=int, default=128, help="images at a time in each process (default: 128)")
+    flag("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
+    flag("--json", metavar="FILE", help="also write the results there, with counts and how they were obtained")
+    return parser.parse_args(argv)
+
+
+def layer_and_expert(text):
+    """"0:3" -> (0, 3)."""
+    layer, expert = text.split(":")
+    return int(layer), int(expert)
+
+
+def setup_processes():
+    """(rank, world size, device): from torchrun's environment, or one process on the GPU or CPU at hand."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def check(args):
+    """ValueError for options that cannot be."""
+    for name in ("batch_size", "k", "capacity_factor"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+    if args.real and (len(args.data) > 1 or args.ignore_unmatched):
+        raise ValueError("--real scores one --data, ImageNet's validation images, and all of its classes")
+    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+        raise ValueError(f"--json {args.json}: there is no folder {os.path.dirname(args.json)}")
+
+
+def prepare(path, data, args):
+    """Whatever can be wrong is found here, before anything is computed: (model, its row of the results so far, data).
+
+    data: {spec: {part: data set}}, as opened, and as this checkpoint is scored on it.
+    """
+    model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
+    row = dict(checkpoint=path, weights="raw" if args.raw or not checkpoint["ema"] else "EMA")
+    row |= {name: checkpoint[name] for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std")}
+    changes = args.k, args.capacity_factor, args.drop_expert
+    row["deviations"] = change_routing(model, *changes) if any(changes) else []
+    row["params"], row["active"] = count_parameters(model)
+    row["multiply_adds"] = count_flops(model, row["image_size"])
+    data = {spec: {part: match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
+                   for part, dataset in parts.items()} for spec, parts in data.items()}
+    for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
+        resized = eval_transform(row["image_size"], row["crop_ratio"])
+        if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
+            raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
+        dataset.transform = v2.CenterCrop(row["image_size"]) if part else resized
+    return model, row, data
+
+
+def measure(model, row, data, args, device, world, progress):
+    """Complete a row of the results: speed, and the counts on each data set."""
+    model, dtype, row["data"] = model.to(device), best_dtype(device), {}
+    mean, std = row["mean"], row["std"]
+    for spec, parts in data.items():
+        results = {}
+        for part, dataset in parts.items():
+            workers = auto_workers(dataset, world) if args.workers is None else args.workers
+            loader = eval_loader(dataset, args.batch_size, workers, device, dataset.indices)
+            if "images_per_s" not in row:
+                batch = torch.stack([dataset[i][0] for i in islice(cycle(dataset.indices), args.batch_size)])
+                row["images_per_s"] = images_per_second(model, normalize(batch.to(device), mean, std), device, dtype)
+            counts = evaluate(model, loader, device, mean, std, dataset.columns, dtype, progress and f"{spec} {part}")
+            if not math.isfinite(counts["loss"]):
+                raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite numbers")
+            results[part] = counts | dict(protocol=dataset.note, transform=" ".join(str(dataset.transform).split()))
+        row["data"][spec] = results[""] if "" in results else corruption_errors(results) | dict(parts=results)
+    model.cpu()
+
+
+def print_plan(row, data):
+    """What is being evaluated, and on what. Of ImageNet-C's 75 parts, each different note is printed once."""
+    print(f"{row['checkpoint']}: {row['config']['model']} after epoch {row['epoch']}, {row['weights']} weights")
+    notes = [f"deviates from training: {deviation}" for deviation in row["deviations"]]
+    for spec, parts in data.items():
+        notes += [f"{spec}{', each part' if part else ''}: {dataset.note}" for part, dataset in parts.items()]
+    print("".join(f"  {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
+
+
+def print_results(rows):
+    """A table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
+    specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
+    wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
+    print("\n" + " " * (first + 39) * bool(specs) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
+    print(f"{'checkpoint':<{first}}{'params M':>10}{'active M':>10}{'GFLOPs':>9}{'images/s':>10}"
+          + "".join(f"{'top-1 %':>{width - 9}}{'top-5 %':>9}" for width in wide))
+    for row in rows:
+        print(f"{row['checkpoint']:<{first}}{row['params'] / 1e6:>10.2f}{row['active'] / 1e6:>10.2f}"
+              f"{row['multiply_adds'] / 1e9:>9.3g}{row['images_per_s']:>10.0f}"
+              + "".join(f"{row['data'][spec]['top1']:>{width - 9}.2f}{row['data'][spec]['top5']:>9.2f}"
+                        for spec, width in zip(specs, wide)))
+    for row, spec, result in ((row, *item) for row in rows for item in row["data"].items() if "mce" in item[1]):
+        print(f"\n{row['checkpoint']} on {spec}, error in % per severity\n{'corruption':<18}"
+              + "".join(f"{title:>8}" for title in (1, 2, 3, 4, 5, "mean", "CE")))
+        for name, errors in result["corruptions"].items():
+            print(f"{name:<18}" + "".join(f"{error:>8.2f}" for error in errors))
+        print(f"mean error {result['mean_error']:.2f} %, the mean of the 75 errors\n"
+              f"mCE {result['mce']:.2f} %, the mean of the 15 CE, which are mean errors in % of AlexNet's")
 
 
 def main(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, checkpoint = load_checkpoint(args.checkpoint, device, args.raw)
-    dataset = open_dataset(args.data, args.split, eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"]))
-    columns = match_classes(dataset.classes, checkpoint["classes"])
-    workers = auto_workers(dataset) if args.workers is None else args.workers
-    loader = eval_loader(dataset, args.batch_size, workers, device)
-    result = evaluate(model, loader, device, checkpoint["mean"], checkpoint["std"], columns, best_dtype(device), True)
-
-    total, active = count_parameters(model)
-    print(f"{'model':<16}{'params M':>9}{'active M':>10}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'loss':>8}")
-    print(f"{checkpoint['config']['model']:<16}{total / 1e6:>9.2f}{active / 1e6:>10.2f}{result['images']:>8}"
-          f"{result['top1']:>9.2f}{result['top5']:>9.2f}{result['loss']:>8.4f}")
-    if args.json:
+    rank, world, device = setup_processes()
+    check(args)
+    data = {spec: open_parts(spec, args.split) for spec in args.data}
+    prepared = [prepare(path, data, args) for path in args.checkpoint]
+    for model, row, matched in prepared:
+        if rank == 0:
+            print_plan(row, matched)
+        measure(model, row, matched, args, device, world, progress=rank == 0)
+    rows = [row for _, row, _ in prepared]
+    if rank == 0:
+        print_results(rows)
+    if rank == 0 and args.json:
+        machine = dict(torch=torch.__version__, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                       dtype=str(best_dtype(device)), processes=world, batch_size=args.batch_size)
+        text = json.dumps(machine | dict(results=rows), indent=1)
         with open(args.json, "w") as file:
-            json.dump(dict(checkpoint=args.checkpoint, data=args.data, params=total, active=active, **result), file, indent=1)
+            file.write(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)  # no traceback of a worker
         sys.exit(2)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  load_checkpoint, normalize, open_dataset)
+                  load_checkpoint, normalize, open_dataset, setup_processes)
 from moe import count_parameters, mean_balance_loss, upcycle
 
 # ---------------------------------------------------------------- recipes
@@ -445,18 +445,6 @@ def write_log(run, line):
 
 
 # ---------------------------------------------------------------- the run
-
-
-def setup_processes():
-    """(rank, world size, device): from torchrun's environment, or one process on the GPU or CPU at hand."""
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def open_data(config):

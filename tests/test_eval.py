@@ -539,7 +539,7 @@ def test_counting_by_hand():
                           [ln2, 0.0, 0.0]])
     result = count(table, labels=[0, 1, 2, 1])  # right, right, right, wrong
     # loss: -ln 1/2 three times, -ln 1/4 = 2 ln 2 once
-    assert result == pytest.approx(dict(images=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
+    assert result == pytest.approx(dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
@@ -553,7 +553,7 @@ def test_counting_against_a_loop(batch_size):
         top1 += better < 1
         top5 += better < 5
         loss -= float(logits.log_softmax(0)[label])
-    expected = dict(images=23, top1=100 * top1 / 23, top5=100 * top5 / 23, loss=loss / 23)
+    expected = dict(images=23, correct1=top1, correct5=top5, top1=100 * top1 / 23, top5=100 * top5 / 23, loss=loss / 23)
     assert count(table, labels, batch_size=batch_size) == pytest.approx(expected), "a mean of means of unequal batches?"
 
 
@@ -638,7 +638,7 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums: sums.add_(2 ** 24))
+    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums, op=None: op or sums.add_(2 ** 24))
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     result = count(table, [0, 1, 1])  # two of three are right
     assert result["images"] == 2 ** 24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
@@ -650,8 +650,8 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
 
 def test_every_model_has_a_name():
     """build_model() makes each preset from its name and options, and leaves the config as it was."""
-    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "convnext_nano", "convnext_t", "convnext_s",
-                            "convnext_b", "convnext_iso_s", "convnext_iso_b"]
+    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "vit_b32", "vit_l", "vmoe_s32", "convnext_nano",
+                            "convnext_t", "convnext_s", "convnext_b", "convnext_iso_s", "convnext_iso_b"]
     config = dict(model="convnext_nano", num_classes=3, moe_layers="last2")
     for _ in range(2):
         model = build_model(config)
@@ -659,7 +659,7 @@ def test_every_model_has_a_name():
 
 
 @pytest.mark.parametrize("config, expected", [
-    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, convnext_nano, "),
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, "),
     (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
     (dict(model="vit_nano", moe_layers="last2", router="round"), "expected one of linear, cosine, l2"),
     (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k must be 1 to 2"),
@@ -736,7 +736,11 @@ def cut_off(path):
     (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}), "the weights in {path} do not fit its own config"),
     (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}), "the weights in {path} do not fit its own config"),
     (lambda path: write_checkpoint(path, {"model": "resnet"}), "unknown model 'resnet': expected one of vit_nano,"),
-], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model"])
+    (lambda path: write_checkpoint(path, CONFIG | {"size": 1}), "the config in {path} does not describe a model"),
+    (lambda path: write_checkpoint(path, {"dim": 16}), "the config in {path} does not describe a model"),
+    (lambda path: write_checkpoint(path, classes=["a", "b"]), "{path} names 2 classes, but its model has 3 outputs"),
+], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model",
+        "unknown option", "no model", "too few classes"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -788,25 +792,46 @@ def run(monkeypatch, *arguments):
 
 
 def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, capsys):
-    """`eval.py CHECKPOINT --data FOLDER --json FILE` prints one line per checkpoint and writes the same numbers."""
+    """`eval.py CKPT CKPT --data A --data B --json FILE`: a row per checkpoint, top-1 and top-5 per data set, and JSON."""
     model, folder = saved_model
-    # Classes b and c, which the model knows as 1 and 2, and never a: of 5 images 3 are "b", what the raw weights say.
-    data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
-    run(monkeypatch, folder / "both.pt", "--data", data, "--raw", "--batch-size", 2, "--workers", 0,
-        "--json", folder / "result.json")
-    header, line, *rest = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[0] == "model" and rest == []
+    # Classes b and c, which the model knows as 1 and 2, and never a. Raw weights say "b", averaged ones say "c".
+    one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
+    two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
+    both, plain = folder / "both.pt", folder / "plain.pt"
+    run(monkeypatch, both, plain, "--data", one, "--data", two, "--batch-size", 2, "--workers", 0,
+        "--json", folder / "out.json")
+    *_, names, header, first, second = capsys.readouterr().out.splitlines()
+    assert names.split() == [one, two]
+    assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
     params = sum(p.numel() for p in model.parameters())
-    expert = 2 * 4 * 16 * 16 + 4 * 16 + 16  # width 16, hidden 64
-    active = params - 6 * expert  # 2 of the 8 experts of one layer work
+    active = params - 6 * (2 * 4 * 16 * 16 + 4 * 16 + 16)  # width 16, hidden 64: 2 of the 8 experts of one layer work
+    size = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
+    for line, path, numbers in [(first, both, ["40.00", "100.00", "50.00", "100.00"]),  # "c": 2 of 5, and 2 of 4
+                                (second, plain, ["60.00", "100.00", "25.00", "100.00"])]:  # "b": 3 of 5, and 1 of 4
+        cells = line.split()
+        assert cells[:3] == [str(path), *size] and cells[5:] == numbers
+
+    written = json.loads((folder / "out.json").read_text())
+    assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
+    row = written["results"][1]
+    assert (row["checkpoint"], row["weights"], row["params"], row["active"]) == (str(plain), "raw", params, active)
     # the logits of b and c are 5 and 0: -ln(e^5 / (e^5 + 1)) if b is right, -ln(1 / (e^5 + 1)) if c is
     loss = (3 * math.log1p(math.exp(-5)) + 2 * math.log1p(math.exp(5))) / 5
-    millions = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
-    assert line.split() == ["vit_nano", *millions, "5", "60.00", "100.00", f"{loss:.4f}"]
-    written = json.loads((folder / "result.json").read_text())
-    expected = dict(params=params, active=active, images=5, top1=60.0, top5=100.0, loss=loss)
-    assert {name: written.pop(name) for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert written == dict(checkpoint=str(folder / "both.pt"), data=data)
+    expected = dict(images=5, correct1=3, correct5=5, top1=60.0, top5=100.0, loss=loss)
+    assert {name: row["data"][one][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert row["data"][one]["protocol"] == "5 images, 2 of 3 classes, logits restricted"
+
+
+def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
+    """Before the table the command says which weights it takes, EMA unless --raw, and how it matched the classes."""
+    _, folder = saved_model
+    data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png"])
+    for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:  # EMA says "c", the raw weights "b"
+        run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == [f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
+                             f"  {data}: 4 images, 2 of 3 classes, logits restricted"]
+        assert lines[-1].split()[5] == top1
 
 
 def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
@@ -819,12 +844,14 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
         (tmp_path / "data" / name).mkdir(parents=True)
     pixels = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     v2.functional.to_pil_image(pixels).save(tmp_path / "data" / "c" / "0.png")
-    run(monkeypatch, tmp_path / "best.pt", "--data", tmp_path / "data", "--workers", 0, "--json", tmp_path / "out.json")
+    data = str(tmp_path / "data")
+    run(monkeypatch, tmp_path / "best.pt", "--data", data, "--workers", 0, "--json", tmp_path / "out.json")
     # 32 / 0.5 = 64 is the short side already; the centre of 64 x 80 begins at row 16, column 24
     centre = pixels[:, 16:48, 24:56].float() / 255
     x = torch.stack([(centre[i] - mean[i]) / std[i] for i in range(3)])
     loss = -model(x.unsqueeze(0)).log_softmax(1)[0, 2].item()
-    assert json.loads((tmp_path / "out.json").read_text())["loss"] == pytest.approx(loss)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["results"][0]["data"][data]["loss"] == pytest.approx(loss)
 
 
 @pytest.mark.parametrize("flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
@@ -833,8 +860,8 @@ def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatc
     _, folder = saved_model
     data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
     run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags.split())
-    cells = capsys.readouterr().out.splitlines()[1].split()
-    assert cells[3:5] == [str(images), "50.00"]  # the averaged weights say "c", which is half
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"  {data}: {images} images") and lines[-1].split()[5] == "50.00"  # "c" is half
 
 
 def test_data_of_other_classes_is_refused(saved_model, monkeypatch):
