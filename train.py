@@ -22,6 +22,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -470,6 +471,7 @@ def prepare(args):
     """Everything a run needs, settled before any file is written: a namespace. Raises ValueError for whatever is wrong."""
     config = resolve(args)
     rank, world, device = setup_processes()
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's word on depthwise convolutions: harmless
     run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, progress=None,
                           unreadable=set(), signal=0, saved_at=time.monotonic())
     run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
@@ -634,8 +636,9 @@ def print_result(run):
     best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
     held_out = "" if data.startswith(("shapes", "cifar")) or os.path.isdir(os.path.join(data, "val")) else " --split val"
     print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}\n"
-          f"evaluate    python eval.py {best} --data {data}{held_out}\n"
-          f"inspect     python inspect_experts.py {best} --data {data} --out {os.path.join(run.folder, 'inspect')}")
+          f"evaluate    python eval.py {best} --data {data}{held_out}")
+    if run.model.moe_blocks:
+        print(f"inspect     python inspect_experts.py {best} --data {data} --out {os.path.join(run.folder, 'inspect')}")
 
 
 def print_epoch(run, line):
