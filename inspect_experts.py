@@ -670,7 +670,7 @@ def make_files(runs, args):
 # ---------------------------------------------------------------- command line
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Show what each expert of a sparse checkpoint does.")
     flag = parser.add_argument
     flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
@@ -684,7 +684,7 @@ def parse_args():
     flag("--all-choices", action="store_true", help="count all k experts of a token, not its first choice only")
     flag("--batch-size", type=int, default=128, help="images at a time (default: 128)")
     flag("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def open_all(path, args, device):

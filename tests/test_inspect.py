@@ -21,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
+import train
 from eval import MEAN, STD, Shapes, TensorImages, build_model, eval_loader
 from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect,
                              known_factors, make_files, mutual_information, overlay, palette, png, sheet, similarity, svg,
@@ -562,17 +563,18 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_then_inspect(tmp_path):
+def test_train_then_inspect(tmp_path, monkeypatch, capsys):
     """After a short training the command that train.py prints works, and a mistake is one line and exit status 2."""
-    def python(*argv):
-        return subprocess.run([sys.executable, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True)
-
-    trained = python(ROOT / "train.py", "--data", "shapes:96", "--batch-size", "32", "--epochs", "1", "--out", "run")
-    assert trained.returncode == 0, trained.stderr
-    done = python(ROOT / "inspect_experts.py", "run/best.pt", "--data", "shapes:96", "--out", "out", "--max-images", "64")
-    assert done.returncode == 0, done.stderr
-    assert "written to out/: report.html" in done.stdout and (tmp_path / "out/report.html").stat().st_size > 50_000
-    wrong = python(ROOT / "inspect_experts.py", "run/best.pt", "--data", "nowhere", "--out", "out2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
+    train.main(train.parse_args("--data shapes:96 --batch-size 32 --epochs 1 --out run".split()))
+    flags = capsys.readouterr().out.partition("inspect_experts.py")[2].split()
+    inspect_experts.main(inspect_experts.parse_args([*flags, "--max-images", "64"]))
+    assert "written to run/inspect/: report.html" in capsys.readouterr().out
+    assert (tmp_path / "run/inspect/report.html").stat().st_size > 50_000
+    wrong = subprocess.run([sys.executable, str(ROOT / "inspect_experts.py"), "run/best.pt", "--data", "nowhere", "--out", "out2"],
+                           capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: no data at 'nowhere'")
     assert "Traceback" not in wrong.stderr
     assert not (tmp_path / "out2").exists()
+

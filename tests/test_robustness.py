@@ -537,17 +537,15 @@ def test_two_processes_count_the_same(tmp_path):
         folder = tmp_path / "data" / draw.choice(CLASSES)
         folder.mkdir(parents=True, exist_ok=True)
         v2.functional.to_pil_image(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)).save(folder / f"{i}.png")
-    rows = []
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for processes, launcher in [(1, []), (2, launch)]:
-        command = [sys.executable, *launcher, str(ROOT / "eval.py"), checkpoint, "--data", str(tmp_path / "data"),
-                   "--batch-size", "4", "--workers", "1", "--json", str(tmp_path / "out.json")]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("random.pt: vit_nano") == 1, "only one process prints"
-        written = json.loads((tmp_path / "out.json").read_text())
-        assert written["processes"] == processes
-        rows.append(written["results"][0]["data"][str(tmp_path / "data")])
+    flags = [checkpoint, "--data", str(tmp_path / "data"), "--batch-size", "4", "--workers", "1", "--json"]
+    evaluation.main(evaluation.parse_args([*flags, str(tmp_path / "1.json")]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "eval.py")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *flags, str(tmp_path / "2.json")], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("random.pt: vit_nano") == 1, "only one process prints"
+    written = [json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json")]
+    assert [result["processes"] for result in written] == [1, 2]
+    rows = [result["results"][0]["data"][str(tmp_path / "data")] for result in written]
     assert rows[0].pop("loss") == pytest.approx(rows[1].pop("loss"), rel=1e-6)
     assert rows[0] == rows[1] and rows[0]["images"] == 23 and 0 < rows[0]["correct5"] < 23
