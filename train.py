@@ -76,7 +76,8 @@ RECIPES = dict(
     vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT, vmoe_s32=VMOE)
 # With --init-from, on top of the model's recipe (but for the nano models): ConvNeXt's and DeiT III's fine-tuning from 21k
 # to 1k, without ConvNeXt's layer-wise decay of the learning rate.
-CONVNEXT_TUNE = dict(epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
+CONVNEXT_TUNE = dict(
+    epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
 VIT_TUNE = dict(epochs=50, lr=3e-4, lr_batch=2048, batch_size=2048, weight_decay=0.02)
 # The torchvision model whose weights fit, for --init-from torchvision.
 TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
@@ -90,7 +91,7 @@ def parse_args(argv=None):
     flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
     flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
-    flag("--init-from", help="start from `torchvision`'s ImageNet weights or from a checkpoint of ours; a dense one is upcycled")
+    flag("--init-from", help="start from `torchvision`'s ImageNet weights or a checkpoint of ours; a dense one is upcycled")
     flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
     flag("--seed", type=int, default=0, help="start of all random draws (default: 0)")
 
@@ -556,18 +557,20 @@ def agree(run, losses):
     broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
     if broken:
         raise FloatingPointError(
-            f"the loss is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, balance "
-            f"{losses[1].item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, the last "
-            f"good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or --dtype float32")
+            f"the loss is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, "
+            f"balance {losses[1].item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, "
+            f"the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or "
+            f"--dtype float32")
 
 
 def train_epoch(run):
     """Train to the end of the epoch, from where it was left. False if a signal ended it early."""
     layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
-    start = run.progress or dict(losses=[0.0, 0.0], routed=[[0] * (run.config["experts"] + 1)] * layers, wait=0.0, seconds=0.0)
+    columns = run.config["experts"] + 1
+    start = run.progress or dict(losses=[0.0, 0.0], routed=[[0] * columns] * layers, wait=0.0, seconds=0.0)
     run.progress = start | dict(
         losses=torch.tensor(start["losses"], dtype=torch.float64, device=run.device),
-        routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, run.config["experts"] + 1))
+        routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, columns))
     run.batches.epoch, run.batches.first_step = run.epoch, first
     run.net.train(not run.config["freeze_backbone"])  # frozen, it works as in evaluation: no noise, no drop path
     parts = iter(run.loader)
@@ -618,10 +621,10 @@ def print_summary(run):
     blocks = run.model.moe_blocks
     sparse = f"{config['experts']} experts, top {config['k']}, in blocks {blocks}" if blocks else "dense"
     passes = f"{run.world} process(es) x {config['accumulate']} pass(es)"
-    source = f"start       from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}\n" if config["init_from"] else ""
+    start = f"start       from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}\n" * bool(config["init_from"])
     print(f"data        {config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to validate, "
           f"{len(run.train_set.classes)} classes\n"
-          f"model       {config['model']}, {sparse}\n{source}"
+          f"model       {config['model']}, {sparse}\n{start}"
           f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M\n"
           f"batch       {config['batch_size']} = {passes} x {config['batch_size'] // run.world // config['accumulate']}\n"
           f"schedule    {config['epochs']} epochs x {run.batches.steps} steps, peak lr {config['lr']:.3g}\n"
@@ -644,7 +647,8 @@ def print_result(run):
 def print_epoch(run, line):
     """One aligned line per epoch, and once a warning if the data come too slowly."""
     if run.epoch == run.first_epoch + 1:
-        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}{'images/s':>10}{'data wait':>11}")
+        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}{'images/s':>10}"
+              f"{'data wait':>11}")
     print(f"{line['epoch']:>5}/{run.config['epochs']:<3}{line['train_loss']:>9.4f}{line['balance_loss']:>9.3f}"
           f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}{line['images_per_s']:>10.0f}"
           f"{line['data_wait']:>11.0%}", flush=True)
