@@ -150,12 +150,12 @@ def test_two_processes_train_like_one(layers, tmp_path):
     Without what each process draws for itself (noise, drop path) or computes from its own tokens (balance loss).
     """
     flags = ("--data shapes:64 --model vit_nano --batch-size 64 --epochs 20 --warmup-epochs 2 --balance-weight 0 "
-             "--router-noise 0 --workers 0 --lr 0.001 --moe-layers").split() + [layers]
+             "--router-noise 0 --workers 0 --lr 0.0003 --moe-layers").split() + [layers]
     losses = []
     for world in (1, 2):
         assert finish(start(world, tmp_path, *flags, "--out", f"world{world}")) == [0] * world
         losses.append([json.loads(line)["train_loss"] for line in open(tmp_path / f"world{world}" / "log.jsonl")])
-    assert len(losses[0]) == 20 and losses[0][-1] < 0.9 * losses[0][0], "one step per epoch, and it learns"
+    assert len(losses[0]) == 20 and losses[0][-1] < 0.95 * losses[0][0], "one step per epoch, and it learns"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
