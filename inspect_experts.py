@@ -37,7 +37,8 @@ from torch.utils.data import Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (auto_workers, eval_loader, eval_transform, load_checkpoint, match_classes, normalize, open_dataset)
+from eval import (auto_workers, autocast, best_dtype, eval_loader, eval_transform, load_checkpoint, match_classes, normalize,
+                  open_dataset)
 
 # ---------------------------------------------------------------- statistics: pure functions of counts
 
@@ -215,13 +216,12 @@ def count_routing(model, loader, layers, device, mean, std, examples=()):
     Returns for each position in `examples` (image (3, S, S) uint8, [(rows, columns) first choices per layer]).
     Computes in bfloat16 where eval.py does. ValueError at the first image that cannot be read.
     """
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     shown, seen = [], 0
     for images, _, unreadable in tqdm(loader, desc="inspect", unit="batch", leave=False, disable=None):
         if (unreadable >= 0).any():
             path = loader.dataset.dataset.path(int(unreadable.max()))
             raise ValueError(f"cannot read {path}: repair or remove the file")
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with autocast(device, best_dtype(device)):
             _, routings = model(normalize(images.to(device, non_blocking=True), mean, std), return_routing=True)
         for layer, routing in zip(layers, routings):
             layer.add(routing)

@@ -462,9 +462,8 @@ def open_data(config):
 
 def count_routing(routings, num_experts):
     """(L, E + 1) int64 for L MoE layers: choices per expert, before any is dropped, and in the last column the dropped."""
-    every = torch.arange(num_experts)
-    rows = [torch.cat([(r.experts.reshape(-1, 1) == every.to(r.experts.device)).sum(0), (~r.kept).sum().view(1)])
-            for r in routings]
+    rows = [torch.cat([(r.experts.reshape(-1, 1) == torch.arange(num_experts, device=r.experts.device)).sum(0),
+                       (~r.kept).sum().view(1)]) for r in routings]
     return torch.stack(rows) if rows else torch.zeros(0, num_experts + 1, dtype=torch.int64)
 
 
