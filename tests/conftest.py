@@ -1,5 +1,6 @@
-"""What all tests share: they can import the project from anywhere, and they are small and repeatable."""
+"""What all tests share: small, repeatable, each belonging to one concept of concepts.py, and summed up by concept."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,15 @@ import torch
 torch.set_num_threads(1)  # the tensors are small: more threads only get in each other's way
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
+
+try:
+    import needs
+    needs.watch_all()
+except ModuleNotFoundError:
+    needs = None  # in an assignment
 
 
 def compile_knows_grouped_mm():
@@ -27,12 +36,81 @@ needs_compile = pytest.mark.skipif(not shutil.which("g++") or not compile_knows_
                                    reason="torch.compile in float32 on a CPU needs a C++ compiler and torch above 2.11")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
-    config.addinivalue_line("markers", "slow: starts processes of its own; skip with -m 'not slow'")
-
-
 @pytest.fixture(autouse=True)
 def same_draws_every_time():
     """Each test starts from the same seed, whatever ran before it."""
     torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------- each test has one concept, and they come in its order
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
+    config.addinivalue_line("markers", "slow: starts processes of its own; skip with -m 'not slow'")
+    for concept in CONCEPTS:
+        config.addinivalue_line("markers", f"{concept.name}: {concept.lesson}")
+
+
+def concept_of(item):
+    return next(mark.name for mark in item.iter_markers() if mark.name in BY_NAME)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose among them
+def pytest_collection_modifyitems(items):
+    for item in items:
+        names = [mark.name for mark in item.iter_markers() if mark.name in BY_NAME]
+        if len(names) != 1:
+            raise pytest.UsageError(f"{item.nodeid} has the concepts {names}: expected exactly one of tests/concepts.py, "
+                                    f"as in @pytest.mark.{CONCEPTS[0].name}")
+    items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
+
+
+# ---------------------------------------------------------------- what came of it: one line per concept
+
+results = {}  # {concept: [(passed, names of the concepts that were found unwritten), ...]}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if needs:
+        needs.called.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    if needs:
+        needs.check(concept_of(item), slow=item.get_closest_marker("slow") is not None)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed or report.when == "call" and report.passed:
+        told = "".join([str(call.excinfo.value) if report.failed else "", *(text for _, text in report.sections)])
+        unwritten = {name for name in re.findall(r"(\w+): write \w", told) if name in BY_NAME}
+        results.setdefault(concept_of(item), []).append((report.passed, unwritten if report.failed else set()))
+    return report
+
+
+def state_of(concept, outcomes):
+    """done, not written yet, waits for others, or BROKEN: a test failed that met no unwritten function."""
+    missing = set().union(*(unwritten for _, unwritten in outcomes))
+    if any(not passed and not unwritten for passed, unwritten in outcomes):
+        return "BROKEN"
+    if concept in missing:
+        return "not written yet"
+    return f"waits for {', '.join(name for name in BY_NAME if name in missing)}" if missing else "done"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """passed/total, state and lesson of every concept that was tested."""
+    shown = [(concept, results[concept.name]) for concept in CONCEPTS if concept.name in results]
+    states = [state_of(concept.name, outcomes) for concept, outcomes in shown]
+    if shown:
+        terminalreporter.section("what there is to learn")
+    for (concept, outcomes), state in zip(shown, states):
+        count = f"{sum(passed for passed, _ in outcomes)}/{len(outcomes)}"
+        terminalreporter.write_line(f"{concept.name:<12}{count:>8}  {state:<{max(map(len, states))}}  {concept.lesson}")

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -30,21 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---------------------------------------------------------------- shapes: the embedded data
 
 
-@cache
-def shapes(count, seed):
-    """Drawn once for all tests; nobody changes them."""
-    return Shapes(count, seed)
-
-
+@pytest.mark.shapes
 def test_the_same_pictures_on_every_machine():
     """The first eight pictures to train on are, bit by bit, these; a new version of PyTorch must not change them."""
-    checksum = hashlib.sha256(shapes(500, seed=1).images[:8].numpy().tobytes()).hexdigest()
+    checksum = hashlib.sha256(Shapes(500, seed=1).images[:8].numpy().tobytes()).hexdigest()
     assert checksum == "8347a917a37522c1e356cc2102a50295b327ec70f150725e927926cf52a84468", "was a draw changed?"
 
 
+@pytest.mark.shapes
 def test_labels_are_what_one_sees():
     """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     assert [data.classes[data[i][1]] for i in range(16)] == [
         "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
         "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
@@ -52,6 +48,7 @@ def test_labels_are_what_one_sees():
         "circle-plain", "square-plain", "circle-checks", "cross-plain"]
 
 
+@pytest.mark.shapes
 def test_a_longer_set_begins_with_the_shorter():
     """20 pictures are the first 20 of 600 of the same seed, also where pictures are drawn in parts of 500."""
     short, long = Shapes(20, seed=3), Shapes(600, seed=3)
@@ -63,15 +60,17 @@ def test_a_longer_set_begins_with_the_shorter():
     assert len(long.images.flatten(1).unique(dim=0)) == 600, "the same part again and again?"
 
 
+@pytest.mark.shapes
 def test_training_and_validation_pictures_differ():
     """No picture to validate with is among those to train on."""
-    train, val = ({image.numpy().tobytes() for image in shapes(500, seed).images} for seed in (1, 2))
+    train, val = ({image.numpy().tobytes() for image in Shapes(500, seed).images} for seed in (1, 2))
     assert len(train) == len(val) == 500 and not train & val
 
 
+@pytest.mark.shapes
 def test_classes_are_shape_times_texture():
     """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     assert data.classes == [
         "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
         "square-plain", "square-stripes", "square-checks", "square-dots",
@@ -80,24 +79,27 @@ def test_classes_are_shape_times_texture():
     assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
 
 
+@pytest.mark.shapes
 def test_all_classes_are_about_equally_frequent():
     """Of 1,600 pictures each of the 16 classes has 100, give or take four deviations of 10."""
     # one class: mean 1600 / 16 = 100, deviation sqrt(1600 * 1/16 * 15/16) = 9.7
-    counts = shapes(1600, seed=1).labels.bincount(minlength=16)
+    counts = Shapes(1600, seed=1).labels.bincount(minlength=16)
     assert len(counts) == 16 and counts.min() > 60 and counts.max() < 140, counts
 
 
+@pytest.mark.shapes
 def test_the_mask_is_where_the_object_is():
     """Inside its mask a picture is bright, outside it is dark."""
     # The dimmest object colour is (0, 158, 115): its brightest channel, less 25 of shade and 12 of noise, is 121.
     # The brightest background is a quarter of 240 + 25: 66, with 12 of noise 78. So 100 separates them always.
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     assert torch.equal(data.images.amax(dim=1) > 100, data.masks)
 
 
+@pytest.mark.shapes
 def test_row_and_column_are_the_centre():
     """The centre of mass of a circle's mask is at the factors row and column, in this order."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     circles = data.factors["shape"] == 0
     masks = data.masks[circles].double()
     area = masks.sum((1, 2))
@@ -107,9 +109,10 @@ def test_row_and_column_are_the_centre():
     assert_close(column, data.factors["column"][circles].double())
 
 
+@pytest.mark.shapes
 def test_the_mask_has_the_shape_of_its_factor():
     """A triangle changes in half a turn, a circle is round, a square is full and a cross is not: as the factor says."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     mask, row, column = data.masks, *(data.factors[name].view(-1, 1, 1) for name in ("row", "column"))
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     turned_y, turned_x = 2 * row - y, 2 * column - x  # half a turn about the centre may lead out of the picture
@@ -126,9 +129,10 @@ def test_the_mask_has_the_shape_of_its_factor():
     assert not wrong, f"pictures {wrong[:10]} do not show the shape of their factor"
 
 
+@pytest.mark.shapes
 def test_colours_are_those_of_the_factors():
     """A plain object has the colour of its factor, its background a quarter of the other; shades differ by up to 25."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     palette = torch.tensor(PALETTE).float()
     plain = data.factors["texture"] == 0
     for inside, factor, brightness in [(True, "colour", 1), (False, "background", 4)]:
@@ -140,15 +144,17 @@ def test_colours_are_those_of_the_factors():
     assert (data.factors["colour"] != data.factors["background"]).all()
 
 
+@pytest.mark.shapes
 def test_only_plain_objects_have_one_colour():
     """Within a plain object a channel varies by the noise of +-12 only; a texture adds a second colour."""
-    data = shapes(500, seed=1)
+    data = Shapes(500, seed=1)
     inside = data.masks.unsqueeze(1)
     spread = (data.images.masked_fill(~inside, 0).amax((2, 3)).int() -
               data.images.masked_fill(~inside, 255).amin((2, 3)).int()).amax(1)
     assert torch.equal(spread <= 24, data.factors["texture"] == 0)
 
 
+@pytest.mark.shapes
 def test_an_item_is_image_label_and_no_complaint():
     """Item i is (image, label, -1), its image through the transform, and path(i) has a name for messages."""
     data = Shapes(3, seed=1, transform=lambda image: image[:, :4])
@@ -157,9 +163,10 @@ def test_an_item_is_image_label_and_no_complaint():
     assert data.path(2) == "image 2" and len(data) == 3
 
 
+@pytest.mark.shapes
 def test_a_linear_classifier_cannot_solve_it():
     """Ridge regression on the pixels of 1,600 pictures stays under 40% on others: class is not colour or place."""
-    train, val = shapes(1600, seed=1), shapes(500, seed=2)
+    train, val = Shapes(1600, seed=1), Shapes(500, seed=2)
     x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
     y = F.one_hot(train.labels, 16).float()
     # weights = x^T (x x^T + lambda)^-1 y: the same as (x^T x + lambda)^-1 x^T y, with the smaller matrix
@@ -168,6 +175,7 @@ def test_a_linear_classifier_cannot_solve_it():
     assert 1 / 16 < accuracy < 0.4, f"{accuracy:.0%}: easier than it should be (or noise, below 6%)"
 
 
+@pytest.mark.shapes
 def test_the_size_of_shapes():
     """`shapes` is 16,000 pictures to train on and 2,000 others to validate; `shapes:COUNT` changes the first only."""
     assert shapes_size("shapes", "train")[0] == 16_000 and shapes_size("shapes:40", "train")[0] == 40
@@ -178,6 +186,7 @@ def test_the_size_of_shapes():
     assert len(data) == 40 and data[0][0].shape == (3, 1, 32)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("spec", ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001"])
 def test_a_wrong_count_of_shapes(spec):
     """Only a count of 1 to 100000 can follow `shapes:`, and the message says so."""
@@ -208,6 +217,7 @@ def fields(colours):
 GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOURS]  # luma, the "L" of Pillow
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("name, mode, expected", [
     ("rgb.png", "RGB", COLOURS),
     ("grey.png", "L", GREYS),
@@ -243,6 +253,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, m
     assert worst <= (3 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0), f"{worst}: inverted? BGR? transposed?"
 
 
+@pytest.mark.folders
 def test_sixteen_bits_become_eight(tmp_path):
     """A 16-bit grey PNG is scaled to 8 bits, neither cut off at 255 nor deprived of its upper byte."""
     # White is 65535 and becomes 255: value / 257, rounded up or down.
@@ -254,6 +265,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     assert difference < 1, image[0].tolist()
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("width, height", [(1, 1), (7, 3), (3, 7)])
 def test_images_keep_their_size(tmp_path, width, height):
     """A file of W x H pixels is read as (3, H, W): rows first."""
@@ -272,6 +284,7 @@ BROKEN = {"empty.png": b"", "text.png": b"this is no image", "half.jpg": saved("
           "half.png": saved("png")[:90], "half.gif": saved("gif")[:60], "half.bmp": saved("bmp")[:500]}
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_none(tmp_path, name):
     """A file that is empty, cut off or no image is None, and not an exception of some decoder."""
@@ -298,6 +311,7 @@ def contents(dataset):
             for i, (image, label, _) in enumerate(items)]
 
 
+@pytest.mark.folders
 def test_classes_and_files_are_sorted(tmp_path):
     """Labels follow the sorted class names, items the sorted files: no order of the file system gets in."""
     root = make_folder(tmp_path, ["b/2.png", "b/10.png", "a/x.png", "C/y.png"])
@@ -307,6 +321,7 @@ def test_classes_and_files_are_sorted(tmp_path):
     assert [data[i][1:] for i in range(4)] == [(0, -1), (1, -1), (2, -1), (2, -1)]
 
 
+@pytest.mark.folders
 def test_subfolders_belong_to_their_class(tmp_path):
     """An image at any depth below a class folder is of that class."""
     root = make_folder(tmp_path, ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png", "dog/a/b/c/4.png"])
@@ -315,6 +330,7 @@ def test_subfolders_belong_to_their_class(tmp_path):
                               ("cat/indoor/sofa/3.png", "cat", 2), ("dog/a/b/c/4.png", "dog", 3)]
 
 
+@pytest.mark.folders
 def test_odd_names(tmp_path):
     """Spaces, accents, other scripts, emoji and several dots in names are read, and path() gives them back."""
     names = ["big cat/my photo (1).png", "chien à poil/éléphant.v2.PNG", "猫/写真.png", "🐈/👍.png"]
@@ -322,6 +338,7 @@ def test_odd_names(tmp_path):
     assert contents(data) == [(name, name.split("/")[0], level) for level, name in enumerate(names)]
 
 
+@pytest.mark.folders
 def test_what_is_no_image_is_left_out(tmp_path):
     """Hidden folders are no classes, files beside the class folders no items, and other files no images."""
     root = make_folder(tmp_path, ["a/1.png", "b/2.png", ".cache/3.png", "4.png"])
@@ -331,6 +348,7 @@ def test_what_is_no_image_is_left_out(tmp_path):
     assert data.classes == ["a", "b"] and contents(data) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
 
 
+@pytest.mark.folders
 def test_train_and_val_folders(tmp_path):
     """Where there are train/ and val/, "train" is the one, and "val" and "all" are the other."""
     root = make_folder(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png"])
@@ -339,6 +357,7 @@ def test_train_and_val_folders(tmp_path):
     assert contents(open_dataset(root, "val")) == contents(open_dataset(root, "all")) == val
 
 
+@pytest.mark.folders
 def test_a_flat_folder_holds_out_a_fifth(tmp_path):
     """Without train/ and val/ every fifth file of each class is for validation, and the rest to train on."""
     files = [f"{name}/{i:02}.png" for name in "ab" for i in range(11)]
@@ -349,17 +368,19 @@ def test_a_flat_folder_holds_out_a_fifth(tmp_path):
     assert sorted(train + val) == everything == files and not set(train) & set(val)
 
 
+@pytest.mark.folders
 def test_a_transform_sees_every_image(tmp_path):
     """The transform is applied to what was read, so that images of all sizes fit in one batch."""
     (tmp_path / "a").mkdir()
     for i, size in enumerate([(40, 20), (20, 40), (8, 8)]):
         Image.new("L", size, 9).save(tmp_path / "a" / f"{i}.png")
-    data = open_dataset(str(tmp_path), "all", eval_transform(16, 1.0))
-    images, labels, unreadable = next(iter(eval_loader(data, 3, 0, CPU)))
+    data = open_dataset(str(tmp_path), "all", v2.Resize((16, 16)))
+    images, labels, unreadable = next(iter(DataLoader(data, batch_size=3)))
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and (images == 9).all()
     assert labels.tolist() == [0, 0, 0] and unreadable.tolist() == [-1, -1, -1]
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("make, expected", [
     (lambda root: None, "no data at"),
     (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
@@ -379,6 +400,7 @@ def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expecte
     assert "FOLDER/train/<class>/<image>.jpg" in message and " or FOLDER/<class>/<image>.jpg" in message
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("broken, item, replaced_by", [
     ([1], 1, 2),  # by the next
     ([1, 2], 1, 3),  # by the next that can be read
@@ -396,6 +418,7 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
     assert unreadable == item, "report the file that was asked for"
 
 
+@pytest.mark.folders
 def test_a_folder_of_broken_files_is_an_error(tmp_path):
     """The search for a readable file ends after 100, with the name of the first."""
     root = make_folder(tmp_path, ["a/0.png", "a/1.png"])
@@ -405,6 +428,7 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path):
         open_dataset(root, "all")[1]
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("spec, kind", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
 def test_cifar_has_channels_first(monkeypatch, spec, kind):
     """torchvision has CIFAR as (N, rows, columns, 3), we have (N, 3, rows, columns); its test half is to validate."""
@@ -423,6 +447,7 @@ def test_cifar_has_channels_first(monkeypatch, spec, kind):
         assert image[0, 1, 3] == 99 + plus, "channels last, or the other half"
 
 
+@pytest.mark.folders
 @pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")])
 def test_cifar_without_a_network(monkeypatch, problem):
     """If the download fails, one line says what went wrong and which file to get by hand."""
@@ -441,6 +466,7 @@ def test_cifar_without_a_network(monkeypatch, problem):
 # ---------------------------------------------------------------- from pixels to the model
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("image_size, crop_ratio, height, width, rows, columns", [
     (32, 0.5, 64, 64, (16, 48), (16, 48)),  # 32 / 0.5 = 64: no resizing; (64 - 32) / 2 = 16
     (224, 0.875, 256, 300, (16, 240), (38, 262)),  # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
@@ -454,6 +480,7 @@ def test_the_centre_is_evaluated(image_size, crop_ratio, height, width, rows, co
     assert torch.equal(eval_transform(image_size, crop_ratio)(image), expected)
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("height, width, resized", [(96, 120, (64, 80)), (20, 10, (128, 64))])
 def test_resizing_is_bicubic(height, width, resized):
     """Larger and smaller images are resized with the bicubic filter of Pillow, to one grey value."""
@@ -465,6 +492,7 @@ def test_resizing_is_bicubic(height, width, resized):
     assert difference <= 1, "bilinear, or not antialiased?"
 
 
+@pytest.mark.counting
 def test_normalize_by_hand():
     """A pixel becomes (pixel / 255 - mean) / std with the mean and the deviation of its own colour."""
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)  # red 0, green 51 = 0.2 * 255, blue 255
@@ -474,6 +502,7 @@ def test_normalize_by_hand():
     assert_close(actual, expected, msg=lambda m: f"std and mean swapped? {m}")
 
 
+@pytest.mark.counting
 def test_autocast_is_on_for_bfloat16_only():
     """Under autocast() a matrix product is computed in the dtype of the run."""
     a = torch.ones(2, 2)
@@ -482,6 +511,7 @@ def test_autocast_is_on_for_bfloat16_only():
             assert (a @ a).dtype == dtype
 
 
+@pytest.mark.counting
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
     """A GPU that computes in bfloat16 runs in it, an older one and a CPU in float32."""
     for supported, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
@@ -489,22 +519,25 @@ def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
         assert best_dtype(torch.device("cuda")) == dtype and best_dtype(CPU) == torch.float32
 
 
+@pytest.mark.classes
 def test_match_classes_by_name():
     """Each class of the data gets the position of the same name in the checkpoint, whatever the order of either."""
     assert match_classes(["cat", "dog"], ["dog", "ant", "cat"]) == [2, 0]
 
 
+@pytest.mark.classes
 def test_unknown_classes_are_named():
     """Classes that the checkpoint does not know are counted and named, with examples of what it knows."""
     with pytest.raises(ValueError, match=r"2 of 3 classes .* unknown .*\(cow, eel.*it knows ant, cat"):
         match_classes(["cat", "cow", "eel"], ["ant", "cat"])
 
 
+@pytest.mark.counting
 def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
     """Images in memory are served by this process, files by a share of the processors, 1 to 12."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
-    assert auto_workers(shapes(500, seed=1)) == 0
+    assert auto_workers(Shapes(500, seed=1)) == 0
     assert [auto_workers(files, world) for world in (1, 8, 100)] == [12, 8, 1]
 
 
@@ -530,6 +563,7 @@ def count(table, labels, columns=None, batch_size=2, model=None):
     return evaluate(model or Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, columns)
 
 
+@pytest.mark.counting
 def test_counting_by_hand():
     """top1 and top5 are percentages of the images, loss is the mean cross-entropy."""
     ln2 = math.log(2)
@@ -542,6 +576,7 @@ def test_counting_by_hand():
     assert result == pytest.approx(dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
 def test_counting_against_a_loop(batch_size):
     """The last, smaller batch counts like the others: 23 images give the same at every batch size."""
@@ -557,11 +592,13 @@ def test_counting_against_a_loop(batch_size):
     assert count(table, labels, batch_size=batch_size) == pytest.approx(expected), "a mean of means of unequal batches?"
 
 
+@pytest.mark.counting
 def test_top5_with_fewer_than_five_classes():
     """With three classes every label is among the best five: top5 is 100."""
     assert count(torch.randn(6, 3), [0, 1, 2, 0, 1, 2])["top5"] == 100.0
 
 
+@pytest.mark.counting
 def test_columns_restrict_the_prediction():
     """With columns the prediction and the loss are made among the data's classes only."""
     table = torch.tensor([[9.0, 1.0, 2.0, 3.0],   # column 0 is best, but no class of the data; of 3 and 1, 3 is best
@@ -573,6 +610,7 @@ def test_columns_restrict_the_prediction():
     assert result["loss"] == pytest.approx((2 * math.log1p(math.exp(-2)) + math.log1p(math.e)) / 3)
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back(training):
     """A model is evaluated in evaluation mode, without gradients, and left in the mode that it came in."""
@@ -582,6 +620,7 @@ def test_the_mode_comes_back(training):
     assert model.training == training
 
 
+@pytest.mark.counting
 def test_mean_and_std_reach_the_model():
     """evaluate() shows the model normalized images: black and white become (0 - 0.5) / 0.5 and (1 - 0.5) / 0.5."""
     class Watch(nn.Module):
@@ -595,6 +634,7 @@ def test_mean_and_std_reach_the_model():
     assert_close(model.seen, torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
 
 
+@pytest.mark.counting
 def test_the_model_runs_in_the_dtype_asked_for():
     """With dtype=bfloat16 the model runs under autocast, and its logits are counted in float32."""
     class Product(nn.Module):
@@ -610,6 +650,7 @@ def test_the_model_runs_in_the_dtype_asked_for():
         assert result["loss"] == pytest.approx(math.log1p(math.exp(3)), rel=1e-6), "summed in bfloat16?"
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("broken", ["a/0.png", "a/1.png", "b/2.png"])  # batches of two: the third opens the second
 def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
     """evaluate() stops at an unreadable file and names it: an accuracy of the others would not be comparable."""
@@ -619,6 +660,7 @@ def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
         evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
 
 
+@pytest.mark.counting
 def test_processes_share_the_images(monkeypatch):
     """Three processes get every image once, though 3 does not divide 11, and none gets one twice to fill up."""
     images = torch.arange(11, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
@@ -633,6 +675,7 @@ def test_processes_share_the_images(monkeypatch):
     assert sorted(map(len, shares)) == [3, 4, 4]
 
 
+@pytest.mark.counting
 def test_the_sums_of_all_processes_are_added(monkeypatch):
     """Under torchrun the counts are added before dividing, exactly: here to those of another process with 2^24 hits."""
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
@@ -648,6 +691,7 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
 # ---------------------------------------------------------------- models and checkpoints
 
 
+@pytest.mark.checkpoints
 def test_every_model_has_a_name():
     """build_model() makes each preset from its name and options, and leaves the config as it was."""
     assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "vit_b32", "vit_l", "vmoe_s32", "convnext_nano",
@@ -658,6 +702,7 @@ def test_every_model_has_a_name():
         assert model.head.out_features == 3 and model.moe_blocks == [4, 6]
 
 
+@pytest.mark.checkpoints
 @pytest.mark.parametrize("config, expected", [
     (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, "),
     (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
@@ -695,6 +740,7 @@ def saved_model(tmp_path):
     return model, tmp_path
 
 
+@pytest.mark.checkpoints
 def test_a_checkpoint_comes_back(tmp_path):
     """load_checkpoint() gives the same model in evaluation mode, and all that was stored beside it."""
     model = build_model(CONFIG).eval()
@@ -706,6 +752,7 @@ def test_a_checkpoint_comes_back(tmp_path):
     assert not loaded.training and stored["epoch"] == 7 and stored["classes"] == ["a", "b", "c"]
 
 
+@pytest.mark.checkpoints
 def test_averaged_weights_are_preferred(saved_model):
     """If the run kept averaged weights (EMA) these are loaded, with raw=True or without any the plain ones."""
     _, folder = saved_model
@@ -726,6 +773,7 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+@pytest.mark.checkpoints
 @pytest.mark.parametrize("make, expected", [
     (lambda path: None, "no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt"),
     (lambda path: path.mkdir(), "no checkpoint at {path}"),
@@ -751,6 +799,7 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     assert message.startswith(expected.format(path=path)) and "\n" not in message
 
 
+@pytest.mark.checkpoints
 def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     """A file without permission, or on a disk that fails, is an error that names it, too."""
     def refuse(*_, **__):
@@ -772,6 +821,7 @@ class Burglar:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.checkpoints
 def test_a_checkpoint_cannot_run_code(tmp_path):
     """A file that would execute something when opened is refused, and nothing is executed."""
     proof = str(tmp_path / "was here")
@@ -791,6 +841,7 @@ def run(monkeypatch, *arguments):
     evaluation.main(evaluation.parse_args())
 
 
+@pytest.mark.evaluator
 def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, capsys):
     """`eval.py CKPT CKPT --data A --data B --json FILE`: a row per checkpoint, top-1 and top-5 per data set, and JSON."""
     model, folder = saved_model
@@ -822,6 +873,7 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     assert row["data"][one]["protocol"] == "5 images, 2 of 3 classes, logits restricted"
 
 
+@pytest.mark.evaluator
 def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
     """Before the table the command says which weights it takes, EMA unless --raw, and how it matched the classes."""
     _, folder = saved_model
@@ -834,6 +886,7 @@ def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
         assert lines[-1].split()[5] == top1
 
 
+@pytest.mark.evaluator
 def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
     """Image size, crop, mean and deviation are those that the model was trained with, as its checkpoint says."""
     model = build_model(CONFIG).eval()
@@ -854,6 +907,7 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
     assert written["results"][0]["data"][data]["loss"] == pytest.approx(loss)
 
 
+@pytest.mark.evaluator
 @pytest.mark.parametrize("flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
 def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatch, capsys, flags, images):
     """A folder without val/ is evaluated whole, unless --split asks for the part that training holds out or uses."""
@@ -864,6 +918,7 @@ def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatc
     assert lines[1].startswith(f"  {data}: {images} images") and lines[-1].split()[5] == "50.00"  # "c" is half
 
 
+@pytest.mark.evaluator
 def test_data_of_other_classes_is_refused(saved_model, monkeypatch):
     """A class that the checkpoint has never seen cannot be counted as right or wrong."""
     _, folder = saved_model
@@ -872,6 +927,7 @@ def test_data_of_other_classes_is_refused(saved_model, monkeypatch):
         run(monkeypatch, folder / "plain.pt", "--data", data)
 
 
+@pytest.mark.evaluator
 @pytest.mark.slow
 def test_an_error_is_one_line_and_status_2(tmp_path):
     """What is wrong with the input is one line on stderr, nothing on stdout, exit status 2, and no traceback."""

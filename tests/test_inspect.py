@@ -55,12 +55,14 @@ def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, 
 # ---------------------------------------------------------------- statistics
 
 
+@pytest.mark.statistics
 def test_crosstab_by_hand():
     """Each pair (row, column) is counted in its cell, and a row of -1 in none."""
     rows, columns = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[2, 0], [0, 2]])
     assert crosstab(rows, columns, 2, 3).tolist() == [[0, 0, 1], [2, 0, 0]]
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize("counts, bits, normalized", [
     ([[3, 0], [0, 3]], 1.0, 1.0),  # the row decides the column: one bit of one
     ([[1, 2], [2, 4]], 0.0, 0.0),  # the second row is twice the first: no news
@@ -75,6 +77,7 @@ def test_mutual_information_by_hand(counts, bits, normalized):
     assert_close(mutual_information(torch.tensor(counts)), (bits, normalized), atol=1e-6, rtol=0)
 
 
+@pytest.mark.statistics
 def test_similarity_by_hand():
     """Experts are similar as far as they get equally many patches of the same images (paper, section 5.6)."""
     # Patches of three images per expert: (2, 2, 0), (4, 0, 0), (1, 0, 3).
@@ -85,6 +88,7 @@ def test_similarity_by_hand():
                  [[1.0, 4 / 9, 2 / 10, 0.0], [4 / 9, 1.0, 0.0, 0.0], [2 / 10, 0.0, 1.0, 0.0], [0.0] * 4])  # 3: never chosen
 
 
+@pytest.mark.statistics
 def test_similarity_is_the_papers_formula():
     """2 min(c_i, c_j) over c_i + c_j, summed, is the paper's formula with its absolute difference and its two conditions."""
     c = torch.randint(0, 4, (20, 5))  # patches per image and expert
@@ -96,6 +100,7 @@ def test_similarity_is_the_papers_formula():
     assert_close(similarity(torch.minimum(c.unsqueeze(2), c.unsqueeze(1)).sum(0), c.sum(0)), expected)
 
 
+@pytest.mark.statistics
 def test_cumulative_distribution_by_hand():
     """Of the images that use an expert: which share sends it at most 1, 2, 3, 4 patches; None if no image does."""
     # Expert 0 gets 1, 3, 1 and 0 patches: of three images two send at most 1 or 2, all at most 3. Expert 1 gets 3, 1, 3, 4.
@@ -104,30 +109,35 @@ def test_cumulative_distribution_by_hand():
     assert cumulative(layer.histogram)[2] is None
 
 
+@pytest.mark.statistics
 def test_experts_per_image_by_hand():
     """The mean number of different experts among an image's patches: here 1, 2 and 4."""
     layer = counted([[3, 3, 3, 3], [0, 1, 1, 0], [0, 1, 2, 3]], 4, (0, 2, 2))
     assert layer.summary("ab")["experts_per_image"] == (1 + 2 + 4) / 3
 
 
+@pytest.mark.statistics
 def test_load_by_hand():
     """Three quarters and one quarter of the patches: standard deviation 1/4 around a mean of 1/2, so that CV = 0.5."""
     summary = counted([[0, 0, 1, 0]], 2, (0, 2, 2)).summary("ab")
     assert summary["share"] == [0.75, 0.25] and summary["coefficient_of_variation"] == 0.5
 
 
+@pytest.mark.statistics
 def test_spatial_map_by_hand():
     """A map says for which share of the images a position chooses the expert, rows and columns as in the image."""
     layer = counted([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], 2, (0, 2, 3))
     assert layer.summary("ab")["spatial"] == [[[1, 0.5, 0], [0, 0, 0]], [[0, 0.5, 1], [1, 1, 1]]]
 
 
+@pytest.mark.statistics
 def test_router_entropy_by_hand():
     """Entropies of 1 bit (two experts alike), 2 bits (four alike), 0 and 0 (certain) have a mean of 0.75 bits."""
     probs = torch.tensor([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0, 1]])
     assert_close(counted([[0, 0, 0, 3]], 4, (0, 2, 2), probs=probs).summary("ab")["router_entropy_bits"], 0.75)
 
 
+@pytest.mark.statistics
 def test_top_classes_by_hand():
     """Per expert the classes with the largest shares of its tokens, without those that have none."""
     table = torch.tensor([[1, 0], [3, 0], [0, 0]])  # tokens of three classes for two experts
@@ -135,6 +145,7 @@ def test_top_classes_by_hand():
     assert top_classes(table, ["cat", "dog", "emu"], count=1) == [[["dog", 0.75]], []]
 
 
+@pytest.mark.statistics
 def test_the_class_token_is_counted_apart():
     """The first token of a ViT's image goes into class_token_share only, whatever its probabilities."""
     probs = torch.tensor([[0.5, 0.5, 0], [1, 0, 0], [1, 0, 0]] * 2)  # the class token alone has an entropy
@@ -145,6 +156,7 @@ def test_the_class_token_is_counted_apart():
     assert counted([[0, 0]], 2, (0, 1, 2)).summary("ab")["class_token_share"] is None, "a ConvNeXt has none"
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize("all_choices, share, experts_per_image", [
     (False, [1.0, 0.0, 0.0], 1), (True, [0.5, 0.25, 0.25], 3)])
 def test_first_choices_or_all(all_choices, share, experts_per_image):
@@ -153,6 +165,7 @@ def test_first_choices_or_all(all_choices, share, experts_per_image):
     assert summary["share"] == share and summary["experts_per_image"] == experts_per_image
 
 
+@pytest.mark.statistics
 def test_information_on_classes():
     """Experts that follow the class tell all about it; experts that follow the position tell nothing."""
     by_class = counted([[0, 0], [1, 1], [0, 0], [1, 1]], 2, (0, 1, 2), [0, 1, 0, 1]).summary("ab")["information"]
@@ -161,6 +174,7 @@ def test_information_on_classes():
     assert by_place["class"]["normalized"] == 0 and by_place["position"]["normalized"] == 1
 
 
+@pytest.mark.statistics
 def test_chance_is_found_with_the_factors_of_other_images():
     """With as many classes as images the class decides the expert, and would by chance: that information means nothing."""
     choices = [[e, e] for e in (0, 1, 0, 1, 1, 0)]
@@ -170,6 +184,7 @@ def test_chance_is_found_with_the_factors_of_other_images():
     assert two["normalized"] == 1 and two["normalized_by_chance"] < 0.05, "300 images: the chance is small"
 
 
+@pytest.mark.statistics
 def test_the_surest_patches_by_hand():
     """Per expert the patches with the highest probability among those whose first choice it is, one per image."""
     probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])  # three images of two
@@ -180,6 +195,7 @@ def test_the_surest_patches_by_hand():
         assert layer.surest_at[1, :2].tolist() == [[2, 1], [1, 0]]
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize("all_choices", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 11])
 def test_every_number_by_plain_loops(all_choices, batch):
@@ -263,6 +279,7 @@ def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
     return inspect("stub.pt", RedDecides(side, num_experts, grids), checkpoint, data, args, CPU), args
 
 
+@pytest.mark.statistics
 def test_counting_while_the_images_pass_by():
     """Over a loader with a last, smaller batch: every image is counted once, under its own class."""
     run, _ = red_run([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]], 2, [1, 0, 1], ["a", "b"])
@@ -270,6 +287,7 @@ def test_counting_while_the_images_pass_by():
     assert run.counts[0].tables["class"].tolist() == [[0, 4], [5, 3]]  # b: 3 + 2 patches for expert 0, 1 + 2 for expert 1
 
 
+@pytest.mark.statistics
 def test_two_grid_sizes():
     """A ConvNeXt has fewer patches in its later stages: each layer is counted on its own grid."""
     run, _ = red_run([[0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]], 2, [0], ["a"], side=4, grids=2)
@@ -278,12 +296,14 @@ def test_two_grid_sizes():
     assert len(run.layers[0]["patches_per_image_cdf"][0]) == 16 and len(run.layers[1]["patches_per_image_cdf"][0]) == 4
 
 
+@pytest.mark.statistics
 def test_max_images_are_spread_over_the_data():
     """Folders come class by class: three of nine images are 0, 3 and 6, not the first three."""
     run, _ = red_run([[i] * 4 for i in range(9)], 9, [0] * 9, ["a"], max_images=3)
     assert run.layers[0]["share"] == [share / 3 for share in (1, 0, 0, 1, 0, 0, 1, 0, 0)]
 
 
+@pytest.mark.statistics
 def test_examples_show_their_own_routing():
     """An example is the image as loaded, its class, and the experts of its patches as a picture."""
     values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
@@ -294,6 +314,7 @@ def test_examples_show_their_own_routing():
     assert len(red_run(values[:1], 4, [0], ["a"], examples=8)[0].examples) == 1, "an image is shown once"
 
 
+@pytest.mark.statistics
 def test_an_image_that_cannot_be_read_is_named():
     """Numbers without an image would not be comparable: the run stops and names the file."""
     class Broken(TensorImages):
@@ -306,6 +327,7 @@ def test_an_image_that_cannot_be_read_is_named():
         count_routing(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
 
 
+@pytest.mark.statistics
 def test_known_factors_of_shapes():
     """A patch shows the object if more than half its pixels do; shape, texture and colour count on these patches only."""
     data = Shapes(20, seed=2)
@@ -322,6 +344,7 @@ def test_known_factors_of_shapes():
                 assert factors[name][0][m, n] == (data.factors[name][m] if shown else -1)
 
 
+@pytest.mark.statistics
 def test_experts_that_follow_the_object_are_found():
     """Experts 0 and 1 for background and object: information 1 with `object`, none with shape, and more than by chance."""
     data = Shapes(200, seed=2)
@@ -334,6 +357,7 @@ def test_experts_that_follow_the_object_are_found():
     assert 0.2 < found["object"]["normalized_by_chance"] < 0.8, "objects are in the centre: position alone tells something"
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize("patch, top, left", [(0, 0, 0), (27, 6, 6), (63, 20, 20)])
 def test_cut_outs_stay_inside(patch, top, left):
     """A patch of an 8x8 grid on 32 pixels with its neighbours is 12 x 12 pixels, moved inside at the border."""
@@ -345,12 +369,14 @@ def test_cut_outs_stay_inside(patch, top, left):
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("num_experts", [2, 8, 9, 16, 64])
 def test_every_expert_has_its_own_colour(num_experts):
     """No two experts share a colour."""
     assert len(set(palette(num_experts))) == num_experts
 
 
+@pytest.mark.report
 def test_a_patch_is_tinted_by_its_expert():
     """On black, the overlay is 0.6 of the expert's colour, each patch in its place."""
     picture = overlay(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
@@ -358,12 +384,14 @@ def test_a_patch_is_tinted_by_its_expert():
     assert [picture.getpixel(xy) for xy in ((0, 0), (3, 1), (1, 2), (2, 3))] == [red, blue, red, red]
 
 
+@pytest.mark.report
 def test_tint_is_transparent_at_zero():
     """A heat map has one colour and the values as opacity, so it can lie on a light and on a dark page."""
     picture = tint(torch.tensor([[0.0, 1.0], [0.2, 0.0]]), (1, 2, 3))
     assert [picture.getpixel(xy) for xy in ((0, 0), (1, 0), (0, 1))] == [(1, 2, 3, 0), (1, 2, 3, 255), (1, 2, 3, 51)]
 
 
+@pytest.mark.report
 def test_a_panel_is_drawn_alike_in_both_ways():
     """The same marks become SVG with these coordinates, and pixels at twice these coordinates below the title."""
     panel = Panel("<title>", 30)
@@ -382,6 +410,7 @@ def test_a_panel_is_drawn_alike_in_both_ways():
     assert picture.getpixel((300, 94)) == (0, 0, 200) and picture.getpixel((90, 64)) == (0, 200, 0)
 
 
+@pytest.mark.report
 def test_a_sheet_has_four_panels_to_a_row():
     """Six panels are two rows, and the row's height is that of its highest panel."""
     last = Panel("", 200)
@@ -430,6 +459,7 @@ EXTREMES = {  # values, E, labels, classes, options
     "no examples": ([[0, 1, 1, 1]], 2, [0], ["a"], dict(examples=0))}
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("case", EXTREMES)
 def test_the_report_has_a_picture_per_layer(case):
     """From 2 to 64 experts and to 1,000 classes: well-formed, all figures there, and every figure also a PNG that opens."""
@@ -445,6 +475,7 @@ def test_the_report_has_a_picture_per_layer(case):
     json.loads(files["summary.json"], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+@pytest.mark.report
 def test_names_are_only_text():
     """Class names and paths with markup in them are shown and not obeyed; the page loads nothing from elsewhere."""
     name = "<script>alert(1)</script>"
@@ -454,6 +485,7 @@ def test_names_are_only_text():
     assert all(link.startswith("data:image/") for link in page.links) and page.links
 
 
+@pytest.mark.report
 def test_routing_csv_by_hand():
     """One row per layer, class and expert; a class without images has 0 tokens and a share of 0; commas are quoted."""
     run, args = red_run([[0, 0, 0, 1], [1, 1, 1, 1]], 2, [0, 2], ["a,b", "empty", "c"])
@@ -464,6 +496,7 @@ def test_routing_csv_by_hand():
                     ["0", "1", "c", "0", "0", "0.000000"], ["0", "1", "c", "1", "4", "1.000000"]]
 
 
+@pytest.mark.report
 def test_two_checkpoints_side_by_side():
     """With --compare the page, the PNG files and summary.json hold both; each routing has a CSV of its own."""
     (run, args), (other, _) = (red_run([values], 2, [0], ["a"]) for values in ([0, 1, 1, 1], [0, 0, 0, 1]))
@@ -498,6 +531,7 @@ def run_main(monkeypatch, *argv):
     inspect_experts.main(inspect_experts.parse_args())
 
 
+@pytest.mark.report
 def test_one_command_writes_everything(checkpoint, monkeypatch):
     """A ViT with k = 2 beside a ConvNeXt with three grids, 40 images: all files are there and say what they are about."""
     vit = checkpoint("vit.pt", model="vit_nano", moe_layers="every2", k=2)
@@ -514,6 +548,7 @@ def test_one_command_writes_everything(checkpoint, monkeypatch):
     assert set(summary["layers"][0]["information"]) == {"class", "object", "shape", "texture", "colour", "position"}
 
 
+@pytest.mark.report
 def test_folders_have_class_and_position_only(checkpoint, monkeypatch):
     """Nothing else is known about photographs in folders."""
     for name in ("circle-plain", "cross-dots"):
@@ -524,6 +559,7 @@ def test_folders_have_class_and_position_only(checkpoint, monkeypatch):
     assert set(summary["layers"][0]["information"]) == {"class", "position"} and summary["images"] == 2
 
 
+@pytest.mark.report
 def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
     """Data of other classes is refused, with their names."""
     os.makedirs("images/zebra")
@@ -532,6 +568,7 @@ def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
         run_main(monkeypatch, checkpoint("a.pt", moe_layers="last2"), "--data", "images", "--workers", "0", "--out", "out")
 
 
+@pytest.mark.report
 @pytest.mark.parametrize("argv, message", [
     (["dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
     (["sparse.pt", "--compare", "dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
@@ -550,6 +587,7 @@ def test_refusals_come_before_any_work(checkpoint, monkeypatch, argv, message):
     assert not os.path.exists("out") or os.listdir("out") == []
 
 
+@pytest.mark.report
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     """When the disk is full the old file stays as it was, and the message says what to do."""
     def full(source, target):
@@ -562,6 +600,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     assert (tmp_path / "summary.json").read_text() == "old"
 
 
+@pytest.mark.report
 @pytest.mark.slow
 def test_train_then_inspect(tmp_path, monkeypatch, capsys):
     """After a short training the command that train.py prints works, and a mistake is one line and exit status 2."""

@@ -23,13 +23,23 @@ from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convn
 from moe import MLP, MoE, count_flops, count_parameters, mean_balance_loss, upcycle
 from vit import ViT, vit_b, vit_b32, vit_l, vit_nano, vit_s, vit_ti, vmoe_s32
 
-PRESETS = [vit_nano, vit_ti, vit_s, vit_b, vit_b32, vit_l, vmoe_s32,
-           convnext_nano, convnext_t, convnext_s, convnext_b, convnext_iso_s, convnext_iso_b]
+VITS = [vit_nano, vit_ti, vit_s, vit_b, vit_b32, vit_l, vmoe_s32]
+CONVNEXTS = [convnext_nano, convnext_t, convnext_s, convnext_b, convnext_iso_s, convnext_iso_b]
+PRESETS = VITS + CONVNEXTS
 
 # Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of the ConvNeXt.
 SMALL = {"vit": partial(vit_nano, num_classes=5, dim=32, moe_layers="every2", num_experts=4),
          "convnext": partial(convnext_nano, num_classes=5, widths=(8, 16, 32), moe_layers="every2", num_experts=4)}
-both = pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
+
+
+def by_family(names, vits, convnexts):
+    """Parametrize a test whose cases belong to two concepts: those of a ViT to vit, those of a ConvNeXt to convnext."""
+    cases = [(case, pytest.mark.vit) for case in vits] + [(case, pytest.mark.convnext) for case in convnexts]
+    return pytest.mark.parametrize(names, [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
+                                           for case, mark in cases])
+
+
+both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
 
 
 def blocks_of(model):
@@ -47,6 +57,7 @@ def with_random_weights(module, std=0.2):
 # ---------------------------------------------------------------- placement: which blocks hold a MoE
 
 
+@pytest.mark.placement
 @pytest.mark.parametrize("name, depth, expected", [
     ("none", 12, []),
     ("every2", 12, [1, 3, 5, 7, 9, 11]),
@@ -60,6 +71,7 @@ def test_placements_in_a_vit(name, depth, expected):
     assert vit.place_moe(name, depth) == expected, "one too low or high: counted from 0, odd means 1, 3, 5"
 
 
+@pytest.mark.placement
 @pytest.mark.parametrize("name, depths, expected", [
     # isotropic: one stage of 18 blocks, placed as in a ViT
     ("none", (18,), []),
@@ -81,6 +93,7 @@ def test_placements_in_a_convnext(name, depths, expected):
     assert convnext.place_moe(name, depths) == expected, "odd within the whole network, or within its stage?"
 
 
+@pytest.mark.placement
 @pytest.mark.parametrize("place, sizes", [(vit.place_moe, 12), (convnext.place_moe, (3, 3, 9, 3))])
 def test_a_placement_may_be_a_list_of_blocks(place, sizes):
     """Blocks may be named one by one, in any order and twice, and come out ascending and once."""
@@ -88,6 +101,7 @@ def test_a_placement_may_be_a_list_of_blocks(place, sizes):
     assert place([], sizes) == []
 
 
+@pytest.mark.placement
 @pytest.mark.parametrize("place, sizes, moe_layers, expected", [
     (vit.place_moe, 12, "stage", "'stage' does not exist in a ViT: expected one of none, every2, last2, last3"),
     (vit.place_moe, 12, "every3", "'every3' does not exist in a ViT: expected one of none, every2, last2, last3"),
@@ -109,6 +123,7 @@ def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers,
     assert expected in str(error.value)
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model, sparse", [
     (partial(vit_nano, moe_layers="last2"), [1, 3]),
     (partial(vit_nano, moe_layers=[2, 0]), [0, 2]),
@@ -123,6 +138,7 @@ def test_the_model_holds_its_experts_where_it_was_told(model, sparse):
     assert model.moe_blocks == sparse
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model, grids", [
     (partial(vit_s, moe_layers="last2"), [(1, 14, 14)] * 2),  # 224 / 16 = 14 patches a side, and a class token
     (partial(vit_nano, moe_layers=[3]), [(1, 4, 4)]),  # 32 / 8
@@ -162,6 +178,7 @@ TABLE_1 = [  # paper, Table 1: model, options, millions of parameters in total a
 ]
 
 
+@pytest.mark.costs
 @pytest.mark.parametrize("preset, options, total, active", TABLE_1)
 def test_parameter_counts_of_the_paper(preset, options, total, active):
     """Every row of Table 1 has the paper's number of parameters, in total and at work for one token, to 0.1 million."""
@@ -171,6 +188,7 @@ def test_parameter_counts_of_the_paper(preset, options, total, active):
         assert abs(count / 1e6 - millions) < 0.1, f"{count / 1e6:.2f}, not {millions}: expert_ratio? router? gamma?"
 
 
+@pytest.mark.costs
 def test_parameters_of_a_vit_by_hand():
     """ViT-S has 22,050,664 parameters, and 4,729,352 more for each MLP that becomes 5 more experts and a router."""
     D, H = 384, 4 * 384
@@ -188,7 +206,7 @@ def test_parameters_of_a_vit_by_hand():
 # ---------------------------------------------------------------- shapes and options
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+@by_family("preset", VITS, CONVNEXTS)
 def test_output_shape_of_every_preset(preset):
     """Images (B, 3, S, S) become logits (B, 1000), where S is the preset's image_size."""
     with torch.device("meta"):
@@ -198,6 +216,7 @@ def test_output_shape_of_every_preset(preset):
     assert model.image_size == (32 if "nano" in preset.__name__ else 224)
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_every_preset_passes_its_options_on(preset):
     """The options of a preset reach each of its MoE layers, and its head."""
@@ -215,13 +234,14 @@ def test_every_preset_passes_its_options_on(preset):
         assert layer.eval_capacity_factor is None, "capacity_factor limits training only"
 
 
-@pytest.mark.parametrize("preset, k", [(vit_nano, 2), (convnext_nano, 1)])
+@by_family("preset, k", [(vit_nano, 2)], [(convnext_nano, 1)])
 def test_the_default_k_is_the_papers(preset, k):
     """Unless told otherwise a ViT uses two experts per token and a ConvNeXt one."""
     _, routings = preset(moe_layers="last2").eval()(torch.zeros(1, 3, 32, 32), return_routing=True)
     assert [routing.experts.shape[1] for routing in routings] == [k, k]
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_regularisation_must_be_asked_for(preset):
     """Unless told otherwise no preset drops paths or limits its experts: both are part of a recipe, not of a model."""
@@ -231,6 +251,7 @@ def test_regularisation_must_be_asked_for(preset):
     assert {block.mlp.capacity_factor for block in blocks_of(model) if isinstance(block.mlp, MoE)} == {None}
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("preset, heads", [(vit_ti, 3), (vit_s, 6), (vit_b, 12)])
 def test_heads_have_64_channels(preset, heads):
     """The ViTs of the papers split their width into heads of 64; no count of parameters would show another split."""
@@ -240,6 +261,7 @@ def test_heads_have_64_channels(preset, heads):
     assert model.head.in_features == 64 * heads
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
     """mlp_ratio widens the dense MLPs and leaves the experts alone."""
@@ -249,6 +271,7 @@ def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
     assert dense.out_features == 3 * dense.in_features and sparse.shape[2] == 2 * sparse.shape[1]
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model, expected", [
     (partial(ViT, image_size=30, patch_size=8), "image size 30 is not a multiple of the patch size 8"),
     (partial(ConvNeXt, image_size=48), "image size 48 is not a multiple of 32"),  # stem 4, between stages 2 * 2 * 2
@@ -263,6 +286,7 @@ def test_impossible_sizes_are_refused(model, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.convnext
 def test_a_convnext_classifies_images_of_other_sizes():
     """Convolutions and the mean over positions do not ask for one image size: 64 x 96 works with a model for 32."""
     logits, routings = SMALL["convnext"]()(torch.zeros(2, 3, 64, 96), return_routing=True)
@@ -302,7 +326,7 @@ def test_asking_for_routings_does_not_change_the_logits(small):
     assert_close(model(images), model(images, return_routing=True)[0])
 
 
-@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+@by_family("preset", [vit_nano], [convnext_nano])
 def test_a_dense_model_has_no_routings(preset):
     """With moe_layers="none" the list of routings is empty."""
     assert preset()(torch.zeros(1, 3, 32, 32), return_routing=True)[1] == []
@@ -334,6 +358,7 @@ def test_tokens_are_in_reading_order(small):
 # ---------------------------------------------------------------- the dense models are the published ones
 
 
+@pytest.mark.vit
 @pytest.mark.parametrize("heads", [1, 4])
 def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
     """A block computes what nn.TransformerEncoderLayer computes with norm_first=True, given the same weights."""
@@ -379,6 +404,7 @@ def same_function(ours, theirs, images):
     assert_close(*results, msg=lambda m: f"a weight in the wrong place? another epsilon, order or norm? {m}")
 
 
+@pytest.mark.weights
 def test_a_dense_vit_is_torchvisions():
     """With torchvision's weights our dense ViT is torchvision's VisionTransformer: logits and gradients of the images."""
     theirs, ours = with_random_weights(official_vit()), small_vit().double().eval()
@@ -386,6 +412,7 @@ def test_a_dense_vit_is_torchvisions():
     same_function(ours, theirs, torch.randn(2, 3, 24, 24, dtype=torch.float64))
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_dense_convnext_is_torchvisions(memory_format):
     """With torchvision's weights our dense ConvNeXt is torchvision's, logits and gradients, in either memory layout."""
@@ -395,6 +422,7 @@ def test_a_dense_convnext_is_torchvisions(memory_format):
     same_function(ours.to(memory_format=memory_format), theirs, images.to(memory_format=memory_format))
 
 
+@pytest.mark.weights
 def test_torchvisions_weights_in_a_sparse_model():
     """load_torchvision upcycles: the sparse models start as torchvision's dense ones."""
     for load, theirs, ours, size in (
@@ -405,6 +433,7 @@ def test_torchvisions_weights_in_a_sparse_model():
         same_function(ours, theirs, torch.randn(2, 3, size, size, dtype=torch.float64))
 
 
+@pytest.mark.weights
 def test_older_names_of_torchvisions_vit():
     """Files from before torchvision 0.12 call the MLP's layers linear_1 and linear_2."""
     theirs, ours = with_random_weights(official_vit()), small_vit().double().eval()
@@ -414,6 +443,7 @@ def test_older_names_of_torchvisions_vit():
     same_function(ours, theirs, torch.randn(2, 3, 24, 24, dtype=torch.float64))
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("load, theirs, ours", [(vit.load_torchvision, official_vit, small_vit),
                                                 (convnext.load_torchvision, official_convnext, small_convnext)])
 def test_a_head_for_other_classes_stays_fresh(load, theirs, ours):
@@ -424,6 +454,7 @@ def test_a_head_for_other_classes_stays_fresh(load, theirs, ours):
     assert torch.equal(ours.head.weight, head) and torch.equal(ours.norm.weight, list(theirs.parameters())[-4])
 
 
+@pytest.mark.weights
 def test_positions_of_another_image_size():
     """A position embedding that is linear in the row stays linear in the row; the class token's is not touched."""
     ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
@@ -439,6 +470,7 @@ def test_positions_of_another_image_size():
     assert_close(grid[:, 0], grid[:, 7], msg="rows and columns mixed up")
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("change, message", [
     (lambda state: state.pop("encoder.ln.weight"), "norm.weight is missing in the weights"),
     (lambda state: state.update(extra=torch.zeros(2)), r"extra is \(2,\) in the weights, missing in the model"),
@@ -454,6 +486,7 @@ def test_weights_that_do_not_fit_are_named(change, message):
     assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
 
 
+@pytest.mark.convnext
 def test_an_isotropic_convnext_by_hand():
     """One stage: patches, blocks x + MLP(norm(dwconv(x))) without layer scale, mean over positions, norm, head."""
     model = with_random_weights(ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5))
@@ -466,6 +499,7 @@ def test_an_isotropic_convnext_by_hand():
     assert not [name for name in model.state_dict() if "gamma" in name or name.startswith(("stem.1", "downsample"))]
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model", [vit_nano, convnext_nano, convnext_t])
 def test_every_norm_has_the_published_epsilon(model):
     """All LayerNorms add 1e-6 to the variance, as both papers' code does, and not the 1e-5 that PyTorch would."""
@@ -476,6 +510,7 @@ def test_every_norm_has_the_published_epsilon(model):
 # ---------------------------------------------------------------- the sparse blocks
 
 
+@pytest.mark.vit
 def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
     """A sparse ViT block is x + MoE(norm(x)) after its attention, with no other skip."""
     block = with_random_weights(vit.Block(16, 2, MoE(16, 32, num_experts=4, k=2), drop_path=0.0))
@@ -485,6 +520,7 @@ def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
     assert_close(block(x)[0], after_attention + y)
 
 
+@pytest.mark.convnext
 def test_a_sparse_convnext_block_has_one_more_skip():
     """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))): h is the convolution, a token one position of it."""
     block = with_random_weights(convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1))
@@ -505,6 +541,7 @@ def with_few_slots(dim):
     return MoE(dim, 32, num_experts=2, k=1, capacity_factor=0.5, router_noise=0.0)
 
 
+@pytest.mark.vit
 def test_a_dropped_token_passes_a_vit_block():
     """In a ViT a token that finds no slot leaves the sparse half of the block as it came."""
     block = with_random_weights(vit.Block(16, 2, with_few_slots(16), drop_path=0.0)).train()
@@ -517,6 +554,7 @@ def test_a_dropped_token_passes_a_vit_block():
     assert not torch.isclose(y[~dropped], after_attention[~dropped]).all(dim=1).any()
 
 
+@pytest.mark.convnext
 def test_a_dropped_token_keeps_its_convolution():
     """In a ConvNeXt a position that finds no slot gets x + gamma * h: the added skip is there for it."""
     block = with_random_weights(convnext.Block(16, with_few_slots(16), drop_path=0.0, layer_scale=0.1)).train()
@@ -528,6 +566,7 @@ def test_a_dropped_token_keeps_its_convolution():
     assert_close(y.permute(0, 2, 3, 1)[dropped], without_experts[dropped])
 
 
+@pytest.mark.vit
 def test_with_one_expert_a_sparse_vit_is_the_dense_one():
     """With a single expert every gate is 1, and the model is the dense ViT of the same weights."""
     dense = with_random_weights(vit_nano(num_classes=5, dim=16))
@@ -543,15 +582,17 @@ def test_with_one_expert_a_sparse_vit_is_the_dense_one():
     assert_close(sparse(images), dense(images))
 
 
-@pytest.mark.parametrize("mlp", [MLP(8, 32), MoE(8, 32, num_experts=2, k=1)], ids=["dense", "sparse"])
+@pytest.mark.convnext
+@pytest.mark.parametrize("mlp", [partial(MLP, 8, 32), partial(MoE, 8, 32, num_experts=2, k=1)], ids=["dense", "sparse"])
 def test_gamma_zero_switches_a_block_off(mlp):
     """Layer scale multiplies everything that a ConvNeXt block adds: with gamma = 0 the block is the identity."""
-    block = convnext.Block(8, mlp, drop_path=0.0, layer_scale=0.1)
+    block = convnext.Block(8, mlp(), drop_path=0.0, layer_scale=0.1)
     nn.init.zeros_(block.gamma)
     x = torch.randn(2, 8, 4, 4)
     assert_close(block(x)[0], x)
 
 
+@pytest.mark.building
 def test_gamma_starts_at_layer_scale():
     """gamma has one value per channel and starts at 1e-6, or at the layer_scale asked for; None leaves it out."""
     for options, expected in [({}, 1e-6), ({"layer_scale": 0.1}, 0.1)]:
@@ -564,6 +605,7 @@ def test_gamma_starts_at_layer_scale():
 # ---------------------------------------------------------------- drop path
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model", [partial(vit_nano, depth=7), partial(convnext_nano, depths=(2, 3, 2)),
                                    partial(convnext_iso_s, depths=(7,))])
 def test_drop_path_grows_linearly_with_depth(model):
@@ -585,7 +627,7 @@ def branch_of(name):
     return block, torch.randn(200, 3, 8)
 
 
-@pytest.mark.parametrize("name", ["vit attention", "vit mlp", "convnext"])
+@by_family("name", ["vit attention", "vit mlp"], ["convnext"])
 def test_drop_path_keeps_the_mean(name):
     """Drop path removes a branch for whole images and multiplies it by 1 / (1 - rate) for the others."""
     block, x = branch_of(name)
@@ -617,14 +659,11 @@ def test_a_prediction_does_not_depend_on_the_batch(small):
     assert_close(model(images), alone)
 
 
-@pytest.mark.parametrize("model", [
-    SMALL["vit"],
-    partial(SMALL["vit"], router="cosine"),
+@by_family("model", [SMALL["vit"], partial(SMALL["vit"], router="cosine")], [
     SMALL["convnext"],
     partial(SMALL["convnext"], router="l2"),
     partial(ConvNeXt, image_size=32, depths=(2, 2), widths=(8, 16), num_classes=5, moe_layers="last2", layer_scale=0.1),
-    partial(convnext_iso_s, image_size=32, depths=(4,), widths=(16,), num_classes=5, moe_layers="last2"),
-], ids=["vit", "vit cosine", "convnext", "convnext l2", "convnext with layer scale", "isotropic"])
+    partial(convnext_iso_s, image_size=32, depths=(4,), widths=(16,), num_classes=5, moe_layers="last2")])
 def test_the_gradient_reaches_every_parameter(model):
     """No weight is left out of the loss: each gets a gradient, and not only zeros."""
     model = model()
@@ -649,6 +688,7 @@ def test_the_router_learns_from_the_labels_alone(small):
 # ---------------------------------------------------------------- the start
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("model", [partial(vit_nano, dim=128), partial(convnext_nano, widths=(96, 96, 192))])
 def test_init_std_is_the_spread_of_the_dense_weights(model):
     """init_std=0.02 is the deviation of the dense weights, with biases zero; experts keep theirs, +-1/sqrt(inputs)."""
@@ -662,6 +702,7 @@ def test_init_std_is_the_spread_of_the_dense_weights(model):
     assert 0.99 * bound < w1.abs().max() <= bound, "experts initialise themselves"
 
 
+@pytest.mark.building
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_without_init_std_pytorch_draws_the_weights(preset):
     """The nano presets leave dense weights as PyTorch draws them, uniform in +-1/sqrt(inputs)."""
@@ -671,6 +712,7 @@ def test_without_init_std_pytorch_draws_the_weights(preset):
             assert 0.99 * bound < module.weight.abs().max() <= 1.000001 * bound, module
 
 
+@pytest.mark.building
 def test_token_and_positions_of_a_vit_start_apart():
     """Class token and positions start random: were all positions alike, attention could not tell them apart."""
     model = vit_s(depth=1)
@@ -681,13 +723,16 @@ def test_token_and_positions_of_a_vit_start_apart():
 # ---------------------------------------------------------------- compile, upcycle
 
 
+@pytest.mark.grouped
 @pytest.mark.slow
 @needs_compile
 @pytest.mark.parametrize("model", [
-    ViT(image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
-    ConvNeXt(image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0)], ids=["vit", "convnext"])
+    partial(ViT, image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
+    partial(ConvNeXt, image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0)],
+    ids=["vit", "convnext"])
 def test_a_compiled_model_is_the_same_model(model):
     """torch.compile(fullgraph=True) of a sparse model: the same loss to 1e-5, in training and in evaluation."""
+    model = model()
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
     compiled = torch.compile(model, fullgraph=True)
     for training in (True, False):
@@ -709,6 +754,7 @@ def dense_and_sparse(preset, **options):
     return dense.eval(), preset(num_classes=5, moe_layers="last2", num_experts=4, **options).eval()
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("router", ["linear", "cosine", "l2"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
@@ -720,6 +766,7 @@ def test_an_upcycled_model_starts_as_the_dense_one(preset, k, router):
     assert_close(sparse(images), dense(images), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_an_upcycled_model_learns(preset):
     """After upcycling the router's noise separates the experts: they get different gradients."""
@@ -730,6 +777,7 @@ def test_an_upcycled_model_learns(preset):
     assert (w1.grad[0] != w1.grad[1]).any()
 
 
+@pytest.mark.weights
 def test_upcycling_may_copy_only():
     """exact=False: every expert is the MLP itself, the router keeps its random start."""
     dense, sparse = dense_and_sparse(vit_nano, k=1)
@@ -741,6 +789,7 @@ def test_upcycling_may_copy_only():
         assert torch.equal(layer.experts.w2[e], dense.blocks[3].mlp[2].weight.T), "nn.Linear keeps (outputs, inputs)"
 
 
+@pytest.mark.weights
 def test_a_sparse_model_is_loaded_as_it_is():
     """Weights that are sparse already are copied one to one, with the router and the skip they were trained with."""
     _, first = dense_and_sparse(convnext_nano, k=1)
@@ -749,12 +798,14 @@ def test_a_sparse_model_is_loaded_as_it_is():
     assert all(torch.equal(weight, first.state_dict()[name]) for name, weight in second.state_dict().items())
 
 
+@pytest.mark.weights
 def test_experts_of_another_size_cannot_be_upcycled():
     """expert_ratio 2 against an MLP of ratio 4: the error names the layer and both sizes."""
     with pytest.raises(ValueError, match=r"blocks.3.mlp: the weights have an MLP \(64, 256\), the model experts \(64, 128\)"):
         upcycle(vit_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2))
 
 
+@pytest.mark.weights
 def test_the_switched_off_skip_survives_saving():
     """An upcycled ConvNeXt remembers in its state_dict that it has no added skip."""
     dense, sparse = dense_and_sparse(convnext_nano, k=1)
@@ -765,6 +816,7 @@ def test_the_switched_off_skip_survives_saving():
     assert_close(again(images), dense(images), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.weights
 def test_upcycling_names_what_does_not_fit():
     """A checkpoint of another backbone is refused with the name of the first tensor that does not fit."""
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias is missing in the weights"):
@@ -774,6 +826,7 @@ def test_upcycling_names_what_does_not_fit():
 # ---------------------------------------------------------------- multiply-adds
 
 
+@pytest.mark.costs
 def test_flops_of_a_vit_by_hand():
     """A 1-block ViT of width 8 on 4 patches and a class token: every product counted once."""
     model = ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=2, num_classes=3)
@@ -783,6 +836,7 @@ def test_flops_of_a_vit_by_hand():
     assert count_flops(model, 8) == patches + attention + mlp + 8 * 3
 
 
+@pytest.mark.costs
 def test_flops_of_a_depthwise_convolution():
     """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: one isotropic block by hand."""
     model = ConvNeXt(image_size=8, patch_size=4, depths=(1,), widths=(6,), num_classes=3)
@@ -790,6 +844,7 @@ def test_flops_of_a_depthwise_convolution():
     assert count_flops(model, 8) == stem + positions * (6 * 49 + 2 * 6 * 24) + 6 * 3
 
 
+@pytest.mark.costs
 def test_sparse_costs_k_experts_whatever_their_number():
     """k = 2 experts of the MLP's size cost two MLPs, whether there are 4 or 16; only the router grows, by 12 * 64 each."""
     dense, few, many = (count_flops(vit_nano(3, moe_layers=layers, num_experts=E, k=2), 32)
@@ -798,6 +853,7 @@ def test_sparse_costs_k_experts_whatever_their_number():
     assert many - few == 17 * 12 * 64
 
 
+@pytest.mark.costs
 @pytest.mark.parametrize("module", [vit, convnext], ids=["vit", "convnext"])
 def test_the_printed_table_holds_what_it_says(module, capsys):
     """Each row of Table 1: our sizes are the paper's within 2%, but where the row's note says that the paper is wrong."""
@@ -810,6 +866,7 @@ def test_the_printed_table_holds_what_it_says(module, capsys):
             assert note or abs(ours / paper - 1) <= 0.02, row
 
 
+@pytest.mark.costs
 def test_vmoe_s32_by_hand():
     """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in blocks 5 and 7, two per token."""
     with torch.device("meta"):

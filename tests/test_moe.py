@@ -46,6 +46,7 @@ def dense_copy(experts, e):
 # ---------------------------------------------------------------- top_k_gates
 
 
+@pytest.mark.top_k
 def test_the_most_probable_experts_best_first():
     """Each token gets its k largest probabilities and their experts, in descending order."""
     gates, experts = top_k_gates(torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.1, 0.3]]), 2)
@@ -53,6 +54,7 @@ def test_the_most_probable_experts_best_first():
     close(gates, [[0.5, 0.4], [0.6, 0.3]], "0.5556 instead of 0.5: the gates of a token need not sum to 1")
 
 
+@pytest.mark.top_k
 def test_a_single_gate_is_a_probability_and_not_1():
     """With k = 1 the gate is the softmax over ALL experts: a renormalised one would be 1, and teach nothing."""
     gates, _ = top_k_gates(torch.tensor([[0.2, 0.5, 0.3]]), 1)
@@ -62,6 +64,7 @@ def test_a_single_gate_is_a_probability_and_not_1():
 # ---------------------------------------------------------------- expert_capacity
 
 
+@pytest.mark.capacity
 @pytest.mark.parametrize("num_tokens, k, num_experts, factor, slots", [
     (8, 1, 4, 1.0, 2),  # 8 * 1 / 4 = 2: exactly enough when the load is even
     (8, 2, 4, 1.0, 4),  # every token asks twice
@@ -80,6 +83,7 @@ def test_capacity_by_hand(num_tokens, k, num_experts, factor, slots):
 # ---------------------------------------------------------------- assign_slots
 
 
+@pytest.mark.capacity
 @pytest.mark.parametrize("experts, capacity, priority, kept", [
     # K = 1, by position: the 2 slots of expert 0 go to tokens 0 and 1, so token 3 is dropped.
     ([[0], [0], [1], [0]], 2, None, [[1], [1], [1], [0]]),
@@ -102,12 +106,14 @@ def test_slots_by_hand(experts, capacity, priority, kept):
           "served token by token instead of rank by rank? lowest priority first? kept in queue order, not token order?")
 
 
+@pytest.mark.capacity
 def test_ties_go_to_the_earlier_token():
     """Equal priorities keep the order of position: the sort must be stable."""
     kept = assign_slots(torch.zeros(1000, 1, dtype=torch.int64), 1, 500, torch.ones(1000))
     close(kept[:, 0], torch.arange(1000) < 500)
 
 
+@pytest.mark.capacity
 @pytest.mark.parametrize("prioritised", [False, True])
 @pytest.mark.parametrize("capacity", [1, 7, 40])
 def test_slots_against_a_loop(capacity, prioritised):
@@ -128,6 +134,7 @@ def test_slots_against_a_loop(capacity, prioritised):
 # ---------------------------------------------------------------- the balance losses
 
 
+@pytest.mark.balance
 def test_importance_by_hand():
     """Importance is var / mean^2 of the experts' summed probabilities, with the population variance."""
     # Sums 1.5 and 0.5: mean 1, both deviate by 0.5. One token alone: mean 0.5, both deviate by 0.25, 0.0625 / 0.25.
@@ -135,6 +142,7 @@ def test_importance_by_hand():
     close(importance_loss(torch.tensor([[0.75, 0.25]])), 0.25, "0.0625: not divided by the squared mean")
 
 
+@pytest.mark.balance
 @pytest.mark.parametrize("E", [2, 4, 8])
 def test_one_expert_takes_all(E):
     """When one expert gets everything, importance and load are both E - 1."""
@@ -145,6 +153,7 @@ def test_one_expert_takes_all(E):
     close(load_loss(logits, logits + 0.1 * torch.randn(5, E), 1, 0.1), float(E - 1))
 
 
+@pytest.mark.balance
 @pytest.mark.parametrize("E", [1, 4])
 @pytest.mark.parametrize("noise_std", [0.0, 0.25])
 def test_exact_balance_has_no_loss_and_a_finite_gradient(E, noise_std):
@@ -156,6 +165,7 @@ def test_exact_balance_has_no_loss_and_a_finite_gradient(E, noise_std):
     assert logits.grad.isfinite().all(), "NaN: the derivative of a square root at 0 is infinite; var / mean^2 has none"
 
 
+@pytest.mark.balance
 def test_load_without_noise_is_the_plain_count():
     """noise_std = 0 counts who is in the top k, divides nothing by zero, and has a zero gradient, not a missing one."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
@@ -168,6 +178,7 @@ def test_load_without_noise_is_the_plain_count():
     close(logits.grad, torch.zeros(2, 3))
 
 
+@pytest.mark.balance
 def test_load_by_hand():
     """An expert's load is P(clean logit + new noise >= threshold), with the k-th largest NOISY logit as threshold."""
     logits, noisy = torch.tensor([[0.0, 1.0]]).double(), torch.tensor([[2.0, 0.5]]).double()
@@ -177,6 +188,7 @@ def test_load_by_hand():
           "0.0001: P(falls short), Phi instead of 1 - Phi; 0.83: threshold from the clean logits")
 
 
+@pytest.mark.balance
 def test_load_against_a_loop():
     """load = CV^2 over experts of the mean over tokens of 1 - Phi((k-th largest noisy logit - clean logit) / sigma)."""
     T, E, k, sigma = 6, 4, 2, 0.25
@@ -192,6 +204,7 @@ def test_load_against_a_loop():
     close(load_loss(logits, noisy, k, sigma), sum((x - mean) ** 2 for x in load) / E / mean ** 2)
 
 
+@pytest.mark.balance
 def test_load_has_a_gradient_although_counting_has_none():
     """With noise a step against the gradient takes tokens from the busier expert: that is what the noise is for."""
     logits = torch.tensor([[0.5, 0.0], [0.5, 0.0]], requires_grad=True)  # expert 0 wins every token
@@ -202,12 +215,14 @@ def test_load_has_a_gradient_although_counting_has_none():
 # ---------------------------------------------------------------- dispatch and combine
 
 
+@pytest.mark.dispatch
 def test_place_rows_by_hand():
     """Row i goes TO positions[i]; to take it FROM positions[i] is the inverse."""
     placed = place_rows(torch.tensor([[10.0], [11.0], [12.0]]), torch.tensor([2, 0, 1]))
     close(placed, [[11.0], [12.0], [10.0]], "12, 10, 11: that is rows[positions]")  # 10 to the end, 11 to the front
 
 
+@pytest.mark.dispatch
 @pytest.mark.parametrize("kept, order, counts", [
     # Choices 0 .. 5 are experts 1 0 0 2 1 2: expert 0 has choices 1 and 2, expert 1 has 0 and 4, expert 2 the rest.
     ([[True, True], [True, True], [True, True]], [1, 2, 0, 4, 3, 5], [2, 2, 2]),
@@ -223,6 +238,7 @@ def test_dispatch_by_hand(kept, order, counts):
     close(result[0], [[10.0 * (r // 2)] for r in order], "row r is token order[r] // K")
 
 
+@pytest.mark.combine
 def test_combine_by_hand():
     """Each answer returns to its token, times its weight, and the answers of one token are added."""
     rows = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0]])
@@ -232,6 +248,7 @@ def test_combine_by_hand():
     close(combine(rows, weights, order), [[17.5], [20.0], [16.0]], "40, 70, 100: the weights are missing")
 
 
+@pytest.mark.combine
 def test_the_gradient_of_a_gate_is_the_experts_answer():
     """dy/d(gate) = the expert's answer: how a router learns although top-k has no gradient."""
     rows, order = torch.tensor([[10.0], [20.0], [30.0], [40.0]]), torch.tensor([3, 0, 2, 1])
@@ -240,6 +257,7 @@ def test_the_gradient_of_a_gate_is_the_experts_answer():
     close(weights.grad, [[20.0, 40.0], [30.0, 10.0]])  # choice 0 is in row 1, choice 1 in row 3, 2 in row 2, 3 in row 0
 
 
+@pytest.mark.combine
 def test_there_and_back_again_against_a_loop():
     """With experts that add their number, x + p, a row at any wrong place shows; the dropped add exactly 0."""
     T, K, E, D = 30, 3, 5, 4
@@ -262,6 +280,7 @@ def test_there_and_back_again_against_a_loop():
 # ---------------------------------------------------------------- Experts
 
 
+@pytest.mark.experts
 @pytest.mark.parametrize("counts", [[3, 1, 2], [0, 4, 0], [0, 0, 6], [2, 0, 3], [0, 0, 0]])
 def test_experts_are_independent_mlps(counts):
     """Outputs and gradients are those of Linear - GELU - Linear, expert by expert; rows beyond the counts give 0."""
@@ -281,6 +300,7 @@ def test_experts_are_independent_mlps(counts):
         close(experts.b2.grad[e], mlp[2].bias.grad)
 
 
+@pytest.mark.experts
 def test_an_idle_expert_gets_a_zero_gradient_and_not_none():
     """Every parameter has a gradient after any step, so no process of a DDP group waits for an idle expert."""
     experts = Experts(3, 4, 7)
@@ -289,12 +309,14 @@ def test_an_idle_expert_gets_a_zero_gradient_and_not_none():
         assert parameter.grad is not None and (parameter.grad[[0, 2]] == 0).all() and parameter.grad[1].any()
 
 
+@pytest.mark.experts
 def test_experts_gradcheck():
     """Gradients agree with finite differences, in rows, weights and biases, with an empty expert and a dropped row."""
     experts, rows, counts = randomise(Experts(3, 2, 3)), randn(4, 2).requires_grad_(), torch.tensor([2, 0, 1])
     assert torch.autograd.gradcheck(lambda rows, *_: experts(rows, counts), (rows, *experts.parameters()))
 
 
+@pytest.mark.experts
 def test_experts_start_like_linear_and_all_different():
     """At the start weights are uniform in +-1/sqrt(inputs), biases 0, and no two experts are alike."""
     experts = Experts(2, 16, 400)
@@ -328,6 +350,7 @@ GROUPS = [  # rows per expert, number of rows: what is more belongs to nobody
     pytest.param([1, 0, 1, 0, 0, 0, 0, 0], 2, id="fewer tokens than experts")]
 
 
+@pytest.mark.grouped
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts, num_rows", GROUPS)
 def test_one_kernel_gives_what_the_loop_gives(counts, num_rows, dtype):
@@ -363,6 +386,7 @@ def poisoned(grouped_mm):
     return lambda rows, weight, offs: Poisoned.apply(rows, weight, offs)
 
 
+@pytest.mark.grouped
 @pytest.mark.parametrize("counts, num_rows", GROUPS)
 def test_nothing_leaks_from_rows_that_the_kernel_leaves_unset(counts, num_rows, monkeypatch):
     """Whatever is in memory behind the last group, answers and gradients are finite and those of dropped rows 0."""
@@ -373,6 +397,7 @@ def test_nothing_leaks_from_rows_that_the_kernel_leaves_unset(counts, num_rows, 
     assert not grouped[0][sum(counts):].any() and not grouped[1][sum(counts):].any()
 
 
+@pytest.mark.experts
 @pytest.mark.parametrize("dtype, dim, hidden, compiling, kernel", [
     (torch.float32, 16, 32, True, True),
     (torch.float32, 16, 32, False, False),  # a plain CPU: the loop is faster
@@ -387,6 +412,7 @@ def test_which_way_is_taken(dtype, dim, hidden, compiling, kernel, monkeypatch):
     assert use_grouped_mm(torch.zeros(4, dim, dtype=dtype), torch.zeros(3, dim, hidden, dtype=dtype)) == kernel
 
 
+@pytest.mark.grouped
 def test_autocast_reaches_the_kernel():
     """Under autocast both ways compute in bfloat16, although autocast does not know grouped_mm."""
     experts, rows, counts = Experts(2, 16, 32), torch.randn(5, 16), torch.tensor([2, 3])
@@ -396,6 +422,7 @@ def test_autocast_reaches_the_kernel():
     close(grouped, looped)
 
 
+@pytest.mark.grouped
 def test_both_ways_give_the_same_bits_twice():
     """Two runs of a layer, forward and backward, are equal to the last bit: nothing is summed in a random order."""
     x = torch.randn(64, 16)
@@ -411,6 +438,7 @@ def test_both_ways_give_the_same_bits_twice():
         assert all(torch.equal(first, second) for first, second in zip(*runs))
 
 
+@pytest.mark.grouped
 @needs_compile
 def test_compiled_layer_is_the_same_layer():
     """torch.compile(fullgraph=True) takes the kernel, and gives the loop's loss and gradients to 1e-5."""
@@ -429,6 +457,7 @@ def test_compiled_layer_is_the_same_layer():
 # ---------------------------------------------------------------- Router
 
 
+@pytest.mark.router
 @pytest.mark.parametrize("kind, score", [
     ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
     ("cosine", lambda r, x, e: r.log_scale.exp() * (r.proj @ x) @ r.codes[e] / (r.proj @ x).norm() / r.codes[e].norm()),
@@ -440,12 +469,14 @@ def test_router_formulas(kind, score):
     close(router(x), torch.stack([torch.stack([score(router, token, e) for e in range(3)]) for token in x]))
 
 
+@pytest.mark.router
 def test_cosine_router_ignores_the_length_of_a_token():
     """x and 1000 x get the same cosine logits: only the direction counts."""
     router, x = randomise(Router(6, 3, "cosine")), randn(5, 6)
     close(router(1000 * x), router(x))
 
 
+@pytest.mark.router
 @pytest.mark.parametrize("log_scale, scale", [(None, 2.0), (math.log(50.0), 50.0), (50.0, 100.0)])
 @pytest.mark.parametrize("kind, score", [("cosine", 1.0), ("l2", -math.sqrt(3.0))])
 def test_temperature_starts_at_2_and_is_bounded_by_100(kind, score, log_scale, scale):
@@ -458,6 +489,7 @@ def test_temperature_starts_at_2_and_is_bounded_by_100(kind, score, log_scale, s
     close(router(torch.full((1, 6), 1 / 6)), [[scale * score]])
 
 
+@pytest.mark.router
 @pytest.mark.parametrize("dim, proj_dim", [(1, 1), (8, 4), (1024, 256)])
 def test_width_of_the_projection(dim, proj_dim):
     """P x has half the width of x, at least 1 and at most 256, unless another is asked for."""
@@ -465,6 +497,7 @@ def test_width_of_the_projection(dim, proj_dim):
     assert Router(dim, 2, "l2", proj_dim=3).codes.shape == (2, 3)
 
 
+@pytest.mark.router
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_routers_start_undecided(kind):
     """At the start no token is sure of its expert: of 4 experts none gets 0.8 or more."""
@@ -472,15 +505,17 @@ def test_routers_start_undecided(kind):
     assert probs.max() < 0.8, f"{probs.max():.2f}: too large initial weights, and the winner is fixed from the start"
 
 
+@pytest.mark.router
 def test_unknown_router_lists_the_known_ones():
     """A misspelt router stops at once, and the message names all that exist."""
     with pytest.raises(ValueError, match="'quadratic'.*linear, cosine, l2"):
-        MoE(6, 8, num_experts=4, k=1, router="quadratic")
+        Router(6, 4, kind="quadratic")
 
 
 # ---------------------------------------------------------------- MoE: the whole layer
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_layer_against_a_loop_over_tokens(router, k):
@@ -495,6 +530,7 @@ def test_layer_against_a_loop_over_tokens(router, k):
         close(answer, sum(probs[e] * mlps[e](token) for e in best), "wrong for k < 4 only: are the gates renormalised?")
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("training", [False, True])
 def test_one_expert_is_the_dense_mlp(training):
     """E = 1, k = 1: the softmax of one number is 1, so the layer is MLP(x), and there is nothing to balance."""
@@ -507,6 +543,7 @@ def test_one_expert_is_the_dense_mlp(training):
     assert all(p.grad.isfinite().all() for p in layer.parameters()), "NaN: the balance loss of a single expert"
 
 
+@pytest.mark.layer
 def test_the_task_alone_teaches_the_router():
     """k = 1 and no balance loss: every expert's logit gets a gradient, since the gate is a softmax over all experts."""
     layer = randomise(MoE(6, 8, num_experts=4, k=1))
@@ -515,6 +552,7 @@ def test_the_task_alone_teaches_the_router():
     assert gradient is not None and (gradient.abs().amax(1) > 1e-6).all(), "no gradient: gates always 1, or detached?"
 
 
+@pytest.mark.layer
 def test_the_balance_loss_teaches_the_router_only():
     """The balance loss reaches the router and no expert: it asks who works, not how."""
     layer = randomise(MoE(6, 8, num_experts=4, k=1))
@@ -523,6 +561,7 @@ def test_the_balance_loss_teaches_the_router_only():
     assert all(parameter.grad is None for parameter in layer.experts.parameters())
 
 
+@pytest.mark.layer
 def test_layer_gradcheck():
     """y and the balance loss agree with finite differences in x and every parameter, through router and experts."""
     layer, x = randomise(MoE(2, 3, num_experts=3, k=2, router="cosine")).eval(), randn(3, 2).requires_grad_()
@@ -534,6 +573,7 @@ def test_layer_gradcheck():
     assert torch.autograd.gradcheck(outputs, (x, *layer.parameters()))
 
 
+@pytest.mark.layer
 def test_noise_only_while_training():
     """Training draws other gates every time; evaluation, and training with router_noise = 0, never do."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2)), randn(5, 6)
@@ -545,6 +585,7 @@ def test_noise_only_while_training():
         assert torch.equal(again[0], y) and torch.equal(again[1].gates, routing.gates)
 
 
+@pytest.mark.layer
 def test_noise_moves_the_choice_but_not_logits_and_probs():
     """In training experts and gates come from logits + N(0, (noise / E)^2); logits, probs and importance are clean."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2, router_noise=2.0)), randn(50, 6)
@@ -561,6 +602,7 @@ def test_noise_moves_the_choice_but_not_logits_and_probs():
     close(routing.balance_loss, importance_loss(logits.softmax(-1)) + load_loss(logits, noisy, 2, sigma))
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_routing_stays_float32_under_autocast(kind):
     """Under bf16 autocast logits, gates and choices are bit for bit those of float32; the experts do run in bf16."""
@@ -576,6 +618,7 @@ def test_routing_stays_float32_under_autocast(kind):
     assert not torch.equal(y_autocast, y), "the experts ran in float32: autocast is off for too much"
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("router", ROUTERS)
 def test_evaluation_does_not_depend_on_the_batch(router):
     """In evaluation a token's y is the same among few and among many, whatever the capacity in training."""
@@ -585,6 +628,7 @@ def test_evaluation_does_not_depend_on_the_batch(router):
     assert routing.kept.all()
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("train_factor, eval_factor", [(None, None), (0.5, None), (None, 0.5), (1.0, 0.5)])
 def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
     """capacity_factor limits training only, eval_capacity_factor evaluation only, and None drops nothing."""
@@ -595,6 +639,7 @@ def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
         close(kept.sum(0), [slots, slots], f"training={training}: is it the limit of the other mode?")
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("batch_priority, dropped", [(True, 0), (False, 2)])
 def test_a_dropped_token_is_exactly_zero(batch_priority, dropped):
     """Where the expert was full y is exactly 0 (the residual carries the token); the others are as without a limit."""
@@ -611,6 +656,7 @@ def test_a_dropped_token_is_exactly_zero(batch_priority, dropped):
     close(y, expected)
 
 
+@pytest.mark.layer
 def test_batch_priority_ranks_tokens_by_their_best_gate():
     """With K = 2 too a token's priority is its first gate, for both choices."""
     layer = randomise(MoE(6, 8, num_experts=4, k=2, capacity_factor=0.5))
@@ -618,6 +664,7 @@ def test_batch_priority_ranks_tokens_by_their_best_gate():
     close(routing.kept, assign_slots(routing.experts, 4, 10, priority=routing.gates[:, 0]))
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("T", [1, 3])
 def test_fewer_tokens_than_experts(T):
     """A tiny batch trains: outputs are finite, and every parameter gets a finite gradient."""
@@ -628,6 +675,7 @@ def test_fewer_tokens_than_experts(T):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.layer
 def test_the_same_seed_gives_the_same_bits():
     """Two training steps from one seed are equal bit for bit: outputs, losses and gradients."""
     results = []
@@ -640,6 +688,7 @@ def test_the_same_seed_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.layer
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_must_fit_the_experts(k):
     """A token cannot choose more experts than there are, nor none: one clear line, before any work."""
@@ -650,6 +699,7 @@ def test_k_must_fit_the_experts(k):
 # ---------------------------------------------------------------- around the layer
 
 
+@pytest.mark.costs
 @pytest.mark.parametrize("k, active", [(1, 31), (2, 48), (4, 82)])
 def test_parameters_by_hand(k, active):
     """total counts everything, active k experts per MoE layer and all the rest."""
@@ -659,6 +709,7 @@ def test_parameters_by_hand(k, active):
     assert count_parameters(model) == (82, active)
 
 
+@pytest.mark.balance
 def test_balance_loss_of_a_model_is_the_mean_over_its_layers():
     """The mean, not the sum, so that its weight means the same at any depth; a dense model has 0."""
     routings = [Routing(*[None] * 5, balance_loss=torch.tensor(value)) for value in (1.0, 4.0)]
@@ -666,6 +717,7 @@ def test_balance_loss_of_a_model_is_the_mean_over_its_layers():
     close(mean_balance_loss([]), 0.0)
 
 
+@pytest.mark.costs
 @pytest.mark.parametrize("router, router_cost", [("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3)])
 def test_flops_of_a_layer_by_hand(router, router_cost):
     """A token costs the router and k of the E experts: 4 codes of width 6 (or a 6 -> 3 projection), 2 * 6 * 10 each."""
@@ -674,6 +726,7 @@ def test_flops_of_a_layer_by_hand(router, router_cost):
     assert count_flops(model, 4) == stem + 4 * (router_cost + 2 * 2 * 6 * 10)
 
 
+@pytest.mark.costs
 def test_counting_flops_leaves_the_model_as_it_was():
     """Hooks and stand-ins are gone afterwards: the layer routes again, in the mode it was in."""
     model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2))).train()

@@ -21,7 +21,8 @@ from torchvision.io import write_png
 import eval as evaluation
 import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")]
+pytestmark = [pytest.mark.training, pytest.mark.slow,
+              pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")]
 
 if hasattr(os, "fork"):
     server = multiprocessing.get_context("forkserver")

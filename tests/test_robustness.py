@@ -84,6 +84,7 @@ def score(table, dataset, batch_size, workers):
 # ---------------------------------------------------------------- whose class is which
 
 
+@pytest.mark.classes
 def test_integer_folders_are_class_numbers():
     """Folders 0 to 11, which are sorted 0, 1, 10, 11, 2, ..., stand for classes 0, 1, 10, 11, 2, ... (ImageNet-V2)."""
     names = sorted(map(str, range(12)))
@@ -92,12 +93,14 @@ def test_integer_folders_are_class_numbers():
     assert match_classes(["000", "007", "011"], CLASSES) == [0, 7, 11], "leading zeros change nothing"
 
 
+@pytest.mark.classes
 def test_integer_folders_of_integer_classes_go_by_name():
     """If the checkpoint's own classes are called 0, 1, 10, 11, 2, ... the name decides, as for any other name."""
     classes = sorted(map(str, range(12)))
     assert match_classes(["10", "2"], classes) == [2, 4]  # of 0, 1, 10, 11, 2
 
 
+@pytest.mark.classes
 def test_a_wrong_number_is_an_unknown_class():
     """A folder 12 of a model with classes 0 to 11 is unmatched, and so is a number among names."""
     with pytest.raises(ValueError, match=r"1 of 3 classes .* unknown .*\(12, "):
@@ -106,6 +109,7 @@ def test_a_wrong_number_is_an_unknown_class():
         match_classes(["3", "n04"], CLASSES)
 
 
+@pytest.mark.classes
 def test_unmatched_folders_can_be_left_out():
     """With ignore_unmatched an unknown folder gets -1, but a data set without any known one stays an error."""
     assert match_classes(["n03", "zebra", "n01"], CLASSES, ignore_unmatched=True) == [3, -1, 1]
@@ -115,6 +119,7 @@ def test_unmatched_folders_can_be_left_out():
         match_classes(["cow", "zebra"], CLASSES, ignore_unmatched=True)
 
 
+@pytest.mark.evaluator
 def test_numeric_folders_end_to_end(always, tmp_path, monkeypatch, capsys):
     """The accuracy on folders 0 to 11 is that of the classes with these numbers."""
     # Two images in each folder, a third in 2 and a third and a fourth in 10: 27 images. The model always says class 2:
@@ -128,6 +133,7 @@ def test_numeric_folders_end_to_end(always, tmp_path, monkeypatch, capsys):
     assert "27 images, 12 of 12 classes, folder names are class numbers\n" in capsys.readouterr().out
 
 
+@pytest.mark.evaluator
 def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypatch, capsys):
     """On 6 of 12 classes the prediction is made among the 6 (ImageNet-A and -R, a 21k model on 1k folders)."""
     # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3 of 5, 1 each of the
@@ -146,6 +152,7 @@ def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypa
     assert "9 images, 6 of 12 classes, logits restricted\n" in capsys.readouterr().out
 
 
+@pytest.mark.evaluator
 def test_ignored_folders_do_not_count(always, tmp_path, monkeypatch, capsys):
     """--ignore-unmatched leaves the images of unknown folders out of the count, and says how many."""
     files = ["n02/0.png", "n03/0.png", "n03/1.png", "aardvark/0.png", "zebra/0.png", "zebra/1.png"]
@@ -158,6 +165,7 @@ def test_ignored_folders_do_not_count(always, tmp_path, monkeypatch, capsys):
     assert note in capsys.readouterr().out
 
 
+@pytest.mark.classes
 def test_two_names_of_one_class_are_one_column():
     """Folders 1 and 01 both stand for class 1: it competes once, and images of both count for it."""
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
@@ -165,6 +173,7 @@ def test_two_names_of_one_class_are_one_column():
     assert data.columns == [1, 2] and data.labels.tolist() == [[0], [0], [1]]
 
 
+@pytest.mark.classes
 @pytest.mark.parametrize("workers, batch_size", [(0, 1), (0, 7), (0, 23), (0, 100), (2, 4)])
 def test_the_counts_are_those_of_a_plain_loop(tmp_path, workers, batch_size):
     """Whatever the batch size and the number of workers, images count as in a loop over the files, one by one."""
@@ -187,6 +196,7 @@ def test_the_counts_are_those_of_a_plain_loop(tmp_path, workers, batch_size):
     assert 0 < top1 < top5 < 23, "a test that cannot fail"
 
 
+@pytest.mark.counting
 @pytest.mark.parametrize("size", [32, 20])
 def test_images_in_memory_come_in_whole_batches(size):
     """Seven images in memory, asked for as batches of 3, 3 and 1, are the items one by one, also when resized."""
@@ -200,6 +210,7 @@ def test_images_in_memory_come_in_whole_batches(size):
 # ---------------------------------------------------------------- several right answers: ReaL
 
 
+@pytest.mark.counting
 def test_one_of_several_answers_is_enough():
     """An image with several labels is right if the best guess, or one of the best five, is among them."""
     # With 7 classes and logits 7, 6, ..., 1 the best five are 0 to 4. Answers: {0, 6} right at once; {3, 5} within five;
@@ -219,6 +230,7 @@ VALIDATION = ["n07/ILSVRC2012_val_00000001.png", "n00/ILSVRC2012_val_00000002.pn
               "n00/ILSVRC2012_val_00000004_n00.png", "n02/ILSVRC2012_val_00000005.png"]
 
 
+@pytest.mark.evaluator
 def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys):
     """Entry i of the ReaL file is for the image with number i + 1 in its name; an image with an empty entry is skipped."""
     # The matched classes n00, n02, n07 are 0, 1, 2; the model always says n02: label 1.
@@ -234,6 +246,7 @@ def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys)
     assert labels.tolist() == [[-1, -1], [2, 1], [0, 2], [1, -1], [1, -1]]  # images 2, 4, 3, 5, 1
 
 
+@pytest.mark.classes
 @pytest.mark.parametrize("text, expected", [
     ("[[1], [], [0], [2]]", "4 entries for 5 images .* expected one for each"),
     ("[[1], [], [0], [2], [1], [1]]", "6 entries for 5 images"),
@@ -255,6 +268,7 @@ def test_a_wrong_real_file(tmp_path, text, expected):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.classes
 def test_real_needs_the_official_names(tmp_path):
     """Files that are not called ILSVRC2012_val_<number> cannot be found in a ReaL file."""
     data = open_dataset(make_folder(tmp_path / "val", ["n00/cat.png", "n00/ILSVRC2012_val_00000001.png"]), "all")
@@ -276,6 +290,7 @@ def make_corruptions(root, files):
     return str(root)
 
 
+@pytest.mark.evaluator
 def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
     """Errors per corruption and severity, mean error and mCE of a model that is right on n02 only, of 5 images."""
     # At severity s there are s images of n03 and 5 - s of n02: errors 20, 40, 60, 80, 100, mean 60. Fog is all n02: 0.
@@ -296,6 +311,7 @@ def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
     assert "brightness           20.00   40.00   60.00   80.00  100.00   60.00  106.27" in out
 
 
+@pytest.mark.evaluator
 def test_the_mce_of_alexnet_is_100():
     """With AlexNet's own 15 errors every CE and mCE is 100, while the mean error is 78.90: they are not the same."""
     # The sum of the 15 constants is 11.834896, and 11.834896 / 15 = 0.788993.
@@ -305,6 +321,7 @@ def test_the_mce_of_alexnet_is_100():
     assert {round(row[6], 9) for row in errors["corruptions"].values()} == {100} and len(ALEXNET) == 15
 
 
+@pytest.mark.evaluator
 def test_corrupted_images_are_cropped_only(tmp_path, always):
     """ImageNet-C is not resized: the model sees the centre 32 pixels, while other sets are resized to 64 first."""
     pixels = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
@@ -318,6 +335,7 @@ def test_corrupted_images_are_cropped_only(tmp_path, always):
     assert not torch.equal(data["x"][""][0][0], pixels[:, 4:36, 6:38]), "crop ratio 0.5: the short side becomes 64"
 
 
+@pytest.mark.evaluator
 def test_small_corrupted_images_are_refused(tmp_path, always):
     """A centre crop that is larger than the image would be filled up with black: an error."""
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
@@ -326,6 +344,7 @@ def test_small_corrupted_images_are_refused(tmp_path, always):
         evaluation.prepare(always, {root: open_parts(root, "all")}, evaluation.parse_args([always, "--data", root]))
 
 
+@pytest.mark.evaluator
 @pytest.mark.parametrize("missing, expected", [
     (["fog/3"], r"1 of 75 folders are missing \(fog/3, "),
     ([f"snow/{s}" for s in range(1, 6)], r"5 of 75 folders are missing \(snow/1, .*expected 15 corruptions with severities"),
@@ -338,6 +357,7 @@ def test_a_missing_severity_or_corruption(tmp_path, missing, expected):
         open_parts(str(tmp_path), "all")
 
 
+@pytest.mark.evaluator
 def test_corruptions_have_the_same_classes(tmp_path):
     """A corruption without one of the classes would be an easier task, with fewer logits: an error."""
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
@@ -346,6 +366,7 @@ def test_corruptions_have_the_same_classes(tmp_path):
         open_parts(root, "all")
 
 
+@pytest.mark.evaluator
 def test_a_class_called_fog(tmp_path):
     """A data set of the weather, with classes fog and snow, has not the shape of ImageNet-C."""
     root = make_folder(tmp_path, ["fog/1.png", "snow/2.png"])
@@ -361,12 +382,14 @@ def shifted(name, count=20):
     return Shapes(count, 2), evaluation.shift(Shapes(count, 2), name)
 
 
+@pytest.mark.shapes
 def test_inverted_shapes():
     """A picture and its negative add up to 255 everywhere."""
     plain, inverted = shifted("shapes-inverted")
     assert (plain.images.int() + inverted.images.int() == 255).all()
 
 
+@pytest.mark.shapes
 def test_rotated_shapes():
     """A quarter turn to the left: the right column becomes the top row, and the object's mask and place turn along."""
     plain, rotated = shifted("shapes-rotated")
@@ -379,6 +402,7 @@ def test_rotated_shapes():
     assert_close((mass.sum(1) * torch.arange(32)).sum(1) / mass.sum((1, 2)), rotated.factors["column"][circles].double())
 
 
+@pytest.mark.shapes
 def test_blurred_shapes():
     """Each value is the mean of the 3 x 3 around it, rounded; beyond the border the picture goes on as it ends."""
     plain, blurred = shifted("shapes-blur", count=2)
@@ -390,6 +414,7 @@ def test_blurred_shapes():
         assert torch.equal(blurred.images[:, :, row, column].int(), (2 * total + 9) // 18)  # floor(total / 9 + 1/2)
 
 
+@pytest.mark.shapes
 def test_noisy_shapes():
     """Noise changes a value by up to 80 either way, in other ways at every value, and is cut off at 0 and 255."""
     plain, noisy = shifted("shapes-noise")
@@ -401,13 +426,19 @@ def test_noisy_shapes():
     assert torch.equal(shifted("shapes-noise")[1].images, noisy.images), "each evaluation must see the same"
 
 
-def test_shifted_shapes_are_data_sets(always):
-    """Each shift is a spec of its own, with the labels of `shapes` and other pictures; an unknown one is an error."""
+@pytest.mark.shapes
+def test_shifted_shapes_are_data_sets():
+    """Each shift is a spec of its own, with the labels of `shapes` and other pictures."""
     plain = open_dataset("shapes", "val")
     for name in evaluation.SHIFTS:
         data = open_dataset(name, "val")
         assert torch.equal(data.labels, plain.labels) and data.classes == plain.classes
         assert (data.images != plain.images).flatten(1).any(1).all(), f"{name} left pictures as they were"
+
+
+@pytest.mark.folders
+def test_an_unknown_shift_lists_the_known_ones():
+    """What is no shift must be a folder, and where there is none the shifts are named."""
     with pytest.raises(ValueError, match="no data at 'shapes-upside-down': expected `shapes`, one of shapes-noise, "):
         open_dataset("shapes-upside-down", "val")
 
@@ -422,6 +453,7 @@ def sparse_model():
     return model
 
 
+@pytest.mark.evaluator
 def test_another_k():
     """With --k 1 the model computes what one that was built with k = 1 computes from the same weights."""
     model, single = sparse_model(), build_model(CONFIG | dict(k=1)).eval()
@@ -433,6 +465,7 @@ def test_another_k():
     assert change_routing(sparse_model(), k=2) == [], "that is no change"
 
 
+@pytest.mark.evaluator
 def test_a_limited_capacity():
     """With a capacity factor an expert takes no more than ceil(T K factor / E) choices."""
     # 2 images of 17 tokens, T = 34: ceil(34 * 2 * 0.25 / 4) = ceil(4.25) = 5 slots for each of 4 experts
@@ -445,6 +478,7 @@ def test_a_limited_capacity():
     assert taken == [min(5, n) for n in asked] and max(asked) > 5
 
 
+@pytest.mark.evaluator
 def test_a_dropped_expert():
     """A dropped expert is chosen by no token, and the probabilities are the softmax over the others."""
     model, images = sparse_model(), torch.rand(2, 3, 32, 32)
@@ -458,6 +492,7 @@ def test_a_dropped_expert():
     assert (after.probs[:, 2] == 0).all() and after.gates.isfinite().all()
 
 
+@pytest.mark.evaluator
 @pytest.mark.parametrize("changes, expected", [
     (dict(k=5), "k = 5 experts per token, but a MoE layer has only 4 to choose from: give --k 1 to 4"),
     (dict(drop_experts=[(0, 0), (0, 1), (0, 3)]), "k = 2 experts per token, but a MoE layer has only 1"),
@@ -471,12 +506,14 @@ def test_an_impossible_routing(changes, expected):
         change_routing(sparse_model(), **changes)
 
 
+@pytest.mark.evaluator
 def test_a_dense_model_has_nothing_to_change():
     """A dense model cannot be evaluated with another k."""
     with pytest.raises(ValueError, match="a dense model has no router"):
         change_routing(build_model(CONFIG | dict(moe_layers="none")), k=1)
 
 
+@pytest.mark.evaluator
 def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys):
     """--k, --capacity-factor and --drop-expert each print a line; the numbers per token follow k; JSON has it all."""
     data = make_folder(tmp_path / "data", ["n02/0.png", "n03/0.png"])
@@ -494,6 +531,7 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- speed, options, processes
 
 
+@pytest.mark.evaluator
 def test_speed_is_the_median_without_the_warm_up(monkeypatch):
     """10 images in passes of 9 (warm-up), 2, 1 and 4 seconds: the median is 2 seconds, 5 images per second."""
     ticks = iter([0, 9, 9, 11, 11, 12, 12, 16])
@@ -501,6 +539,7 @@ def test_speed_is_the_median_without_the_warm_up(monkeypatch):
     assert images_per_second(nn.Identity(), torch.zeros(10, 3, 2, 2), CPU, torch.float32) == 5.0
 
 
+@pytest.mark.evaluator
 @pytest.mark.parametrize("flags, expected", [
     ("--batch-size 0", "--batch-size 0: expected a number above 0"),
     ("--k 0", "--k 0: expected a number above 0"),
@@ -515,6 +554,7 @@ def test_options_that_cannot_be(always, flags, expected):
         evaluation.main(evaluation.parse_args([always, "--data", "shapes", *flags.split()]))
 
 
+@pytest.mark.evaluator
 def test_a_model_that_computes_nonsense(tmp_path, monkeypatch):
     """Logits that are not numbers have no accuracy: topk would make one up."""
     model = build_model(CONFIG)
@@ -526,6 +566,7 @@ def test_a_model_that_computes_nonsense(tmp_path, monkeypatch):
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.evaluator
 @pytest.mark.slow
 def test_two_processes_count_the_same(tmp_path):
     """Under torchrun with two processes 23 images give the counts of one process: each image once, none twice."""

@@ -50,6 +50,7 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
 # ---------------------------------------------------------------- configuration
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("flags, expected", [
     ("--model resnet", "unknown model 'resnet': expected one of convnext_nano"),
     ("--moe-layers every3", "expected one of none, every2, last2, last3"),
@@ -73,6 +74,7 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tm
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.recipe
 def test_the_batch_must_be_a_multiple_of_the_processes():
     """32 images cannot be shared equally by 3 processes; 30 can."""
     config = train.resolve(train.parse_args(TINY))
@@ -80,6 +82,7 @@ def test_the_batch_must_be_a_multiple_of_the_processes():
         train.fit_to_data(config, num_images=96, world=3)
 
 
+@pytest.mark.recipe
 def test_the_learning_rate_follows_the_batch():
     """DeiT's rule: 1e-3 at 1024 images per step, so 5e-4 at 512; a given --lr is taken as it is."""
     config = train.resolve(train.parse_args("--model vit_s --batch-size 512".split()))
@@ -90,6 +93,7 @@ def test_the_learning_rate_follows_the_batch():
     assert config["lr"] == 0.002
 
 
+@pytest.mark.training
 def test_train_and_val_must_have_the_same_classes(tmp_path):
     """The classes that only one of them has are named."""
     make_folder(tmp_path / "d" / "train", ("cat", "dog"))
@@ -101,6 +105,7 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
 # ---------------------------------------------------------------- optimisation
 
 
+@pytest.mark.optimizer
 def test_learning_rate_by_hand():
     """Warmup of 2 of 10 steps to the peak 1.0, then half a cosine to 0.1 at the last step."""
     config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="cosine")
@@ -111,6 +116,7 @@ def test_learning_rate_by_hand():
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
+@pytest.mark.optimizer
 def test_linear_decay_by_hand():
     """The same run with --decay linear: 8 equal steps of 0.9 / 8 from the peak 1.0 down to 0.1."""
     config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="linear")
@@ -119,6 +125,7 @@ def test_linear_decay_by_hand():
         assert math.isclose(rate, 1.0 - i * 0.9 / 8)
 
 
+@pytest.mark.optimizer
 def test_vmoe_warms_up_for_10000_steps():
     """V-MoE-S/32 on ImageNet: 1,281,167 images in batches of 8,192 are 156 steps per epoch."""
     config = dict(train.RECIPES["vmoe_s32"])
@@ -126,6 +133,7 @@ def test_vmoe_warms_up_for_10000_steps():
     assert math.isclose(rates[0], 3e-3 / 2) and rates[1] == 3e-3 and rates[2] < 3e-3
 
 
+@pytest.mark.optimizer
 def test_sigmoid_loss_by_hand():
     """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for the other."""
     logits, config = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), dict(loss="sigmoid", label_smoothing=0.0)
@@ -136,6 +144,7 @@ def test_sigmoid_loss_by_hand():
     assert math.isclose(mixed, (expected + other) / 2, rel_tol=1e-6), "mixed targets"
 
 
+@pytest.mark.optimizer
 def test_what_decays_and_what_does_not():
     """Weights decay, expert weights with their own rate; norms, biases, embeddings and class token do not."""
     model = vit_nano(num_classes=4, moe_layers="last2", router="cosine")
@@ -151,6 +160,7 @@ def test_what_decays_and_what_does_not():
     assert {name: rate[name] for name in expected} == expected
 
 
+@pytest.mark.optimizer
 def test_mixed_targets_sum_to_one():
     """MixUp and CutMix make two-class targets: probabilities, one row per image."""
     for name in ("mixup", "cutmix"):
@@ -169,12 +179,14 @@ def order(rank, world, accumulate=1, epoch=0, first_step=0):
     return [[index for _, index in batch] for batch in batches]
 
 
+@pytest.mark.batches
 def test_an_epoch_shows_no_image_twice():
     """22 images in steps of 8: two steps of different images, the incomplete third is left out."""
     shown = sum(order(0, 1), [])
     assert len(shown) == 16 and len(set(shown)) == 16
 
 
+@pytest.mark.batches
 def test_a_step_has_the_same_images_at_every_world_size():
     """What two processes load for step 1, together and in parts, is what one process loads for it."""
     alone = order(0, 1)
@@ -185,12 +197,14 @@ def test_a_step_has_the_same_images_at_every_world_size():
     assert sorted(quarters[0] + quarters[1]) == sorted(order(0, 2)[0])
 
 
+@pytest.mark.batches
 def test_epochs_differ_and_can_be_entered_in_the_middle():
     """Each epoch has its own order; starting at step 1 gives that epoch's second step."""
     assert order(0, 1, epoch=0) != order(0, 1, epoch=1)
     assert order(0, 1, epoch=1, first_step=1) == order(0, 1, epoch=1)[1:]
 
 
+@pytest.mark.batches
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
     """Asked in any order, after any other draws, an item is the same; another epoch gives another crop."""
     config = train.resolve(train.parse_args("--model vit_s --image-size 32".split()))
@@ -208,6 +222,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.training
 def test_a_run_leaves_checkpoints_and_a_log(capsys):
     """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and the next commands."""
     run("--epochs", "2", "--out", "r")
@@ -222,6 +237,7 @@ def test_a_run_leaves_checkpoints_and_a_log(capsys):
     assert "python eval.py r/best.pt --data shapes:96" in out and "python inspect_experts.py r/best.pt" in out
 
 
+@pytest.mark.training
 def test_the_log_and_eval_agree(capsys):
     """The accuracy in the log is the one that eval.py's functions find for the checkpoint."""
     run("--epochs", "1", "--out", "r")
@@ -233,6 +249,7 @@ def test_the_log_and_eval_agree(capsys):
     assert checkpoint["classes"] == data.classes
 
 
+@pytest.mark.training
 def test_training_learns():
     """Two pictures of different classes, repeated: the loss falls from ln 2 towards 0."""
     make_folder(Path("d/train"), images=8)
@@ -242,6 +259,7 @@ def test_training_learns():
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.training
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result is the same."""
     flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2 --capacity-factor 1.05".split()
@@ -274,6 +292,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.training
 def test_a_finished_run_says_so(capsys):
     """The same command again trains nothing and shows the result."""
     run("--epochs", "1", "--out", "r")
@@ -284,6 +303,7 @@ def test_a_finished_run_says_so(capsys):
     assert Path("r/last.pt").read_bytes() == before
 
 
+@pytest.mark.training
 def test_another_configuration_does_not_continue_a_run():
     """The differing options are named with both values, and the run is left alone."""
     run("--epochs", "1", "--out", "r")
@@ -291,6 +311,7 @@ def test_another_configuration_does_not_continue_a_run():
         run("--epochs", "1", "--out", "r", "--experts", "4")
 
 
+@pytest.mark.training
 def test_runs_are_numbered():
     """Without --out every run gets a folder of its own."""
     run("--epochs", "1")
@@ -298,6 +319,7 @@ def test_runs_are_numbered():
     assert sorted(os.listdir("runs")) == ["vit_nano-shapes-96-1", "vit_nano-shapes-96-2"]
 
 
+@pytest.mark.training
 def test_a_truncated_checkpoint_is_not_overwritten():
     """It is named, the best one is offered in its place, and no file changes."""
     run("--epochs", "1", "--out", "r")
@@ -308,6 +330,7 @@ def test_a_truncated_checkpoint_is_not_overwritten():
     assert Path("r/last.pt").read_bytes() == whole[:1000]
 
 
+@pytest.mark.training
 def test_a_checkpoint_that_would_run_code_is_refused():
     """A last.pt that carries a command is reported, and the command has not run."""
 
@@ -322,6 +345,7 @@ def test_a_checkpoint_that_would_run_code_is_refused():
     assert not os.path.exists("proof")
 
 
+@pytest.mark.training
 def test_ema_by_formula(monkeypatch):
     """The averaged weights start as those of step 1, then become 0.9 * average + 0.1 * weights after each step."""
     seen, step = [], train.train_step
@@ -336,6 +360,7 @@ def test_ema_by_formula(monkeypatch):
     assert {"ema_top1", "ema_val_loss"} <= set(json.loads(open("r/log.jsonl").readline())), "evaluated, too"
 
 
+@pytest.mark.training
 def test_accumulation_changes_nothing_but_memory():
     """Two passes of 16 images are one step of 32: the same losses (without noise and capacity, which see a pass at a time)."""
     for passes in ("1", "2"):
@@ -344,12 +369,14 @@ def test_accumulation_changes_nothing_but_memory():
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.recipe
 def test_every_value_of_a_recipe_has_a_flag():
     """Whatever a recipe sets can be overridden on the command line (but for the batch that its lr belongs to, and nano's steps)."""
     for recipe in [*train.RECIPES.values(), train.CONVNEXT_TUNE, train.VIT_TUNE]:
         assert set(recipe) - {"lr_batch", "steps"} <= set(vars(train.parse_args([])))
 
 
+@pytest.mark.training
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     """When the new file cannot be written the old one is still there, and the message says so."""
     run("--epochs", "1", "--out", "r")
@@ -365,6 +392,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.training
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     """The message names step, lr and the last good checkpoint, and the weights are still finite."""
     monkeypatch.setattr(train, "normalize", lambda images, mean, std: images.float() * float("nan"))
@@ -373,6 +401,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     assert not os.path.exists("r/last.pt")
 
 
+@pytest.mark.training
 def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
     """Three epochs meet the broken file three times: one warning with its path, counted in the log."""
     make_folder(Path("d/train"), images=4)
@@ -383,12 +412,14 @@ def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
     assert [json.loads(line)["unreadable"] for line in open("r/log.jsonl")] == [1, 1, 1]
 
 
+@pytest.mark.training
 def test_routing_is_counted_before_anything_is_dropped():
     """Three tokens choose expert 0, which keeps two: the count says 3 chosen, 1 dropped."""
     routing = SimpleNamespace(experts=torch.tensor([[0], [0], [1], [0]]), kept=torch.tensor([[True], [True], [True], [False]]))
     assert train.count_routing([routing], num_experts=3).tolist() == [[3, 1, 0, 1]]
 
 
+@pytest.mark.training
 def test_dense_models_train_too():
     """--moe-layers none: no MoE layer, balance loss 0."""
     run("--epochs", "1", "--out", "r", "--moe-layers", "none")
@@ -400,6 +431,7 @@ def test_dense_models_train_too():
 # ---------------------------------------------------------------- real processes
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
@@ -411,6 +443,7 @@ def test_torchrun_with_two_processes(tmp_path):
     assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
 
 
+@pytest.mark.training
 @pytest.mark.slow
 def test_an_error_is_one_line_and_status_2(tmp_path):
     """From a shell: one line on stderr, nothing on stdout, nothing written."""
@@ -428,6 +461,7 @@ def state(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+@pytest.mark.training
 def test_a_dense_checkpoint_starts_a_sparse_run():
     """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is, the dense one."""
     run("--moe-layers", "none", "--epochs", "1", "--out", "dense")
@@ -438,6 +472,7 @@ def test_a_dense_checkpoint_starts_a_sparse_run():
     torch.testing.assert_close(sparse(images), dense(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.training
 def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
     """--freeze-backbone: everything but the head keeps its bits; the head for other classes is fresh, and announced."""
     run("--epochs", "1", "--moe-layers", "last2", "--out", "first")
@@ -450,6 +485,7 @@ def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
     assert changed == ["head.weight", "head.bias"]
 
 
+@pytest.mark.training
 def test_frozen_layers_work_as_in_evaluation(monkeypatch):
     """A frozen backbone has no drop path and no router noise: its features are those that evaluation will see."""
     run("--epochs", "1", "--out", "first")
@@ -459,6 +495,7 @@ def test_frozen_layers_work_as_in_evaluation(monkeypatch):
     assert modes == [False] * 3
 
 
+@pytest.mark.training
 def test_a_continued_run_does_not_start_from_the_other_weights_again(monkeypatch):
     """--init-from holds for the start: on the second call the run's own checkpoint counts."""
     run("--epochs", "1", "--out", "first")
@@ -468,6 +505,7 @@ def test_a_continued_run_does_not_start_from_the_other_weights_again(monkeypatch
     run(*again)
 
 
+@pytest.mark.training
 def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     """Without a network a file in torch's cache is used; its values arrive in our model."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -479,6 +517,7 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     assert torch.equal(model.head.weight, weights["classifier.2.weight"])
 
 
+@pytest.mark.training
 def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
     """One line says what to download, from where, and where to put it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -494,6 +533,7 @@ def unreachable(*args, **kwargs):
     raise OSError("Name or service not known")
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("model, expected", [("convnext_t", (30, 5e-5, 1e-8)), ("vit_s", (50, 3e-4, 0.02)),
                                              ("vit_nano", (None, None, 0.05))])
 def test_fine_tuning_has_its_own_recipe(model, expected):
