@@ -27,7 +27,7 @@ PLACEMENTS = ("none", "every2", "last2", "last3", "stage")
 
 
 def place_moe(moe_layers, depths):
-    """Block indices (0-based through the whole network) that get a MoE, for a placement name or a list of indices.
+    """Block indices (0-based through the whole network) that get a MoE, for moe_layers, a placement name or a list.
 
     Four stages (paper, section 4): every2 is the odd blocks inside each stage; last2 the last block of each of the last
     two stages; last3 these and the middle block of the last stage but one; stage the last block of every stage.
@@ -57,14 +57,14 @@ def place_moe(moe_layers, depths):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W)."""
+    """LayerNorm over the channels of x (B, C, H, W)."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
-    """7x7 depthwise convolution, LayerNorm, MLP or MoE, around a residual: (B, C, H, W) -> the same, and the Routing.
+    """7x7 depthwise convolution, LayerNorm, MLP or MoE, around a residual: x (B, C, H, W) -> the same, and the Routing.
 
     dense:   x + drop_path(gamma * MLP(norm(h)))                       h = dwconv(x)
     sparse:  x + drop_path(gamma * (h + MoE(norm(h))))
@@ -100,9 +100,11 @@ class Block(nn.Module):
 class ConvNeXt(nn.Module):
     """images (B, 3, S, S) -> logits (B, num_classes), and with return_routing=True a list of Routing.
 
-    depths and widths: blocks and channels per stage; between stages the resolution halves. One stage makes it isotropic:
-    no norm after the stem, no layer scale, a final norm after the pooling all the same.
-    moe_layers: "none", "every2", "last2", "last3", "stage" (not if isotropic) or a list of block indices.
+    depths and widths: blocks and channels per stage; the stem cuts patches of patch_size pixels, between stages the
+    resolution halves. layer_scale: the start of gamma; None leaves it out. One stage makes it isotropic: no norm after the
+    stem, no layer scale, a final norm after the pooling all the same.
+    moe_layers: "none", "every2", "last2", "last3", "stage" (not if isotropic) or a list of block indices; num_experts and
+    k: E and K of each MoE.
     mlp_ratio is the hidden width of the dense blocks over C, expert_ratio that of one expert. drop_path grows linearly
     from 0 at the first block to its value at the last. router, router_noise, capacity_factor: see moe.MoE.
     init_std: of the dense weights, as in the official code; None leaves them to PyTorch (uniform in +-1/sqrt(inputs)),
@@ -165,7 +167,8 @@ class ConvNeXt(nn.Module):
 
 
 def init_weights(module, std):
-    """Truncated normal weights, zero bias, as the official code. Routers and experts initialise themselves."""
+    """For module.apply: truncated normal weights of deviation std, zero bias, as the official code; linear layers and
+    convolutions only. Routers and experts initialise themselves."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
@@ -187,7 +190,7 @@ TORCHVISION = (  # its names (in `features`, even numbers are the stem and the d
 
 
 def load_torchvision(model, state_dict):
-    """Load weights of torchvision's convnext_tiny, _small, _base or _large into the same sizes of ours.
+    """Load the state_dict of torchvision's convnext_tiny, _small, _base or _large into a model of ours of that size.
 
     A sparse model is upcycled (moe.upcycle); a head for another number of classes stays fresh. Any image size fits.
     Returns the names left fresh; ValueError names the first tensor that does not fit.

@@ -61,7 +61,7 @@ def build_model(config):
 
 
 def load_checkpoint(path, device, raw=False):
-    """Open a checkpoint of train.py: (model in evaluation mode, the checkpoint's dict).
+    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the checkpoint's dict).
 
     The model has the averaged weights (EMA) if the run kept them, unless raw. Read with weights_only=True: a file that
     wants to run code when opened is refused. Raises ValueError, in one line, for whatever is not such a checkpoint.
@@ -121,7 +121,7 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
 
 
 def mute(router, inputs, logits, expert):
-    """A forward hook for a router, logits (T, E): no token chooses this expert, and the softmax is over the others."""
+    """A forward hook for a router, inputs -> logits (T, E): nobody chooses this expert, the softmax is over the others."""
     logits[:, expert] = -math.inf
 
 
@@ -149,6 +149,7 @@ def open_dataset(spec, split, transform=None):
 class FolderImages:
     """Images in class folders, of any size, any depth of subfolders and any colour mode (all become RGB).
 
+    root, split and transform as in open_dataset; an item by its index. The next image takes the place of an unreadable one.
     File names are kept as one block of bytes and an array of offsets. A list of a million Python strings would take
     ten times the memory, again in each worker: counting references writes to shared pages (pytorch issue 13246).
     """
@@ -177,7 +178,7 @@ class FolderImages:
         return len(self.labels)
 
     def path(self, index):
-        """The file of an item, as a str."""
+        """The file of the item at an index, as a str."""
         start = int(self.ends[index - 1]) if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start:int(self.ends[index])]))
 
@@ -198,7 +199,7 @@ EXPECTED_TREE = """: expected
 
 
 def split_folder(root, split):
-    """(the folder with the class folders of this split, None or whether to take the held-out fifth of its images)."""
+    """(the folder of root with the class folders of this split, None or whether to take the held-out fifth: a bool)."""
     if not os.path.isdir(root):
         raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` "
                          f"or a folder{EXPECTED_TREE}")
@@ -219,7 +220,7 @@ def image_files(root, name):
 
 
 def read_image(path):
-    """(3, H, W) uint8 RGB, or None if the file cannot be decoded.
+    """The file at path as (3, H, W) uint8 RGB, or None if it cannot be decoded.
 
     torchvision decodes JPEG and PNG to a tensor directly, faster than Pillow, which reads the rest. (Since 0.29 torchvision
     announces that its decoders will go, in favour of another package: then Pillow reads everything.)
@@ -237,7 +238,7 @@ def read_image(path):
 
 
 class TensorImages:
-    """Images that are in memory already: images (N, 3, H, W) uint8 and labels (N,).
+    """Images that are in memory already: images (N, 3, H, W) uint8, labels (N,), the names of the classes, a transform.
 
     An index may also be a list of B: then the item is a batch of them. One by one they take longer than a small model.
     """
@@ -258,7 +259,7 @@ class TensorImages:
 
 
 def open_cifar(spec, split, transform):
-    """CIFAR-10 or -100 by torchvision, downloaded to data/ at the first use."""
+    """cifar10 or cifar100 (spec) by torchvision, downloaded to data/ at first use; split, transform: see open_dataset."""
     kind = torchvision.datasets.CIFAR10 if spec == "cifar10" else torchvision.datasets.CIFAR100
     try:
         cifar = kind("data", train=split == "train", download=True)
@@ -282,7 +283,8 @@ COSINES, SINES = (213, 237, 251, 256, 251, 237, 213), (-142, -98, -50, 0, 50, 98
 
 
 class Shapes(TensorImages):
-    """`count` pictures (N, 3, 32, 32) drawn from a seed; a longer set of the same seed begins with the same pictures.
+    """`count` pictures (N, 3, 32, 32) drawn from a seed, in parts of 500 with generators of their own; a longer set of the
+    same seed begins with the same pictures. transform: as in open_dataset.
 
     factors: dict of int64 tensors (N,): shape, texture, colour and background (indices into the tuples above), row and
     column of the object's centre in pixels. masks (N, 32, 32): where the object is.
@@ -297,7 +299,10 @@ class Shapes(TensorImages):
 
 
 def shapes_size(spec, split):
-    """(count, seed) of a split of `shapes` or `shapes:COUNT`: 16,000 to train on, 2,000 others to validate."""
+    """(count, seed) of a split of spec, `shapes` or `shapes:COUNT`: 16,000 to train on, 2,000 others to validate.
+
+    ValueError unless the count is 1 to 100000.
+    """
     count = spec.partition(":")[2] or "16000"
     if not count.isdecimal() or not 1 <= int(count) <= 100_000:
         raise ValueError(f"{spec!r} is no data set: expected `shapes` or `shapes:COUNT` with a count of 1 to 100000")
@@ -305,7 +310,7 @@ def shapes_size(spec, split):
 
 
 def draw_shapes(generator, n=500):
-    """n pictures: images (n, 3, 32, 32) uint8, masks (n, 32, 32) bool, factors."""
+    """n pictures of a torch.Generator: images (n, 3, 32, 32) uint8, masks (n, 32, 32) bool, a dict of factors (n,) int64."""
     def draw(low, high, *size):
         return torch.randint(low, high, (n, *size), generator=generator, dtype=torch.int32)
 
@@ -344,7 +349,10 @@ SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
 
 
 def shift(data, name):
-    """Change the pictures of a Shapes, in place, to what training never shows; labels, masks and places stay right."""
+    """Change the pictures of data, a Shapes, in place, to what training never shows; labels, masks and places stay right.
+
+    name: one of SHIFTS; any other changes nothing.
+    """
     images = data.images
     if name == "shapes-noise":  # each value up to 80 brighter or darker; training has seen 12
         draws = torch.randint(-80, 81, images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
@@ -389,8 +397,9 @@ def are_numbers(names, classes):
 
 
 def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
-    """A data set as a checkpoint with these classes is scored on it: a copy, which shares the images, with new attributes.
+    """A dataset as a checkpoint with these classes is scored on it: a copy, which shares the images, with new attributes.
 
+    ignore_unmatched: as in match_classes.
     labels (N, L): the L right answers of each image as indices into columns, padded with -1. L is 1, except with real, a
     file of ReaL labels. columns: those of the logits that take part. indices: the images that have an answer. note: what
     was done, in words. Raises ValueError if nothing is left.
@@ -416,11 +425,11 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
 
 
 def read_real(path, dataset, num_classes):
-    """ReaL's labels of ImageNet's validation images (Beyer et al. 2020), (N, L) int64 padded with -1.
+    """ReaL's labels of ImageNet's validation images (Beyer et al. 2020), (N, L) int64 padded with -1, for a dataset of N.
 
-    The file is a JSON list of the lists of right labels, some empty: entry i belongs to the image whose NAME has number
-    i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files sorted by class. ValueError if file and images do not
-    correspond one to one, or the labels are not among 0 .. num_classes - 1.
+    The file at path is a JSON list of the lists of right labels, some empty: entry i belongs to the image whose NAME has
+    number i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files sorted by class. ValueError if file and images
+    do not correspond one to one, or the labels are not among 0 .. num_classes - 1.
     """
     try:
         with open(path) as file:
@@ -442,13 +451,16 @@ def read_real(path, dataset, num_classes):
 
 
 def eval_transform(image_size, crop_ratio):
-    """Resize the short side to image_size / crop_ratio (bicubic), then the centre square: 256 and 224 for ImageNet."""
+    """uint8 (3, H, W) -> (3, S, S), S = image_size: resize the short side to S / crop_ratio (bicubic), then the centre.
+
+    256 and 224 pixels for ImageNet.
+    """
     resize = round(image_size / crop_ratio)
     return v2.Compose([v2.Resize(resize, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(image_size)])
 
 
 def normalize(images, mean, std):
-    """uint8 (B, 3, S, S) on any device -> float32, (pixel / 255 - mean) / std per colour."""
+    """images uint8 (B, 3, S, S) on any device -> float32, (pixel / 255 - mean) / std per colour."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
     return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))  # one pass: a small model would wait for the memory
 
@@ -464,7 +476,7 @@ def best_dtype(device):
 
 
 def auto_workers(dataset, world=1):
-    """Processes to load images with: none if they are in memory, else this process's share of the processors, at most 12."""
+    """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
     return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
 
 
@@ -472,7 +484,7 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
     """Batches of this process's share of a data set: every world-th image, so that each is counted exactly once.
 
     (DistributedSampler would repeat images until the shares are equal, and count those twice.)
-    indices: of the images that take part; None for all.
+    batch_size images at a time, loaded by `workers` processes; indices: of the images that take part; None for all.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = (range(len(dataset)) if indices is None else indices)[rank::world]
@@ -487,6 +499,7 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress=""):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
 
+    The model runs on normalize(images, mean, std), under autocast if dtype is bfloat16.
     Labels are (B,), or (B, L) padded with -1 if several answers are right: then one of them must be the best, or among the
     best five. loss is the mean of -log(probability of the right answers), the cross-entropy when there is one.
     columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
@@ -528,7 +541,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
 
 @torch.no_grad()
 def images_per_second(model, images, device, dtype):
-    """Speed of the model alone on a batch (B, 3, S, S): the median of 3 forward passes or, if fast, of all in 0.3 s."""
+    """Speed of the model alone, a float: on images (B, 3, S, S), the median of 3 passes or, if fast, of 0.3 s of them."""
     seconds = []
     while len(seconds) < 4 or sum(seconds) < 0.3:
         start = clock(device.type)
@@ -547,7 +560,7 @@ ALEXNET = dict(  # its error per corruption, a mean over five severities: what m
 
 
 def open_parts(spec, split):
-    """{"": data set} of a spec or, of a folder of ImageNet-C's shape, {"fog/1": data set, ...}. ValueError if not all 75."""
+    """{"": a split of a spec} or, for a folder of ImageNet-C's shape, {"fog/1": data set, ...}. ValueError if some lack."""
     folders = {f"{name}/{severity}": os.path.join(spec, name, severity) for name in ALEXNET for severity in "12345"}
     missing = [part for part, path in folders.items() if not os.path.isdir(path)]
     if len(missing) == len(folders):
@@ -563,7 +576,7 @@ def open_parts(spec, split):
 
 
 def corruption_errors(results):
-    """Percent, from {"fog/1": evaluate()'s result, ...}: dict(corruptions: {"fog": [5 errors, mean, CE]}, mean_error, mce)
+    """Percent, from results {"fog/1": evaluate()'s, ...}: dict(corruptions: {"fog": [5 errors, mean, CE]}, mean_error, mce)
 
     The mean error is the plain mean over all 75. A CE is a corruption's mean error divided by AlexNet's, and mCE is the
     mean of the CE: two numbers of similar size, of which one has been quoted as the other.
@@ -632,7 +645,7 @@ def check(args):
 def prepare(path, data, args):
     """Whatever can be wrong is found here, before anything is computed: (model, its row of the results so far, data).
 
-    data: {spec: {part: data set}}, as opened, and as this checkpoint is scored on it.
+    path: of a checkpoint. data: {spec: {part: data set}}, as opened, and as this checkpoint is scored on it.
     """
     model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
     row = dict(checkpoint=path, weights="raw" if args.raw or not checkpoint["ema"] else "EMA")
@@ -652,7 +665,10 @@ def prepare(path, data, args):
 
 
 def measure(model, row, data, args, device, world, progress):
-    """Complete a row of the results: speed, and the counts on each data set."""
+    """Complete a row of the results, in place: the model's speed, and its counts on each data set.
+
+    data: as prepare() returns it. world: number of processes. progress: whether this one shows a progress bar.
+    """
     model, dtype, row["data"] = model.to(device), best_dtype(device), {}
     mean, std = row["mean"], row["std"]
     for spec, parts in data.items():
@@ -672,7 +688,7 @@ def measure(model, row, data, args, device, world, progress):
 
 
 def print_plan(row, data):
-    """What is being evaluated, and on what. Of ImageNet-C's 75 parts, each different note is printed once."""
+    """Say what is evaluated (a row), and on what (data). Of ImageNet-C's 75 parts, each different note is printed once."""
     print(f"{row['checkpoint']}: {row['config']['model']} after epoch {row['epoch']}, {row['weights']} weights")
     notes = [f"deviates from training: {deviation}" for deviation in row["deviations"]]
     for spec, parts in data.items():
@@ -681,7 +697,7 @@ def print_plan(row, data):
 
 
 def print_results(rows):
-    """A table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
+    """Print rows, the results: a table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
     wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
     print("\n" + " " * (first + 39) * bool(specs) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
@@ -702,6 +718,7 @@ def print_results(rows):
 
 
 def main(args):
+    """The whole program: check everything, evaluate each checkpoint on each data set, print the table, write the JSON."""
     rank, world, device = setup_processes()
     check(args)
     data = {spec: open_parts(spec, args.split) for spec in args.data}

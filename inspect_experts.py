@@ -84,7 +84,7 @@ def cumulative(histogram):
 def top_classes(table, classes, count=5):
     """For each expert [[class, share of the expert's tokens], ...], largest first, only classes that have some.
 
-    table (classes, E): tokens.
+    table (classes, E): tokens; at most `count` classes for each.
     """
     order = table.argsort(dim=0, descending=True, stable=True)[:count].T.tolist()  # (E, count)
     shares = table.double() / table.sum(0).clamp(min=1)
@@ -117,7 +117,7 @@ class LayerCounts:
         return torch.zeros(size, dtype=torch.int64, device=self.device)
 
     def add(self, routing):
-        """Count the next B images: their Routing of T = B * (class tokens + N) tokens, image by image."""
+        """Count the next B images: their routing, a Routing of T = B * (class tokens + N) tokens, image by image."""
         extra, E, N = self.grid[0], self.num_experts, self.grid[1] * self.grid[2]
         choices = routing.experts if self.all_choices else routing.experts[:, :1]
         choices = choices.view(-1, extra + N, choices.shape[1])  # (T, K) -> (B, class tokens + N, K)
@@ -157,7 +157,7 @@ class LayerCounts:
         self.surest, self.surest_at = value.gather(1, order), at.gather(1, order.unsqueeze(2).expand(-1, -1, 2))
 
     def summary(self, classes):
-        """The numbers of this layer as plain values for JSON; the report explains each."""
+        """The numbers of this layer as plain values for JSON, a dict; classes are the names. The report explains each."""
         _, rows, columns = self.grid
         tables, by_chance = ({name: table.cpu() for name, table in t.items()} for t in (self.tables, self.by_chance))
         tokens, spatial = tables["position"].sum(0), tables["position"].T.double() / self.images  # (E,), (E, N)
@@ -194,9 +194,9 @@ class Run(NamedTuple):
 def known_factors(dataset, chosen, grid, transform):
     """What is known about the chosen images (M,): {factor: (levels, number of levels)}.
 
-    Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set has classes; `shapes` knows for
-    each patch whether it shows the object (more than half of it), and for these, which shape, texture and colour: on the
-    background these three are -1, which counts nowhere.
+    Levels are int64, (M,) for images or (M, N) for the patches of a grid; transform: that of the images. Every dataset
+    has classes; `shapes` knows for each patch whether it shows the object (more than half of it), and for these, which
+    shape, texture and colour: on the background these three are -1, which counts nowhere.
     """
     factors = {"class": (dataset.labels[chosen].long(), len(dataset.classes))}
     if hasattr(dataset, "factors"):
@@ -211,7 +211,7 @@ def known_factors(dataset, chosen, grid, transform):
 
 @torch.no_grad()
 def count_routing(model, loader, layers, device, mean, std, examples=()):
-    """Run the model once over the loader and count in `layers`, a LayerCounts per MoE layer.
+    """Run the model once over the loader and count in `layers`, a LayerCounts per MoE layer. mean, std: for normalize().
 
     Returns for each position in `examples` (image (3, S, S) uint8, [(rows, columns) first choices per layer]).
     Computes in bfloat16 where eval.py does. ValueError at the first image that cannot be read.
@@ -234,7 +234,7 @@ def count_routing(model, loader, layers, device, mean, std, examples=()):
 
 
 def cut_out(image, patch, grid, size=48):
-    """What surrounds a patch, (3, size, size): three patches wide, or a quarter of the image (3, S, S) if that is more."""
+    """What surrounds a patch of a grid, (3, size, size): three patches, or a quarter of the image (3, S, S) if more."""
     S, (_, rows, columns) = image.shape[-1], grid
     side = min(S, max(S // 4, 3 * S // rows))
     top, left = (min(max(0, (2 * i + 1) * S // (2 * n) - side // 2), S - side)
@@ -244,7 +244,10 @@ def cut_out(image, patch, grid, size=48):
 
 
 def surest_patches(dataset, chosen, layer):
-    """For each expert its patches of highest probability, cut out and joined, (3, 48, 48 patches); None if it has none."""
+    """For each expert its patches of highest probability, cut out and joined, (3, 48, 48 patches); None if it has none.
+
+    layer: the LayerCounts of the chosen images (M,) of a dataset.
+    """
     strips = []
     for probs, places in zip(layer.surest.tolist(), layer.surest_at.tolist()):
         places = [place for p, place in zip(probs, places) if p > 0]
@@ -255,7 +258,7 @@ def surest_patches(dataset, chosen, layer):
 
 
 def inspect(path, model, checkpoint, dataset, args, device):
-    """Everything about one checkpoint on one data set: a Run."""
+    """Everything about one checkpoint (its path and dict, the model) on one dataset: a Run."""
     M = min(len(dataset), args.max_images or len(dataset))
     chosen = torch.arange(M) * len(dataset) // M  # evenly spread: a folder's images come class by class
     loader = eval_loader(Subset(dataset, chosen.tolist()), args.batch_size,
@@ -282,7 +285,7 @@ OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 
 
 
 def palette(num_experts):
-    """A colour per expert: Okabe and Ito's, which the colour-blind can tell apart, or beyond 8 an even wheel of hues."""
+    """num_experts colours (r, g, b): Okabe and Ito's, which the colour-blind can tell apart, beyond 8 an even wheel."""
     if num_experts <= len(OKABE_ITO):
         return OKABE_ITO[:num_experts]
     wheel = (colorsys.hsv_to_rgb(e / num_experts, (0.85, 0.5)[e % 2], (0.75, 0.95)[e % 2]) for e in range(num_experts))
@@ -312,7 +315,7 @@ class Panel:
 
 
 def svg(panel):
-    """The panel as an element of the page, text escaped."""
+    """The panel as an element of the page, a str, text escaped."""
     title, marks = html.escape(panel.title), "".join(SVG_MARKS[kind](*mark) for kind, *mark in panel.marks)
     return (f'<figure><figcaption>{title}</figcaption><svg role="img" aria-label="{title}" width="{WIDTH}" '
             f'height="{panel.height}" viewBox="0 0 {WIDTH} {panel.height}">{marks}</svg></figure>')
@@ -349,7 +352,7 @@ def encode(picture, kind):
 
 
 def png(panel, scale=2, top=22):
-    """The panel, under its title, as a Pillow image on white, `scale` times as large."""
+    """The panel, under its title in a strip of `top` pixels, as a Pillow image on white, `scale` times as large."""
     picture = Image.new("RGB", (WIDTH * scale, (top + panel.height) * scale), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((0, 0), panel.title, "black", font(13 * scale))
@@ -378,7 +381,7 @@ def font(size):
 
 
 def sheet(panels, per_row=4, gap=40):
-    """Panels in rows of four as one Pillow image: a PNG file of DIR."""
+    """Panels in rows of per_row, a gap apart, as one Pillow image: a PNG file of DIR."""
     rows = [[png(panel) for panel in panels[i:i + per_row]] for i in range(0, len(panels), per_row)]
     heights = [max(picture.height for picture in row) + gap for row in rows]
     step = rows[0][0].width + gap
@@ -401,7 +404,7 @@ def tint(values, colour):
 
 
 def overlay(image, experts, colours):
-    """The image (3, S, S) in grey, every patch tinted by its expert, experts (rows, columns): paper, Figure 6."""
+    """The image (3, S, S) in grey, each patch tinted with its expert's of the colours, experts (rows, columns): Fig. 6."""
     grid = torch.tensor(colours, dtype=torch.float)[experts].permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, columns)
     colour = F.interpolate(grid, image.shape[-2:], mode="nearest")[0]
     grey = v2.functional.rgb_to_grayscale(image, 3).float()
@@ -616,7 +619,10 @@ def key_numbers(run):
 
 
 def write_report(figures, runs, about):
-    """The page: one file, no scripts, no links. figures: [(file name, heading, caption, [panels per run])]."""
+    """The page of the runs, a str: one file, no scripts, no links. about: a sentence for its head.
+
+    figures: [(file name, heading, caption, [panels per run])].
+    """
     parts = [f"<h1>What the experts do</h1><p>{html.escape(about)}</p><div class=panels>", *map(key_numbers, runs), "</div>"]
     for _, heading, caption, panels_per_run in figures:
         parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
@@ -628,7 +634,7 @@ def write_report(figures, runs, about):
 
 
 def write_csv(run):
-    """routing.csv: for every layer, class and expert the tokens, and their share of the class's tokens."""
+    """The bytes of a run's routing.csv: for every layer, class and expert the tokens, and their share of the class's."""
     file = io.StringIO(newline="")
     rows = csv.writer(file)
     rows.writerow(("layer", "block", "class", "expert", "tokens", "share"))
@@ -650,7 +656,7 @@ def describe(run, args):
 
 
 def make_files(runs, args):
-    """All results: {file name: bytes}. What belongs to the checkpoint of --compare has `compare` in its name or key."""
+    """All results of the runs: {file name: bytes}. What belongs to that of --compare has `compare` in its name or key."""
     summary = describe(runs[0], args) | {"compare": describe(run, args) for run in runs[1:]}
     text = json.dumps(summary, indent=1)
     text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers on one line
@@ -710,7 +716,7 @@ def check(args):
 
 
 def write_files(folder, files):
-    """{name: bytes} into the folder, each whole or not at all. ValueError if that is impossible."""
+    """files {name: bytes} into the folder, each whole or not at all. ValueError if that is impossible."""
     for name, content in files.items():
         path = os.path.join(folder, name)
         try:
@@ -722,6 +728,7 @@ def write_files(folder, files):
 
 
 def main(args):
+    """The whole program: open and check everything, one pass per checkpoint, then all files, then a short table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = [open_all(path, args, device) for path in (args.checkpoint, args.compare) if path]
     check(args)

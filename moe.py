@@ -56,7 +56,7 @@ def top_k_gates(probs, k):
 def expert_capacity(num_tokens, k, num_experts, factor):
     """Slots per expert, C = ceil(T K factor / E), at least 1 and at most T (an int).
 
-    factor 1.0 is just enough when the load is perfectly even; V-MoE trains at 1.05.
+    T is num_tokens, K is k, E num_experts. factor 1.0 is just enough when the load is perfectly even; V-MoE trains at 1.05.
     """
     # The rounding forgives floats: 10 * 1.1 is 11.000000000000002, which must give 11 slots and not 12.
     slots = math.ceil(round(num_tokens * k * factor / num_experts, 6))
@@ -66,10 +66,10 @@ def expert_capacity(num_tokens, k, num_experts, factor):
 def assign_slots(experts, num_experts, capacity, priority=None):
     """Fill the experts' slots and say which choices found one: kept (T, K) bool.
 
-    experts (T, K): the choices, best first. All first choices are served before any second choice. Within one rank
-    tokens come in order of position or, with priority (T,), highest priority first: Batch Prioritized Routing
-    (Riquelme et al. 2021, section 4) when the priority is the top-1 gate. Ties go to the earlier token. A choice is
-    dropped when its expert has already given out `capacity` slots.
+    experts (T, K): the choices among 0 .. num_experts - 1, best first. All first choices are served before any second
+    choice. Within one rank tokens come in order of position or, with priority (T,), highest priority first: Batch
+    Prioritized Routing (Riquelme et al. 2021, section 4) when the priority is the top-1 gate. Ties go to the earlier token.
+    A choice is dropped when its expert has already given out `capacity` slots.
     """
     T, K = experts.shape
     order = torch.arange(T, device=experts.device)
@@ -106,6 +106,7 @@ def importance_loss(probs):
 def load_loss(logits, noisy_logits, k, noise_std):
     """CV^2 of the number of tokens each expert can expect (Shazeer et al. 2017, section 4; V-MoE, appendix A).
 
+    logits (T, E) clean, noisy_logits (T, E) with the noise N(0, noise_std^2) that chose the k experts. Scalar, as above.
     Counting tokens has no gradient, but the router is noisy, so ask: if expert e's noise were drawn again, how likely
     is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is
     P(logit + noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over
@@ -125,7 +126,7 @@ def load_loss(logits, noisy_logits, k, noise_std):
 
 
 def place_rows(rows, positions):
-    """Move row i to positions[i], for positions that are a permutation of 0 .. R-1.
+    """Move row i to positions[i]: rows (R, D) -> (R, D), for positions (R,) that are a permutation of 0 .. R-1.
 
     The same as rows[order] with the inverse permutation, but its backward pass is a plain gather. The backward of
     indexing adds up gradients with atomics on a GPU, which is slower and differs from run to run.
@@ -136,7 +137,7 @@ def place_rows(rows, positions):
 def dispatch(tokens, experts, kept, num_experts):
     """Copy each token once per choice and sort the copies by expert.
 
-    tokens (T, D), experts (T, K), kept (T, K) -> rows (R, D), counts (E,) int64, order (R,) int64.
+    tokens (T, D), experts (T, K), kept (T, K) -> rows (R, D), counts (E,) int64, order (R,) int64; E is num_experts.
     Rows come expert by expert, dropped choices last (they belong to no expert, so sum(counts) may be less than R).
     order[r] = t * K + j says that row r is choice j of token t. All shapes are known beforehand: nothing waits for a
     GPU to report how many tokens chose an expert.
@@ -173,7 +174,7 @@ class MLP(nn.Sequential):
 
 
 class Router(nn.Module):
-    """Score every token against every expert: (T, D) -> logits (T, E), in float32 even under autocast.
+    """Score every token against every expert: x (T, D) -> logits (T, E), in float32 even under autocast.
 
     kind    logits                            as in
     linear  code_e . x                        the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
@@ -181,7 +182,7 @@ class Router(nn.Module):
     l2      -s * |P x - code_e|               the same with distances
 
     s = exp(log_scale) is a learned inverse temperature, starting at 2 and bounded by 100 as in Tutel.
-    proj_dim is the width of P x: 256, or half of D where that is less.
+    dim is D, num_experts E; proj_dim is the width of P x: 256, or half of D where that is less. ValueError for another kind.
     """
 
     def __init__(self, dim, num_experts, kind="linear", proj_dim=None):
@@ -245,7 +246,7 @@ class Experts(nn.Module):
 
 
 def use_grouped_mm(rows, w1):
-    """Which of the two ways to run the experts: True for one kernel, False for the loop.
+    """Which of the two ways to run the experts on rows (R, D) with w1 (E, D, H): True for one kernel, False for the loop.
 
     On a CPU the loop is the faster one (python moe.py prints both). On a GPU it would wait for the counts to reach the
     host and start 2E small kernels, and torch.compile cannot trace a loop whose shapes depend on the data. The kernel
@@ -257,13 +258,16 @@ def use_grouped_mm(rows, w1):
 
 
 def compute_dtype(rows):
-    """Autocast's type where it is on (it does not know grouped_mm, so we cast by hand), else that of the rows."""
+    """Autocast's type where it is on (it does not know grouped_mm, so we cast by hand), else that of the rows (R, D)."""
     device = rows.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def loop_experts(rows, counts, w1, b1, w2, b2):
-    """The experts one after the other. Arguments and result as Experts."""
+    """The experts one after the other: rows (R, D) and counts (E,) as in Experts.forward -> (R, D).
+
+    w1 (E, D, H), b1 (E, H), w2 (E, H, D), b2 (E, D). The exact GELU; rows beyond sum(counts) come out as 0.
+    """
     counts = counts.tolist()
     *groups, dropped = rows.split(counts + [len(rows) - sum(counts)])
     answers = []
@@ -275,8 +279,9 @@ def loop_experts(rows, counts, w1, b1, w2, b2):
 
 
 def grouped_experts(rows, counts, w1, b1, w2, b2):
-    """All experts in one kernel per linear layer, without asking the GPU for the counts. Arguments and result as Experts.
+    """All experts in one kernel per linear layer, without asking the GPU for the counts.
 
+    Arguments and result as loop_experts: rows (R, D), counts (E,), w1, b1, w2, b2 -> (R, D).
     The kernel leaves rows behind the last group unset (whatever was in memory, even NaN), in its output and in the
     gradient of its input. So there are none: the last group takes the ownerless rows along, and the mask at the end makes
     them 0, forward and backward.
@@ -296,6 +301,7 @@ def grouped_experts(rows, counts, w1, b1, w2, b2):
 class MoE(nn.Module):
     """The sparse layer: x (..., D) -> (y (..., D), Routing). Put it where a block has its MLP, inside the residual.
 
+    dim is D, hidden H; num_experts E, of which each token meets k; router: a kind of Router.
     capacity_factor: None keeps every choice; a number limits each expert to expert_capacity() slots while training,
         served in order of the top-1 gate if batch_priority (else by position).
     eval_capacity_factor: the same for evaluation. None by default, because with a limit the prediction for one image
@@ -340,7 +346,7 @@ class MoE(nn.Module):
         return Routing(logits, probs, experts, gates, kept, balance_loss)
 
     def assign(self, gates, experts):
-        """kept (T, K) bool under the capacity that holds now; all True without one."""
+        """kept (T, K) bool under the capacity that holds now, for gates and experts (T, K); all True without one."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return torch.ones_like(experts, dtype=torch.bool)
@@ -358,7 +364,7 @@ class MoE(nn.Module):
 
 
 def count_parameters(model):
-    """(total, active) number of parameters: a token uses k of the E experts of each MoE layer, and all the rest."""
+    """(total, active) parameters of a model, ints: a token uses k of the E experts of each MoE layer, and all the rest."""
     total = sum(p.numel() for p in model.parameters())
     idle = sum(sum(p.numel() for p in layer.experts.parameters()) * (layer.num_experts - layer.k) // layer.num_experts
                for layer in model.modules() if isinstance(layer, MoE))
@@ -367,7 +373,7 @@ def count_parameters(model):
 
 @torch.no_grad()
 def count_flops(model, image_size):
-    """Multiply-adds (an int) of one image (3, S, S) through the model in evaluation, the unit of the papers' "FLOPs".
+    """Multiply-adds (an int) of one image (3, S, S), S = image_size, through the model in evaluation: the papers' "FLOPs".
 
     Counted by hooks: linear layers and convolutions by their output, attention and MoE by their method multiply_adds();
     norms, activations and additions are left out, as is usual. (torch's FlopCounterMode sees 0 in grouped_mm.) MoE
@@ -400,6 +406,8 @@ def count_flops(model, image_size):
 def mean_balance_loss(routings):
     """Mean of the layers' balance losses, so that its weight means the same at any number of MoE layers; 0 if none.
 
+    routings: a list with one Routing per MoE layer. Returns a scalar.
+
     Under DDP each process computes it from its own tokens and DDP averages the gradients: the mean of local losses,
     not the loss of the global batch. A local loss asks each process's share of the batch to be balanced.
     """
@@ -408,7 +416,7 @@ def mean_balance_loss(routings):
 
 @torch.no_grad()
 def upcycle(state_dict, model, exact=True):
-    """Load the weights of a model of the same backbone, dense or sparse: a list of the names that were left fresh.
+    """Load the state_dict of a model of the same backbone, dense or sparse: a list of the names that were left fresh.
 
     Where the weights have an MLP and the model a MoE, every expert becomes this MLP. The kept gates sum to less than 1,
     so copies alone would shrink the layer's output. With exact=True the sparse model computes the dense function at the

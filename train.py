@@ -85,6 +85,7 @@ TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
 
 
 def parse_args(argv=None):
+    """The flags as a namespace; those that are not given and belong to a recipe are None."""
     parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
                                      "the value of the model's recipe (top of train.py).")
     flag = parser.add_argument
@@ -163,7 +164,7 @@ def find_recipe(config):
 
 
 def fit_to_data(config, num_images, world):
-    """Settle batch_size, lr and epochs for this data and number of processes, in place. ValueError if that is impossible."""
+    """Settle batch_size, lr and epochs for num_images and a world of processes, in place. ValueError if impossible."""
     recipe, share = find_recipe(config), world * config["accumulate"]
     batch = config["batch_size"]
     if batch is None:  # the recipe's, or all images where there are fewer
@@ -193,7 +194,7 @@ def model_config(config, num_classes):
 
 
 def draw_seed(*numbers):
-    """One 32-bit seed from several whole numbers, such as (seed, epoch, image)."""
+    """One 32-bit seed (an int) from several whole numbers, such as (seed, epoch, image)."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 0x9E3779B1 + number + 0x7F4A7C15) % 2 ** 32
@@ -225,7 +226,7 @@ def train_transform(config):
 
 
 class Augmented:
-    """A data set whose items are asked for as (epoch, index): the draws of the transform depend on these two alone."""
+    """A data set whose items are asked for by a key (epoch, index): the transform's draws depend on these two alone."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -263,7 +264,7 @@ class Batches:
 
 
 def make_mixer(config, num_classes):
-    """MixUp or CutMix, by lot for each batch: (images, labels (B,)) -> (images, targets (B, classes)); or None."""
+    """MixUp or CutMix, by lot for each batch: (images, labels (B,)) -> (images, targets (B, num_classes)); or None."""
     mixers = [kind(alpha=config[name], num_classes=num_classes)
               for name, kind in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if config[name]]
     return v2.RandomChoice(mixers) if mixers else None
@@ -285,7 +286,7 @@ def start_from(model, config):
 
 
 def torchvision_weights(name):
-    """torchvision's ImageNet weights for a model of ours, a state dict, from its cache or the network."""
+    """torchvision's ImageNet weights for our model of that name, a state dict, from its cache or the network."""
     if name not in TORCHVISION:
         raise ValueError(f"torchvision has no weights for {name}: expected one of {', '.join(TORCHVISION)}")
     weights = torchvision.models.get_model_weights(TORCHVISION[name]).IMAGENET1K_V1
@@ -309,7 +310,7 @@ def classification_loss(logits, targets, config):
 
 
 def parameter_groups(model, weight_decay, expert_weight_decay):
-    """Three groups for the optimizer: weights, expert weights, and what must not decay.
+    """A model's parameters in three groups for the optimizer: with weight_decay, with expert_weight_decay, and without.
 
     Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
     """
@@ -324,9 +325,10 @@ def parameter_groups(model, weight_decay, expert_weight_decay):
 
 
 def learning_rate(step, steps_per_epoch, config):
-    """The rate of optimizer step `step` (0-based): linear warmup to the peak, then half a cosine or a line to the minimum.
+    """The rate of optimizer step `step`: linear warmup to the peak, then half a cosine or a line to the minimum.
 
-    The last step of the warmup has the peak, the last step of the run the minimum.
+    Steps count from 0 through the whole run, steps_per_epoch in each epoch. The last step of the warmup has the peak, the
+    last step of the run the minimum.
     """
     total, warmup = config["epochs"] * steps_per_epoch, round(config["warmup_epochs"] * steps_per_epoch)
     if step < warmup:
@@ -461,7 +463,8 @@ def open_data(config):
 
 
 def count_routing(routings, num_experts):
-    """(L, E + 1) int64 for L MoE layers: choices per expert, before any is dropped, and in the last column the dropped."""
+    """The routings of L MoE layers as (L, E + 1) int64, E = num_experts: choices per expert, before any is dropped, and in
+    the last column the number of dropped ones."""
     rows = [torch.cat([(r.experts.reshape(-1, 1) == torch.arange(num_experts, device=r.experts.device)).sum(0),
                        (~r.kept).sum().view(1)]) for r in routings]
     return torch.stack(rows) if rows else torch.zeros(0, num_experts + 1, dtype=torch.int64)
@@ -546,7 +549,7 @@ def train_step(run, parts):
 
 
 def agree(run, losses):
-    """Let all processes know, before the weights change, what one of them knows: a loss that is not finite, a signal to
+    """Let all processes know, before the weights change, what one knows: losses (2,) that are not finite, a signal to
     stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all for the loss."""
     minutes = (time.monotonic() - run.saved_at) / 60
     flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
@@ -657,6 +660,7 @@ def print_epoch(run, line):
 
 
 def main(args):
+    """The whole program: prepare, then epoch by epoch train, validate, log and save. Stopped, it exits with 128 + signal."""
     run = prepare(args)
     finished = run.epoch >= run.config["epochs"]
     if run.rank == 0:

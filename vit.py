@@ -24,7 +24,7 @@ PLACEMENTS = ("none", "every2", "last2", "last3")
 
 
 def place_moe(moe_layers, depth):
-    """Block indices (0-based, ascending) that get a MoE, for a placement name or a list of indices (paper, section 4).
+    """Block indices (0-based, ascending) that get a MoE, for moe_layers, a placement name or a list (paper, section 4).
 
     every2: the odd blocks 1, 3, 5, ...; last2 and last3: the last two or three of these. Raises ValueError for a
     placement that a network of `depth` blocks does not have.
@@ -45,7 +45,7 @@ def place_moe(moe_layers, depth):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention, x (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(D / heads)) v in each head, then proj."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def multiply_adds(self, x):
-        """For moe.count_flops(): q k^T and its product with v, beside what the linear layers count themselves."""
+        """For moe.count_flops(), an int: q k^T and its product with v, for x (B, N, D); linear layers count themselves."""
         B, N, D = x.shape
         return 2 * B * N * N * D
 
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): (B, N, D) -> (B, N, D), and the Routing of a sparse block."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): x (B, N, D) -> (B, N, D), and a sparse block's Routing or None."""
 
     def __init__(self, dim, heads, mlp, drop_path):
         super().__init__()
@@ -87,8 +87,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """images (B, 3, image_size, image_size) -> logits (B, num_classes), and with return_routing=True a list of Routing.
 
-    moe_layers: "none", "every2", "last2", "last3" or a list of block indices. mlp_ratio is H / D of the dense blocks,
-    expert_ratio that of one expert. drop_path grows linearly from 0 at the first block to its value at the last.
+    dim is D, depth the number of blocks, heads that of each attention, patch_size in pixels.
+    moe_layers: "none", "every2", "last2", "last3" or a list of block indices; num_experts and k: E and K of each MoE.
+    mlp_ratio is H / D of the dense blocks, expert_ratio that of one expert. drop_path grows linearly from 0 at the first
+    block to its value at the last.
     router, router_noise, capacity_factor: see moe.MoE. init_std: of the dense weights, as in DeiT; None leaves them to
     PyTorch (uniform in +-1/sqrt(inputs)), which suits small widths better.
     moe_blocks: the indices of the sparse blocks. grids: for each of them (class tokens, rows, columns), in the order of
@@ -137,7 +139,8 @@ class ViT(nn.Module):
 
 
 def init_weights(module, std):
-    """Truncated normal weights, zero bias, as the official code. Routers and experts initialise themselves."""
+    """For module.apply: truncated normal weights of deviation std, zero bias, as the official code; linear layers and
+    convolutions only. Routers and experts initialise themselves."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
@@ -160,7 +163,7 @@ TORCHVISION = (  # what its names say, what ours say; the rest of a name is the 
 
 
 def load_torchvision(model, state_dict):
-    """Load weights of a torchvision VisionTransformer (vit_b_16, vit_b_32, vit_l_16, ...) into the same sizes of ours.
+    """Load the state_dict of a torchvision VisionTransformer (vit_b_16, vit_b_32, ...) into a model of ours of that size.
 
     A sparse model is upcycled (moe.upcycle). For another image size the position embedding is interpolated; a head for
     another number of classes stays fresh. Returns the names left fresh; ValueError names the first tensor that does not fit.
@@ -174,7 +177,7 @@ def load_torchvision(model, state_dict):
 
 
 def resize_positions(state, model):
-    """The state dict with its position embedding fitted to the model's image size: bicubic, the class token's apart."""
+    """A state dict with its pos_embed (1, 1 + N, D) fitted to the model's image size: bicubic, the class token's apart."""
     there, here = state.get("pos_embed"), model.pos_embed
     if there is None or there.shape[1] == here.shape[1]:
         return state

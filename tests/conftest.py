@@ -63,6 +63,7 @@ def pytest_collection_modifyitems(items):
         if len(names) != 1:
             raise pytest.UsageError(f"{item.nodeid} has the concepts {names}: expected exactly one of tests/concepts.py, "
                                     f"as in @pytest.mark.{CONCEPTS[0].name}")
+        item.user_properties.append(("concept", names[0]))  # for --junitxml
     items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
 
 

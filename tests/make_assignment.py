@@ -1,0 +1,195 @@
+"""Make an assignment: copy the project and remove what is to be written.
+
+    python tests/make_assignment.py --list                          the concepts, in teaching order
+    python tests/make_assignment.py ../homework top_k combine       the project without the functions of these two
+    python tests/make_assignment.py --solution-check ../homework top_k combine      and run the tests on both
+
+In OUT each function of the concepts keeps its signature and its docstring, which is the task, and its body becomes
+`raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout. This file, the tests of the tests and the history stay here.
+"""
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from concepts import BY_NAME, CONCEPTS, all_needs
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = ("make_assignment.py", "needs.py", "test_the_tests.py", "test_readme.py")  # of tests/
+
+
+# ---------------------------------------------------------------- one function: find it, blank it, describe it
+
+
+def find(source, path):
+    """The syntax tree's node of a function, path "function" or "Class.method", and the node of its class or None."""
+    owner, node = None, ast.parse(source)
+    for name in path.split("."):
+        owner, node = node, next(child for child in node.body if getattr(child, "name", None) == name)
+    return node, owner if isinstance(owner, ast.ClassDef) else None
+
+
+def blank(source, path, concept):
+    """The source of a file with one function's body replaced. Signature, docstring and all other lines stay as they are."""
+    node, _ = find(source, path)
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    start = node.body[0].end_lineno if ast.get_docstring(node) else first.lineno - 1  # comments above it go, too
+    indent = " " * first.col_offset
+    lines = source.splitlines(keepends=True)
+    lines[start:node.end_lineno] = [f'{indent}raise NotImplementedError("{concept}: write {path}")\n']
+    return "".join(lines)
+
+
+def handout(source, path):
+    """(signature, docstring) of a function; a method without a docstring, or __init__, has its class's."""
+    node, owner = find(source, path)
+    text = ast.get_docstring(node) or ""
+    if owner is not None and (not text or node.name in ("__init__", "forward")):
+        text = "\n\n".join(filter(None, [ast.get_docstring(owner), text]))
+    decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
+    return f"{decorators}def {path}({ast.unparse(node.args)})", text
+
+
+# ---------------------------------------------------------------- the whole project
+
+
+def copy_project(out):
+    """What a student gets, still complete. The files are named one by one: nobody's runs or data come along."""
+    tests = [path for path in (ROOT / "tests").glob("*.py") if path.name not in LEFT_OUT]
+    for path in [*ROOT.glob("*.py"), *tests, *(ROOT / name for name in ("README.md", "requirements.txt", ".gitignore"))]:
+        target = out / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    shutil.copytree(ROOT / ".github", out / ".github")  # the picture of the README
+    shutil.copytree(ROOT / ".ci", out / ".ci")
+
+
+def blank_concepts(out, names):
+    """Blank the functions of the concepts in a copy, in place."""
+    for name in names:
+        for function in BY_NAME[name].functions.split():
+            file, _, path = function.partition(".")
+            target = out / f"{file}.py"
+            target.write_text(blank(target.read_text(), path, name))
+
+
+def write_handout(names):
+    """The text of ASSIGNMENT.md."""
+    parts = ["# Assignment\n\nWrite the functions below: each docstring is the task, each test checks one claim and says it "
+             "in its docstring.\nA function that is not written yet raises `NotImplementedError`.\n\n"
+             "```sh\npython -m pytest -x          # stops at the next thing to learn\n"
+             "python -m pytest -m \"not slow\"   # the same, without the tests that start processes\n```\n"]
+    for name in names:
+        concept = BY_NAME[name]
+        parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`"
+                     + (f" (it needs {', '.join(concept.needs.split())})\n" if concept.needs else "\n"))
+        for function in concept.functions.split():
+            file, _, path = function.partition(".")
+            signature, text = handout((ROOT / f"{file}.py").read_text(), path)
+            parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
+    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: "
+                 f"`python -m pytest -m \"{' or '.join(names)}\" --junitxml=grade.xml`. The summary counts them per concept. "
+                 "All other tests must pass at the end as well; tests and signatures must not be changed.\n")
+    return "".join(parts)
+
+
+def make(out, names):
+    """Write the assignment. ValueError before anything is written if that is impossible."""
+    unknown = [name for name in names if name not in BY_NAME or not BY_NAME[name].functions]
+    if unknown:
+        possible = [concept.name for concept in CONCEPTS if concept.functions]
+        raise ValueError(f"unknown concept {unknown[0]!r}: expected one of {', '.join(possible)}")
+    if out.exists():
+        raise ValueError(f"{out} exists already: give a folder that does not")
+    names = [name for name in BY_NAME if name in names]  # in teaching order
+    copy_project(out)
+    blank_concepts(out, names)
+    (out / "ASSIGNMENT.md").write_text(write_handout(names))
+
+
+# ---------------------------------------------------------------- what do the blanks turn?
+
+
+def run_tests(folder, *flags):
+    """{test: (concept, passed)} of the tests in a copy of the project, run in a process of their own."""
+    with tempfile.TemporaryDirectory() as place:
+        report = os.path.join(place, "report.xml")
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}",
+                        "-m", "not slow", *flags], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if not os.path.exists(report):
+            raise ValueError(f"the tests in {folder} cannot be collected: does something need a blank when imported?")
+        cases = ElementTree.parse(report).iter("testcase")
+    return {f"{case.get('classname')}::{case.get('name')}": (
+        case.find("properties/property[@name='concept']").get("value"),
+        case.find("failure") is None and case.find("error") is None) for case in cases}
+
+
+def judge(names, complete, blanked):
+    """Compare the tests of a complete and a blanked copy, as run_tests() gives them: (lines to print, whether all is well).
+
+    Well means: complete, all pass; blanked, no test of the concepts passes, and of the others only those fail whose concept
+    needs one of them.
+    """
+    lines, well = [], True
+    for concept in CONCEPTS:
+        tests = [test for test, (name, _) in complete.items() if name == concept.name]
+        turned = [test for test in tests if complete[test][1] and not blanked[test][1]]
+        broken = [test for test in tests if not complete[test][1]]
+        may = "all" if concept.name in names else "some" if all_needs(concept.name) & set(names) else "none"
+        wrong = broken or (may == "all" and len(turned) < len(tests)) or (may == "none" and turned)
+        well = well and not wrong
+        if turned or wrong:
+            lines.append(f"{concept.name:<12} {len(turned):>4} of {len(tests):>3} turn, expected {may}"
+                         + f"; {len(broken)} fail without blanks" * bool(broken) + "   WRONG" * bool(wrong))
+    return lines, well
+
+
+def solution_check(out, names):
+    """Run the tests that start no processes on the assignment and on a complete copy, and print which ones the blanks turn."""
+    with tempfile.TemporaryDirectory() as place:
+        copy_project(Path(place))
+        lines, well = judge(names, run_tests(place), run_tests(out))
+    print("\n".join(lines))
+    if not well:
+        raise ValueError("the blanks do not turn exactly the tests of their concepts and of those that need them")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Copy the project without the functions of some concepts.")
+    parser.add_argument("out", nargs="?", type=Path, help="folder to write, must not exist")
+    parser.add_argument("concepts", nargs="*", metavar="concept", help="what is to be written; see --list")
+    parser.add_argument("--list", action="store_true", help="print the concepts and stop")
+    parser.add_argument("--solution-check", action="store_true",
+                        help="then run the tests with and without the blanks (minutes)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.list:
+        for concept in CONCEPTS:
+            print(f"{concept.name:<12} {concept.lesson}\n{'':<12} {concept.functions or '(nothing to write)'}"
+                  + f"\n{'':<12} needs {concept.needs}" * bool(concept.needs))
+        return
+    if not args.concepts:
+        raise ValueError("expected OUT and at least one concept: python tests/make_assignment.py ../homework top_k")
+    make(args.out, args.concepts)
+    print(f"written to {args.out}: start with ASSIGNMENT.md, then python -m pytest -x")
+    if args.solution_check:
+        solution_check(args.out, args.concepts)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
