@@ -47,6 +47,15 @@ def dense_copy(experts, e):
 
 
 @pytest.mark.top_k
+@pytest.mark.parametrize("T, E, k", [(5, 4, 1), (5, 4, 3), (1, 6, 2)])
+def test_a_gate_and_an_expert_per_choice(T, E, k):
+    """Gates (T, K) in the type of probs, experts (T, K) int64."""
+    gates, experts = top_k_gates(torch.rand(T, E).softmax(-1), k)
+    assert gates.shape == experts.shape == (T, k), "is the choice along the experts, the last axis?"
+    assert gates.dtype == torch.float32 and experts.dtype == torch.int64
+
+
+@pytest.mark.top_k
 def test_the_most_probable_experts_best_first():
     """Each token gets its k largest probabilities and their experts, in descending order."""
     gates, experts = top_k_gates(torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.1, 0.3]]), 2)
@@ -59,6 +68,35 @@ def test_a_single_gate_is_a_probability_and_not_1():
     """With k = 1 the gate is the softmax over ALL experts: a renormalised one would be 1, and teach nothing."""
     gates, _ = top_k_gates(torch.tensor([[0.2, 0.5, 0.3]]), 1)
     close(gates, [[0.5]], "1.0 instead of 0.5: are the gates renormalised?")
+
+
+@pytest.mark.top_k
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_top_k_against_a_loop(k):
+    """Token by token: sort the experts by probability and take the first k; k = E takes them all."""
+    probs = randn(20, 8).softmax(-1)
+    gates, experts = top_k_gates(probs, k)
+    for t in range(20):
+        best = sorted(range(8), key=lambda e: -probs[t, e].item())[:k]
+        assert experts[t].tolist() == best and gates[t].tolist() == [probs[t, e].item() for e in best]
+
+
+@pytest.mark.top_k
+def test_equal_probabilities_still_give_different_experts():
+    """All probabilities equal: which experts are chosen is open, but a token never gets one of them twice."""
+    gates, experts = top_k_gates(torch.full((3, 4), 0.25), 2)
+    assert all(len(set(choices)) == 2 for choices in experts.tolist()), "the same expert twice"
+    close(gates, torch.full((3, 2), 0.25))
+
+
+@pytest.mark.top_k
+def test_the_gradient_goes_to_the_chosen_probabilities():
+    """d(gate)/d(probability) is 1 for the chosen experts and 0 for the others: the choice itself has no gradient."""
+    probs = torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.1, 0.3]], requires_grad=True)
+    gates, _ = top_k_gates(probs, 2)
+    assert gates.requires_grad, "detached: the router would never learn"
+    (gates * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    close(probs.grad, [[0.0, 1.0, 2.0], [3.0, 0.0, 4.0]])
 
 
 # ---------------------------------------------------------------- expert_capacity
@@ -236,6 +274,62 @@ def test_dispatch_by_hand(kept, order, counts):
     close(result[2], order)
     close(result[1], counts, "2, 2, 2: are the dropped counted?")
     close(result[0], [[10.0 * (r // 2)] for r in order], "row r is token order[r] // K")
+
+
+@pytest.mark.dispatch
+@pytest.mark.parametrize("T, K, E", [(7, 1, 3), (7, 3, 5), (1, 2, 2)])
+def test_every_row_knows_its_token_and_its_expert(T, K, E):
+    """R = T K rows; row r is token order[r] // K, and in each expert's block are exactly the choices of that expert."""
+    tokens, experts = randn(T, 4), torch.rand(T, E).topk(K).indices
+    rows, counts, order = dispatch(tokens, experts, torch.ones(T, K, dtype=torch.bool), E)
+    assert rows.shape == (T * K, 4) and counts.shape == (E,) and sorted(order.tolist()) == list(range(T * K))
+    assert counts.dtype == order.dtype == torch.int64
+    close(rows, tokens[order // K])
+    close(experts.flatten()[order], torch.arange(E).repeat_interleave(counts), "rows are not sorted by expert")
+
+
+@pytest.mark.dispatch
+def test_the_gradients_of_a_tokens_copies_add_up():
+    """A token with K rows gets the sum of their K gradients, the dropped ones' too: combine() makes those 0."""
+    tokens = torch.zeros(2, 1, requires_grad=True)
+    rows, _, order = dispatch(tokens, torch.tensor([[1, 0], [0, 1]]), torch.tensor([[True, True], [True, False]]), 2)
+    close(order, [1, 2, 0, 3])  # expert 0: token 0's second and token 1's first choice; expert 1: 0's first; the dropped
+    (rows * torch.tensor([[1.0], [10.0], [100.0], [1000.0]])).sum().backward()
+    close(tokens.grad, [[101.0], [1010.0]], "1 and 10: only one of the copies")
+
+
+@pytest.mark.dispatch
+@pytest.mark.parametrize("expert, kept, counts", [(2, True, [0, 0, 6]), (0, True, [6, 0, 0]), (1, False, [0, 0, 0])])
+def test_all_to_one_expert_and_all_dropped(expert, kept, counts):
+    """Experts without a token count 0, at either end; when all are dropped nobody has any, and no row is lost."""
+    tokens = randn(6, 2)
+    rows, found, _ = dispatch(tokens, torch.full((6, 1), expert), torch.full((6, 1), kept), 3)
+    close(found, counts)
+    close(rows, tokens, "equal keys must keep their order: is the sort stable?")
+
+
+@pytest.mark.combine
+@pytest.mark.parametrize("T, K, D", [(5, 1, 3), (5, 4, 3), (1, 2, 1)])
+def test_combine_gives_one_row_per_token(T, K, D):
+    """Rows (R, D) and weights (T, K) give y (T, D); with all weights 0 it is exactly 0."""
+    y = combine(randn(T * K, D), torch.zeros(T, K, dtype=torch.float64), torch.randperm(T * K))
+    assert y.shape == (T, D) and not y.any()
+
+
+@pytest.mark.combine
+def test_the_gradient_of_an_answer_is_its_gate():
+    """dy/d(answer) = gate: an expert learns from a token as much as the router trusts it; a dropped choice teaches nothing."""
+    rows = torch.zeros(4, 2, requires_grad=True)
+    combine(rows, torch.tensor([[0.5, 0.25], [0.125, 0.0]]), torch.tensor([3, 0, 2, 1])).sum().backward()
+    close(rows.grad, [[0.0, 0.0], [0.5, 0.5], [0.125, 0.125], [0.25, 0.25]])  # row 0 holds choice 3, row 1 choice 0, ...
+
+
+@pytest.mark.combine
+def test_combine_gradcheck():
+    """Both gradients agree with finite differences."""
+    order = torch.randperm(6)
+    assert torch.autograd.gradcheck(lambda rows, weights: combine(rows, weights, order),
+                                    (randn(6, 2).requires_grad_(), randn(3, 2).requires_grad_()))
 
 
 @pytest.mark.combine
@@ -467,6 +561,25 @@ def test_router_formulas(kind, score):
     """Each logit is the formula of its kind, token by token and expert by expert."""
     router, x = randomise(Router(6, 3, kind)), randn(5, 6)
     close(router(x), torch.stack([torch.stack([score(router, token, e) for e in range(3)]) for token in x]))
+
+
+@pytest.mark.router
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_scores_are_float32_under_autocast(kind):
+    """Under bf16 autocast, and for bf16 tokens, the logits are those of float32: near ties must not be decided by rounding."""
+    router, x = Router(16, 4, kind), torch.randn(30, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, of_bfloat16 = router(x), router(x.bfloat16())
+    assert torch.equal(logits, router(x)), "to cast the input is not enough, autocast must be off"
+    assert of_bfloat16.dtype == torch.float32
+
+
+@pytest.mark.router
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_router_gradcheck(kind):
+    """The logits' gradients in x and in every parameter agree with finite differences."""
+    router, x = randomise(Router(4, 3, kind)), randn(5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: router(x), (x, *router.parameters()))
 
 
 @pytest.mark.router

@@ -1,5 +1,6 @@
 """train.py: the schedule, the order of the images, checkpoints, and small runs from the first step to the last line."""
 
+import itertools
 import json
 import math
 import os
@@ -91,6 +92,25 @@ def test_the_learning_rate_follows_the_batch():
     config = train.resolve(train.parse_args("--model vit_s --batch-size 512 --lr 0.002".split()))
     train.fit_to_data(config, num_images=10_000, world=1)
     assert config["lr"] == 0.002
+
+
+@pytest.mark.recipe
+def test_a_flag_overrides_the_recipe():
+    """What is given holds, also 0; the rest is the model's recipe; experts decay like all weights unless told otherwise."""
+    config = train.resolve(train.parse_args("--model vit_s --mixup 0 --weight-decay 0.2 --experts 4".split()))
+    assert (config["mixup"], config["weight_decay"], config["experts"]) == (0, 0.2, 4)
+    assert (config["cutmix"], config["k"]) == (1.0, 2), "DeiT's, and the paper's two experts per token"
+    assert config["expert_weight_decay"] == 0.2
+    assert train.resolve(train.parse_args("--moe-layers 3,5".split()))["moe_layers"] == [3, 5]
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("num_images, epochs", [(16_000, 5), (4_000, 20), (640, 50), (64, 50)])
+def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epochs):
+    """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would make 125."""
+    config = train.resolve(train.parse_args([]))
+    train.fit_to_data(config, num_images, world=1)
+    assert config["epochs"] == epochs
 
 
 @pytest.mark.training
@@ -202,6 +222,32 @@ def test_epochs_differ_and_can_be_entered_in_the_middle():
     """Each epoch has its own order; starting at step 1 gives that epoch's second step."""
     assert order(0, 1, epoch=0) != order(0, 1, epoch=1)
     assert order(0, 1, epoch=1, first_step=1) == order(0, 1, epoch=1)[1:]
+
+
+@pytest.mark.batches
+def test_accumulation_splits_a_share_in_order():
+    """Two passes of half a process's share each, and together that share, image by image."""
+    whole, halves = order(1, 2), order(1, 2, accumulate=2)
+    assert [a + b for a, b in zip(halves[::2], halves[1::2])] == whole and len(halves[0]) == 2
+
+
+@pytest.mark.batches
+def test_seeds_of_neighbours_are_far_apart():
+    """Seeds depend on each number and on the order, fill 32 bits, and neighbouring images draw nothing alike."""
+    seeds = {train.draw_seed(*numbers) for numbers in itertools.product(range(20), repeat=3)}
+    assert len(seeds) == 8000 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    assert train.draw_seed(1, 2, 3) == train.draw_seed(1, 2, 3) != train.draw_seed(1, 3, 2)
+    draws = [torch.rand(50, generator=torch.Generator().manual_seed(train.draw_seed(0, 0, i))) for i in range(20)]
+    assert torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.6, "50 draws: chance gives up to about 0.5"
+
+
+@pytest.mark.batches
+@pytest.mark.parametrize("flags", ["--model vit_s --image-size 24", "--model convnext_nano --image-size 16"])
+def test_a_training_image_has_the_size_asked_for(flags):
+    """With or without a random crop, uint8 (3, H, W) becomes uint8 (3, S, S)."""
+    config = train.resolve(train.parse_args(flags.split()))
+    image = train.train_transform(config)(torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8))
+    assert image.shape == (3, config["image_size"], config["image_size"]) and image.dtype == torch.uint8
 
 
 @pytest.mark.batches
@@ -447,8 +493,8 @@ def test_torchrun_with_two_processes(tmp_path):
 @pytest.mark.slow
 def test_an_error_is_one_line_and_status_2(tmp_path):
     """From a shell: one line on stderr, nothing on stdout, nothing written."""
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--experts", "2", "--k", "3"], cwd=tmp_path,
-                            capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *"--data shapes:100 --experts 2 --k 3".split()],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith("error: k = 3")
     assert os.listdir(tmp_path) == []
