@@ -481,7 +481,7 @@ def auto_workers(dataset, world=1):
 
 
 def eval_loader(dataset, batch_size, workers, device, indices=None):
-    """Batches of this process's share of a data set: every world-th image, so that each is counted exactly once.
+    """Batches of this process's share of a dataset: every world-th image, so that each is counted exactly once.
 
     (DistributedSampler would repeat images until the shares are equal, and count those twice.)
     batch_size images at a time, loaded by `workers` processes; indices: of the images that take part; None for all.

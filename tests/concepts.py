@@ -46,7 +46,7 @@ CONCEPTS = (
     Concept("convnext", "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward", "building",
             "Each position of a feature map is a token; the sparse block keeps its convolution by one more skip."),
     Concept("grouped", "moe.grouped_experts", "vit convnext",
-            "One kernel for all experts gives what the loop gives, without waiting for the counts; so torch.compile can trace it."),
+            "One kernel for all experts gives what the loop gives; no shape depends on the data, so it compiles."),
     Concept("costs", "moe.count_parameters moe.count_flops moe.MoE.multiply_adds vit.Attention.multiply_adds", "vit convnext",
             "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
     Concept("weights", "moe.upcycle vit.load_torchvision vit.resize_positions convnext.load_torchvision", "vit convnext",
@@ -91,6 +91,8 @@ CONCEPTS = (
             "inspect_experts.write_report inspect_experts.write_csv inspect_experts.make_files inspect_experts.write_files "
             "inspect_experts.check inspect_experts.open_all inspect_experts.main", "statistics classes training",
             "A page that says under each figure how to read it, and files that are whole or not there."),
+    # ---- tests/ and README.md
+    Concept("course", "", "", "A test that no mistake can fail teaches nothing; a command that fails teaches less."),
 )
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 

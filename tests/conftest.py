@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
 
+pytest_plugins = "pytester"  # for the tests of this file
+
 try:
     import needs
     needs.watch_all()
@@ -106,12 +108,11 @@ def state_of(concept, outcomes):
     return f"waits for {', '.join(name for name in BY_NAME if name in missing)}" if missing else "done"
 
 
-def pytest_terminal_summary(terminalreporter):
-    """passed/total, state and lesson of every concept that was tested."""
+def pytest_unconfigure(config):
+    """The last lines, after those of pytest: passed/total, state and lesson of every concept that was tested."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
     shown = [(concept, results[concept.name]) for concept in CONCEPTS if concept.name in results]
     states = [state_of(concept.name, outcomes) for concept, outcomes in shown]
-    if shown:
-        terminalreporter.section("what there is to learn")
-    for (concept, outcomes), state in zip(shown, states):
+    for (concept, outcomes), state in zip(shown if terminal else [], states):
         count = f"{sum(passed for passed, _ in outcomes)}/{len(outcomes)}"
-        terminalreporter.write_line(f"{concept.name:<12}{count:>8}  {state:<{max(map(len, states))}}  {concept.lesson}")
+        terminal.write_line(f"{concept.name:<12}{count:>8}  {state:<{max(map(len, states))}}  {concept.lesson}")

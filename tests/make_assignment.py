@@ -10,6 +10,7 @@ In OUT each function of the concepts keeps its signature and its docstring, whic
 
 import argparse
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -27,9 +28,12 @@ LEFT_OUT = ("make_assignment.py", "needs.py", "test_the_tests.py", "test_readme.
 # ---------------------------------------------------------------- one function: find it, blank it, describe it
 
 
+parse = functools.cache(ast.parse)
+
+
 def find(source, path):
     """The syntax tree's node of a function, path "function" or "Class.method", and the node of its class or None."""
-    owner, node = None, ast.parse(source)
+    owner, node = None, parse(source)
     for name in path.split("."):
         owner, node = node, next(child for child in node.body if getattr(child, "name", None) == name)
     return node, owner if isinstance(owner, ast.ClassDef) else None
@@ -38,10 +42,11 @@ def find(source, path):
 def blank(source, path, concept):
     """The source of a file with one function's body replaced. Signature, docstring and all other lines stay as they are."""
     node, _ = find(source, path)
-    first = node.body[1] if ast.get_docstring(node) else node.body[0]
-    start = node.body[0].end_lineno if ast.get_docstring(node) else first.lineno - 1  # comments above it go, too
+    lines, first = source.splitlines(keepends=True), node.body[0]
+    start = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
+    while lines[start - 1].lstrip().startswith("#"):  # comments above the first statement belong to the body
+        start -= 1
     indent = " " * first.col_offset
-    lines = source.splitlines(keepends=True)
     lines[start:node.end_lineno] = [f'{indent}raise NotImplementedError("{concept}: write {path}")\n']
     return "".join(lines)
 

@@ -415,6 +415,21 @@ def test_accumulation_changes_nothing_but_memory():
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.training
+def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
+    """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common to all gradients.)"""
+    gradients, agree = [], train.agree
+
+    def keep_gradient(run, losses):
+        gradients.append(run.model.head.weight.grad.clone())
+        agree(run, losses)
+
+    monkeypatch.setattr(train, "agree", keep_gradient)
+    for passes in ("1", "2"):
+        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0")
+    torch.testing.assert_close(gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}")
+
+
 @pytest.mark.recipe
 def test_every_value_of_a_recipe_has_a_flag():
     """Whatever a recipe sets can be overridden on the command line (but for the batch that its lr belongs to, and nano's steps)."""

@@ -1,0 +1,447 @@
+"""Do the tests notice? One line of the project is broken at a time, and one concept at a time is left unwritten.
+
+Each runs the concerned tests in a copy of the project, in a process forked from a server that has PyTorch loaded already, two
+at a time. That no test calls what its concept does not need is checked in every run of the tests, by needs.py.
+"""
+
+import ast
+import compileall
+import concurrent.futures
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import make_assignment
+from concepts import BY_NAME, CONCEPTS, all_needs
+from make_assignment import ROOT, blank, copy_project, find, handout
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+WRITTEN = [concept.name for concept in CONCEPTS if concept.functions]
+
+# File, what stands there, what a mistaken student might write, and the concept whose tests must notice.
+MUTANTS = [
+    ("moe.py", "F.linear(F.normalize(z, dim=-1)", "F.linear(z", "router"),  # cosine of tokens of any length
+    ("moe.py", "return -scale * torch.cdist", "return scale * torch.cdist", "router"),  # the farthest expert wins
+    ("moe.py", ".clamp(max=math.log(100.0)).exp()", ".exp()", "router"),  # no bound
+    ("moe.py", "with torch.autocast(x.device.type, enabled=False)", "with torch.autocast(x.device.type)", "router"),
+    ("moe.py", "torch.randn(num_experts, dim) * 0.02", "torch.randn(num_experts, dim)", "router"),  # decided at the start
+
+    ("moe.py", "return gates, experts\n", "return gates / gates.sum(-1, keepdim=True), experts\n", "top_k"),  # renormalised
+    ("moe.py", "probs.topk(k, dim=-1)", "probs.topk(k, dim=-1, largest=False)", "top_k"),  # the worst
+    ("moe.py", "probs.topk(k, dim=-1)", "probs.detach().topk(k, dim=-1)", "top_k"),  # a router that cannot learn
+
+    ("moe.py", "x.var(correction=0)", "x.var()", "balance"),  # divided by E - 1
+    ("moe.py", "x.mean().square()", "x.mean()", "balance"),  # no factor E
+    ("moe.py", "noisy_logits.topk(k, dim=-1)", "logits.topk(k, dim=-1)", "balance"),  # threshold from the clean logits
+    ("moe.py", "ndtr((logits - threshold)", "ndtr((threshold - logits)", "balance"),  # Phi, not 1 - Phi
+    ("moe.py", ".values[:, -1:]", ".values[:, :1]", "balance"),  # the largest, not the k-th largest
+    ("moe.py", ".float() + 0.0 * logits", ".float()", "balance"),  # a missing gradient instead of a zero one
+    ("moe.py", ".mean() if routings", ".sum() if routings", "balance"),  # grows with the depth
+
+    ("moe.py", "round(num_tokens * k * factor / num_experts, 6)", "num_tokens * k * factor / num_experts", "capacity"),
+    ("moe.py", "num_tokens * k * factor", "num_tokens * factor", "capacity"),  # a token asks k times
+    ("moe.py", "(place <= capacity)", "(place < capacity)", "capacity"),  # one slot too few
+    ("moe.py", "experts[order].T.reshape(-1)", "experts[order].reshape(-1)", "capacity"),  # token by token, not by rank
+    ("moe.py", "priority.argsort(descending=True, stable=True)", "priority.argsort(stable=True)", "capacity"),
+    ("moe.py", "kept[order] = ", "kept[:] = ", "capacity"),  # left in the order of the queue
+
+    ("moe.py", "experts.masked_fill(~kept, num_experts)", "experts", "dispatch"),  # counts include the dropped
+    ("moe.py", "torch.empty_like(rows).index_copy(0, positions, rows)", "rows[positions]", "dispatch"),  # the inverse
+    ("moe.py", "owner.argsort(stable=True)", "owner.argsort(descending=True, stable=True)", "dispatch"),
+
+    ("moe.py", "(answers * weights.unsqueeze(-1)).sum(1)", "answers.sum(1)", "combine"),  # the gate is not multiplied
+    ("moe.py", "answers * weights.unsqueeze(-1)", "answers * weights.detach().unsqueeze(-1)", "combine"),
+    ("moe.py", "place_rows(rows, order).view(T, K, -1)", "rows.view(T, K, -1)", "combine"),  # not brought back
+
+    ("moe.py", "F.gelu(torch.addmm(c1, group, v1))", "F.gelu(torch.addmm(c1, group, v1), approximate='tanh')", "experts"),
+    ("moe.py", "torch.addmm(c2, hidden, v2)", "torch.mm(hidden, v2)", "experts"),  # no bias
+    ("moe.py", "[torch.zeros_like(dropped, dtype=answers[0].dtype)]", "[dropped.to(answers[0])]", "experts"),  # passes x
+    ("moe.py", "-weight.shape[1] ** -0.5, weight", "-weight.shape[2] ** -0.5, weight", "experts"),
+
+    ("moe.py", "top_k_gates(noisy.softmax(-1), self.k)", "top_k_gates(probs, self.k)", "layer"),  # the noise chooses nobody
+    ("moe.py", "if self.training and self.noise_std > 0", "if self.noise_std > 0", "layer"),  # noise in evaluation
+    ("moe.py", "router_noise / num_experts", "router_noise", "layer"),
+    ("moe.py", "self.capacity_factor if self.training else self.eval_capacity_factor", "self.capacity_factor", "layer"),
+    ("moe.py", "gates[:, 0] if self.batch_priority else None", "None", "layer"),  # by position, always
+    ("moe.py", "importance_loss(probs) + load_loss", "importance_loss(noisy.softmax(-1)) + load_loss", "layer"),
+
+    ("vit.py", '"last2": odd[-2:]', '"last2": odd[:2]', "placement"),
+    ("convnext.py", "ends[-2] - depths[-2] + depths[-2] // 2", "ends[-2] - depths[-2] // 2", "placement"),
+
+    ("vit.py", "drop_path * i / max(1, depth - 1)", "drop_path", "building"),  # the same rate everywhere
+    ("convnext.py", "MoE(dim, int(expert_ratio * dim)", "MoE(dim, int(mlp_ratio * dim)", "building"),
+
+    ("vit.py", "q, k, v = self.qkv", "k, v, q = self.qkv", "vit"),
+    ("vit.py", "y.transpose(1, 2).reshape(B, N, D)", "y.reshape(B, N, D)", "vit"),  # heads mixed with tokens
+    ("vit.py", "return x + self.drop_path(y), routing", "return self.drop_path(y), routing", "vit"),  # no residual
+    ("vit.py", "[self.class_token.expand(len(x), -1, -1), x]", "[x, self.class_token.expand(len(x), -1, -1)]", "vit"),
+
+    ("convnext.py", "y = self.skip * h + y", "y = 0 * h + y", "convnext"),  # without the added skip
+    ("convnext.py", "y = self.gamma * y", "pass", "convnext"),  # without layer scale
+    ("convnext.py", "self.dwconv(x).permute(0, 2, 3, 1)", "self.dwconv(x).permute(0, 3, 2, 1)", "convnext"),  # H and W swapped
+    ("convnext.py", "x + self.drop_path(y.permute", "x + (y.permute", "convnext"),
+
+    ("moe.py", "torch.where(row < ends[-1], answers, 0)", "answers", "grouped"),  # rows of nobody hold what was in memory
+    ("moe.py", "torch.addmm(F.grouped_mm(hidden, w2, offs=groups), member, b2)", "F.grouped_mm(hidden, w2, offs=groups)",
+     "grouped"),
+
+    ("moe.py", "(layer.num_experts - layer.k) // layer", "(layer.num_experts - 1) // layer", "costs"),  # as if k were 1
+    ("moe.py", "(router + self.k * expert)", "(router + self.num_experts * expert)", "costs"),
+    ("vit.py", "return 2 * B * N * N * D", "return B * N * N * D", "costs"),
+
+    ("moe.py", "layer.num_experts / layer.k if exact", "1.0 if exact", "weights"),  # copies only: outputs shrink
+    ("vit.py", "[there[:, :1], grid.flatten(2)", "[here[:, :1], grid.flatten(2)", "weights"),  # not the class token's own
+
+    ("eval.py", "data.masks.rot90(1, (1, 2))", "data.masks", "shapes"),  # picture turned, mask not
+    ("eval.py", "u // 1024 % 2 == 1", "v // 1024 % 2 == 1", "shapes"),
+
+    ("eval.py", "(i % 5 == 4) == held_out", "(i % 5 == 4) != held_out", "folders"),
+    ("eval.py", "            unreadable = index\n", "            unreadable = i\n", "folders"),  # names the wrong file
+
+    ("eval.py", "min(5, logits.shape[1])", "5", "counting"),
+    ("eval.py", "indices)[rank::world]", "indices)[::world]", "counting"),  # all processes count the same images
+    ("eval.py", "torch.addcmul(-mean / std", "torch.addcmul(mean / std", "counting"),
+
+    ("eval.py", 'checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]', 'checkpoint["model"]',
+     "checkpoints"),
+    ("eval.py", "torch.load(path, map_location=device, weights_only=True)", "torch.load(path, weights_only=False)",
+     "checkpoints"),
+
+    ("eval.py", "keys, known = [int(name) for name in names]", "keys, known = range(len(names))", "classes"),  # sorted 0, 1, 10
+    ("eval.py", "enumerate(json.load(file), start=1)", "enumerate(json.load(file))", "classes"),
+
+    ("eval.py", "statistics.mean(errors) / alexnet", "statistics.mean(errors)", "evaluator"),  # mCE is not the mean error
+    ("eval.py", "logits[:, expert] = -math.inf", "logits[:, expert] = 0", "evaluator"),
+
+    ("train.py", 'recipe["lr"] * batch / recipe["lr_batch"]', 'recipe["lr"]', "recipe"),
+    ("train.py", "(step + 1) / warmup", "step / warmup", "optimizer"),  # the first step does nothing
+    ("train.py", 'leaf in ("b1", "b2", "pos', 'leaf in ("pos', "optimizer"),  # expert biases decay
+    ("train.py", "step[self.rank::self.world]", "step[::self.world]", "batches"),  # all processes see the same images
+    ("train.py", "draw_seed(self.seed, self.epoch)", "draw_seed(self.seed)", "batches"),  # every epoch in the same order
+
+    ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
+    ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
+    ("train.py", 'run.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "training"),
+
+    ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),
+    ("inspect_experts.py", "bits / min(entropies)", "bits / max(entropies)", "statistics"),
+    ("inspect_experts.py", "else routing.experts[:, :1]", "else routing.experts[:, -1:]", "statistics"),  # the last choice
+    ("inspect_experts.py", "title, marks = html.escape(panel.title)", "title, marks = panel.title", "report"),
+]
+
+
+# ---------------------------------------------------------------- copies, and the concerned tests in them
+
+
+def bystanders(concept):
+    """The concepts in the same file that do not need this one. Of the models' files only: the others have slower tests, and
+    there needs.py must do, which shows that these do not call it."""
+    files = {function.split(".")[0] for function in BY_NAME[concept].functions.split()} & {"moe", "vit", "convnext"}
+    return [other.name for other in CONCEPTS if concept not in all_needs(other.name) | {other.name}
+            and files & {function.split(".")[0] for function in other.functions.split()}]
+
+
+class OneFailureIsEnough:
+    """A plugin for pytest: skips the rest of a concept's tests once one of them has failed."""
+
+    def __init__(self, concept):
+        self.concept, self.failed = concept, False
+
+    def pytest_runtest_setup(self, item):
+        if self.failed and item.get_closest_marker(self.concept):
+            pytest.skip("another test has noticed")
+
+    def pytest_runtest_logreport(self, report):
+        self.failed = self.failed or report.failed and ("concept", self.concept) in report.user_properties
+
+
+def run_concepts(answer, folder, names, plugins):
+    """In a process of its own: send {concept: (tests that passed, state)} of the quick tests of these concepts in a copy."""
+    os.chdir(folder)
+    ours = {path.stem for place in (ROOT, ROOT / "tests") for path in place.glob("*.py")}
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / "tests")]
+    for name in ours & set(sys.modules):
+        del sys.modules[name]  # the server has loaded the original
+    files = [str(path) for path in Path("tests").glob("test_*.py") if re.search(rf"mark\.({'|'.join(names)})\b", path.read_text())]
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-m", f"({' or '.join(names)}) and not slow", *files], plugins)
+    conftest = sys.modules["conftest"]
+    answer.send({name: (sum(passed for passed, _ in outcomes), conftest.state_of(name, outcomes))
+                 for name, outcomes in conftest.results.items()})
+
+
+def run_all(jobs):
+    """Run jobs, a list of (folder, concepts, plugins), as many at a time as there are processors."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])  # and with it PyTorch, as test_processes.py does
+
+    def run_one(job):
+        answer, sending = server.Pipe(duplex=False)
+        process = server.Process(target=run_concepts, args=(sending, *job))
+        process.start()
+        sending.close()  # so that a process that dies is an error, and not an endless wait
+        result = answer.recv()
+        process.join()
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(run_one, jobs))
+
+
+def selected(request, name):
+    """The values of a parameter in the tests that this run of pytest has selected."""
+    items = [item for item in request.session.items if name in getattr(getattr(item, "callspec", None), "params", {})]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items))
+
+
+# ---------------------------------------------------------------- mutants
+
+
+@pytest.fixture(scope="module")
+def verdicts(request, tmp_path_factory):
+    """{mutant: the outcomes of the concerned tests}."""
+    jobs, mutants = [], selected(request, "mutant")
+    for mutant in mutants:
+        file, old, new, concept = mutant
+        folder = tmp_path_factory.mktemp("mutant")
+        copy_project(folder)
+        (folder / file).write_text((ROOT / file).read_text().replace(old, new))
+        jobs.append((folder, [concept, *bystanders(concept)], [OneFailureIsEnough(concept)]))
+    return dict(zip(mutants, run_all(jobs)))
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[3]}: {mutant[2][:40]}".replace("\n", ""))
+def test_a_mutant_is_one_change_in_a_function_of_its_concept(mutant):
+    """What is to be replaced stands exactly once in the file, in a function that the table gives to this concept."""
+    file, old, _, concept = mutant
+    source = (ROOT / file).read_text()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
+    line = source[:source.index(old)].count("\n") + 1
+    functions = [function.split(".", 1) for function in BY_NAME[concept].functions.split()]
+    nodes = [find(source, path)[0] for name, path in functions if f"{name}.py" == file]
+    assert any(node.lineno < line <= node.end_lineno for node in nodes), f"line {line} is in no function of {concept}"
+    ast.parse(source.replace(old, mutant[2]))
+
+
+@pytest.mark.course
+@pytest.mark.slow
+@needs_fork
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[3]}: {mutant[2][:40]}".replace("\n", ""))
+def test_a_mutant_fails_its_own_concept_and_no_other(mutant, verdicts):
+    """At least one test of the concept fails, and none of a concept in the same file that does not need it."""
+    states = {name: state for name, (_, state) in verdicts[mutant].items()}
+    assert states.pop(mutant[3]) == "BROKEN", f"nobody notices that {mutant[1]!r} has become {mutant[2]!r}"
+    assert set(states.values()) <= {"done"}, f"tests that should not see the mistake fail: {states}"
+
+
+# ---------------------------------------------------------------- concepts left unwritten
+
+ONLY_SLOW = {("grouped", "vit"), ("grouped", "convnext"), ("report", "training")}  # needed by slow tests, which do not run here
+
+
+def waiting_for(concept):
+    """The concepts that need this one directly."""
+    return [other.name for other in CONCEPTS if concept in other.needs.split() and (other.name, concept) not in ONLY_SLOW]
+
+
+@pytest.fixture(scope="module")
+def blanked(request, tmp_path_factory):
+    """{concept: the outcomes of the concerned tests without it}."""
+    jobs, concepts = [], selected(request, "unwritten")
+    for concept in concepts:
+        folder = tmp_path_factory.mktemp("blank")
+        copy_project(folder)
+        make_assignment.blank_concepts(folder, [concept])
+        jobs.append((folder, [concept, *waiting_for(concept), *bystanders(concept)], []))
+    return dict(zip(concepts, run_all(jobs)))
+
+
+@pytest.mark.course
+@pytest.mark.slow
+@needs_fork
+@pytest.mark.parametrize("unwritten", WRITTEN)
+def test_without_a_concept_its_tests_and_those_that_need_it_do_not_pass(unwritten, blanked):
+    """All its tests fail, as "not written yet"; what needs it directly waits for it; what does not need it is done."""
+    outcomes = blanked[unwritten]
+    assert outcomes.pop(unwritten) == (0, "not written yet")
+    for name, (_, state) in outcomes.items():
+        expected = f"waits for {unwritten}" if name in waiting_for(unwritten) else "done"
+        assert state == expected, f"without {unwritten}, {name} is {state!r}: expected {expected!r}"
+
+
+# ---------------------------------------------------------------- the table, the handouts, the assignment
+
+
+@pytest.mark.course
+def test_teaching_order_needs_nothing_that_comes_later():
+    """Each concept needs only concepts above it, each function belongs to one concept only, and each lesson is one line."""
+    above = []
+    for concept in CONCEPTS:
+        assert set(concept.needs.split()) <= set(above), concept.name
+        assert len(concept.lesson) <= 110, concept.name
+        above.append(concept.name)
+    functions = [function for concept in CONCEPTS for function in concept.functions.split()]
+    assert len(functions) == len(set(functions))
+
+
+FUNCTIONS = [function for concept in CONCEPTS for function in concept.functions.split()]
+PLUMBING = {"self", "args", "argv", "run", "config", "device", "dtype"}  # parameters that mean the same everywhere
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_docstring_is_a_handout(function):
+    """It names every parameter, and in the files of the model a shape or type: who has only the docstring can begin."""
+    file, _, path = function.partition(".")
+    source = (ROOT / f"{file}.py").read_text()
+    node, (_, text) = find(source, path)[0], handout(source, path)
+    parameters = {argument.arg for argument in node.args.args} - PLUMBING
+    unnamed = [name for name in parameters if not re.search(rf"\b{name}", text, re.IGNORECASE)]
+    assert text and not unnamed, f"{function}: the docstring does not say what {unnamed} are"
+    if file in ("moe", "vit", "convnext"):
+        kinds = r"\([A-Z1.][^)]*\)|scalar|\bint\b|ints\b|bool|module|indices|state_dict"
+        assert re.search(kinds, text), f"{function}: neither a shape nor a type"
+
+
+@pytest.mark.course
+def test_a_blank_keeps_everything_but_the_body():
+    """Signature, decorator, docstring, neighbours and comments outside stay; the body raises, and says what to write."""
+    source = '''import math
+
+class A:
+    # about f
+    @staticmethod
+    def f(x: int = 1, *, y) -> int:
+        """Doc.
+
+        More.
+        """
+        # a hint that would give it away
+        return math.sqrt(x)
+
+    def g(self):
+        return 1
+'''
+    expected = source.replace('''        # a hint that would give it away
+        return math.sqrt(x)
+''', '''        raise NotImplementedError("roots: write A.f")
+''')
+    assert blank(source, "A.f", "roots") == expected
+    assert blank("def g(x):\n    # why\n    return x\n\n\nz = 1\n", "g", "c") == (
+        'def g(x):\n    raise NotImplementedError("c: write g")\n\n\nz = 1\n')
+
+
+@pytest.mark.course
+def test_an_assignment_by_hand(tmp_path, capsys):
+    """The functions of the concepts are gone, the handout has their docstrings, solutions stay here, and all files compile."""
+    out = tmp_path / "homework"
+    make_assignment.main(make_assignment.parse_args([str(out), "combine", "top_k"]))
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == sorted(
+        ["ASSIGNMENT.md", "README.md", "convnext.py", "eval.py", "inspect_experts.py", "moe.py", "requirements.txt", "tests",
+         "train.py", "vit.py"])
+    assert not {"make_assignment.py", "test_the_tests.py", "needs.py"} & {path.name for path in (out / "tests").iterdir()}
+    assert not (out / ".git").exists() and compileall.compile_dir(out, quiet=1)
+    source = (out / "moe.py").read_text()
+    assert re.findall('raise NotImplementedError\\("(.*)"\\)', source) == ["top_k: write top_k_gates", "combine: write combine"]
+    text = (out / "ASSIGNMENT.md").read_text()
+    assert text.index("## top_k") < text.index("## combine"), "in teaching order"
+    for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)", "--junitxml=grade.xml"):
+        assert part in text
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("arguments, expected", [
+    (["EXISTS", "top_k"], "exists already"),
+    (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
+    (["new", "course"], "unknown concept 'course'"),
+    (["new"], "at least one concept"),
+])
+def test_an_impossible_assignment_is_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch):
+    """A folder that exists, a concept that does not: refused before anything is copied."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tmp_path) if argument == "EXISTS" else argument for argument in arguments]
+    with pytest.raises(ValueError, match=expected):
+        make_assignment.main(make_assignment.parse_args(arguments))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.course
+def test_the_list_has_every_concept(capsys):
+    """--list prints the table: concept, lesson, functions, what it needs."""
+    make_assignment.main(make_assignment.parse_args(["--list"]))
+    printed = capsys.readouterr().out
+    for concept in CONCEPTS:
+        assert concept.name in printed and concept.lesson in printed and concept.functions in printed
+
+
+@pytest.mark.course
+@pytest.mark.parametrize("passed, lines, well", [
+    # router is blank: both of its tests turn, one of layer's two does (it needs router), none of top_k's.
+    (dict(a=0, b=0, c=1, d=0, e=1), ["router          2 of   2 turn, expected all", "layer           1 of   2 turn, expected some"], True),
+    (dict(a=0, b=1, c=1, d=0, e=1), ["router          1 of   2 turn, expected all   WRONG",
+                                     "layer           1 of   2 turn, expected some"], False),
+    (dict(a=0, b=0, c=0, d=1, e=1), ["router          2 of   2 turn, expected all",
+                                     "top_k           1 of   1 turn, expected none   WRONG"], False),
+])
+def test_the_solution_check_by_hand(passed, lines, well):
+    """It reports, concept by concept, how many tests the blanks turn, and what is wrong with that."""
+    concepts = dict(a="router", b="router", c="top_k", d="layer", e="layer")
+    complete = {test: (concept, True) for test, concept in concepts.items()}
+    blanked = {test: (concepts[test], bool(ok)) for test, ok in passed.items()}
+    found = make_assignment.judge(["router"], complete, blanked)
+    assert found == (lines, well)
+
+
+# ---------------------------------------------------------------- what pytest prints
+
+
+def run_pytester(pytester, tests, *flags):
+    """Run pytest on a test file of ours in an empty project with our conftest.py: its output."""
+    (pytester.path / "tests").mkdir()
+    for name in ("concepts.py", "conftest.py"):
+        shutil.copy(ROOT / "tests" / name, pytester.path / "tests" / name)
+    (pytester.path / "tests" / "test_it.py").write_text("import pytest\n" + tests)
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *flags)
+
+
+@pytest.mark.course
+@pytest.mark.slow
+def test_the_summary_tells_unwritten_waiting_and_broken_apart(pytester):
+    """A line per concept in teaching order: tests run in that order, and each state has its name."""
+    result = run_pytester(pytester, '''
+@pytest.mark.layer
+def test_1(): raise NotImplementedError("router: write Router.forward")
+@pytest.mark.layer
+def test_2(): pass
+@pytest.mark.balance
+def test_3(): assert 0.5 == 1.0, "factor E missing"
+@pytest.mark.balance
+def test_4(): raise NotImplementedError("router: write Router.forward")
+@pytest.mark.top_k
+def test_5(): pass
+@pytest.mark.router
+def test_6(): raise NotImplementedError("router: write Router.forward")
+''', "-v")
+    order = [line.split("::")[1].split()[0] for line in result.outlines if line.startswith("tests/test_it.py::")]
+    assert order == ["test_6", "test_5", "test_3", "test_4", "test_1", "test_2"]
+    assert [" ".join(line.split()[:5]).split(" A ")[0] for line in result.outlines[-4:]] == [
+        "router 0/1 not written yet", "top_k 1/1 done Softmax over", "balance 0/2 BROKEN Without a",
+        "layer 1/2 waits for router"]
+
+
+@pytest.mark.course
+@pytest.mark.slow
+@pytest.mark.parametrize("marks, named", [("", r"\[\]"), ("@pytest.mark.router\n@pytest.mark.top_k\n", "'top_k', 'router'")])
+def test_a_test_without_a_concept_or_with_two_is_refused(pytester, marks, named):
+    """A usage error, status 4, that names the test and says what is expected."""
+    result = run_pytester(pytester, f"{marks}def test_1(): pass\n")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.re_match_lines([rf"ERROR: tests/test_it.py::test_1 has the concepts .*{named}.*expected exactly one.*"])
