@@ -649,7 +649,7 @@ def prepare(path, data, args):
     """
     model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
     row = dict(checkpoint=path, weights="raw" if args.raw or not checkpoint["ema"] else "EMA")
-    row |= {name: checkpoint[name] for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std")}
+    row |= {name: checkpoint[name] for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std", "args")}
     changes = args.k, args.capacity_factor, args.drop_expert
     row["deviations"] = change_routing(model, *changes) if any(changes) else []
     row["params"], row["active"] = count_parameters(model)
@@ -696,8 +696,27 @@ def print_plan(row, data):
     print("".join(f"  {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
 
 
+def over_seeds(rows):
+    """[(name, number of runs, {spec: (mean, standard deviation)})] of the top-1 of runs that differ in the seed only.
+
+    Of rows, the results, with the arguments of their training. The deviation is that of a sample, divided by n - 1. name:
+    what the paths of the checkpoints have in common, and a star.
+    """
+    groups = {}
+    for row in rows:
+        setting = {name: value for name, value in row["args"].items() if name not in ("seed", "out", "workers")}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(row)
+    found = []
+    for group in (group for group in groups.values() if len(group) > 1):
+        top1 = {spec: [row["data"][spec]["top1"] for row in group]
+                for spec, result in group[0]["data"].items() if "top1" in result}
+        found.append((os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group),
+                      {spec: (statistics.mean(values), statistics.stdev(values)) for spec, values in top1.items()}))
+    return found
+
+
 def print_results(rows):
-    """Print rows, the results: a table with a row per checkpoint, and for ImageNet-C one with a row per corruption."""
+    """Print rows, the results: a line per checkpoint, one per group of seeds, and for ImageNet-C one per corruption."""
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
     wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
     print("\n" + " " * (first + 39) * bool(specs) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
@@ -708,6 +727,14 @@ def print_results(rows):
               f"{row['multiply_adds'] / 1e9:>9.3g}{row['images_per_s']:>10.0f}"
               + "".join(f"{row['data'][spec]['top1']:>{width - 9}.2f}{row['data'][spec]['top5']:>9.2f}"
                         for spec, width in zip(specs, wide)))
+    seeds = over_seeds(rows)
+    if seeds:
+        first = max(len(name) for name, _, _ in seeds)
+        print(f"\ntop-1 %, mean and standard deviation over seeds\n{'':<{first}}{'n':>4}"
+              + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
+    for name, n, top1 in seeds:
+        print(f"{name:<{first}}{n:>4}" + "".join(f"{top1[spec][0]:>{width - 6}.2f}{top1[spec][1]:>6.2f}"
+                                                 for spec, width in zip(specs, wide)))
     for row, spec, result in ((row, *item) for row in rows for item in row["data"].items() if "mce" in item[1]):
         print(f"\n{row['checkpoint']} on {spec}, error in % per severity\n{'corruption':<18}"
               + "".join(f"{title:>8}" for title in (1, 2, 3, 4, 5, "mean", "CE")))

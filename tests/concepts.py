@@ -65,7 +65,7 @@ CONCEPTS = (
             "A checkpoint says how to build its model, and is data: opening it runs nothing."),
     Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
             "Robustness sets name their classes otherwise: match by name, predict among those found."),
-    Concept("evaluator", "eval.change_routing eval.mute eval.images_per_second eval.open_parts eval.corruption_errors "
+    Concept("evaluator", "eval.change_routing eval.mute eval.images_per_second eval.open_parts eval.corruption_errors eval.over_seeds "
             "eval.check eval.prepare eval.measure eval.print_plan eval.print_results eval.main", "checkpoints classes costs",
             "One table, several checkpoints and test sets; whatever deviates from training is printed."),
     # ---- train.py: from a recipe to a checkpoint

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from eval import (ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing,
                   corruption_errors, eval_loader, eval_transform, evaluate, images_per_second, match_classes,
-                  match_dataset, open_dataset, open_parts, read_real)
+                  match_dataset, open_dataset, open_parts, over_seeds, read_real)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -526,6 +527,32 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
     # one of two experts per token less: 2 matrices of 16 x 64 and biases 64 + 16; 17 tokens per image
     assert usual["active"] - row["active"] == 2 * 16 * 64 + 64 + 16
     assert usual["multiply_adds"] - row["multiply_adds"] == 17 * 2 * 16 * 64
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+@pytest.mark.evaluator
+def test_runs_that_differ_in_the_seed_only_are_averaged():
+    """Mean and deviation (of a sample: n - 1) over the seeds of one setting; a single run has none."""
+    def row(path, top1, **args):
+        return dict(checkpoint=path, args=args, data={"shapes": dict(top1=top1), "c": dict(mce=1.0)})
+
+    rows = [row("s/E8-0/last.pt", 90.0, experts=8, seed=0, out="s/E8-0"), row("s/E4-0/last.pt", 70.0, experts=4, seed=0),
+            row("s/E8-1/last.pt", 94.0, experts=8, seed=1, out="s/E8-1")]
+    # Mean 92, both deviate by 2: (4 + 4) / (2 - 1) = 8.
+    assert over_seeds(rows) == [("s/E8-*", 2, {"shapes": (92.0, math.sqrt(8.0))})]
+
+
+@pytest.mark.evaluator
+def test_the_command_prints_a_line_per_group_of_seeds(always, tmp_path, monkeypatch, capsys):
+    """Two checkpoints of one setting: their mean stands under the table."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "d", ["n02/1.png", "n03/1.png"])  # the model says n02 to everything
+    for name in ("a", "b"):
+        shutil.copy(always, tmp_path / f"seed-{name}.pt")
+    run(monkeypatch, tmp_path, "seed-a.pt", "seed-b.pt", "--data", "d")
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["seed-*", "2", "50.00", "0.00"]
 
 
 # ---------------------------------------------------------------- speed, options, processes
