@@ -735,11 +735,13 @@ def main(args):
     runs = [inspect(*one, args, device) for one in opened]
     write_files(args.out, make_files(runs, args))
     for run in runs:
-        print(f"{run.name}, {run.counts[0].images} images\n"
-              f"{'block':>5}  {'experts per image':>17}  {'class information':>17}  share of patches per expert, %")
+        print(f"{run.name}, {run.counts[0].images} images; what the expert of a patch says about its class and so on: "
+              f"normalised mutual information\n{'block':>5}{'experts per image':>19}"
+              + "".join(f"{name:>10}" for name in run.layers[0]["information"]) + "   share of patches per expert, %")
         for block, s in zip(run.blocks, run.layers):
-            print(f"{block:>5}  {s['experts_per_image']:>17.2f}  {s['information']['class']['normalized']:>17.3f}  "
-                  + " ".join(f"{100 * share:5.1f}" for share in s["share"]))
+            print(f"{block:>5}{s['experts_per_image']:>19.2f}"
+                  + "".join(f"{value['normalized']:>10.3f}" for value in s["information"].values()) + "   "
+                  + " ".join(f"{100 * share:4.1f}" for share in s["share"]))
     print(f"written to {args.out}/: report.html, summary.json, routing.csv, {len(FIGURES)} figures")
 
 

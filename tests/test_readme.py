@@ -1,0 +1,114 @@
+"""Does README.md say what is so? Its commands are run, its flags exist, its counts are right."""
+
+import glob
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+import eval as evaluation
+import inspect_experts
+import make_assignment
+import train
+from concepts import BY_NAME
+from make_assignment import ROOT
+
+pytestmark = [pytest.mark.course, pytest.mark.skipif(not shutil.which("bash"), reason="bash reads the README's commands")]
+
+TEXT = (ROOT / "README.md").read_text()
+PROGRAMS = {"train.py": train, "eval.py": evaluation, "inspect_experts.py": inspect_experts,
+            "tests/make_assignment.py": make_assignment}
+SAY = """python() { printf '%q ' "$@"; echo; }
+torchrun() { while [[ $1 == -* ]]; do shift; done; python "$@"; }
+srun() { "$@"; }
+scontrol() { echo node1; }
+pip() { :; }
+python3() { :; }
+"""  # instead of running a command, say its words: so bash itself expands loops and variables
+
+
+def commands():
+    """All commands of the README's sh blocks, loops unrolled: lists of words, python left out, in the order of the text."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
+        block = block.replace(".venv/bin/", "")
+        said = subprocess.run(["bash", "-c", SAY + block], capture_output=True, text=True, timeout=60)
+        assert said.returncode == 0 and not said.stderr, f"{said.stderr}\nin\n{block}"
+        found += [shlex.split(line) for line in said.stdout.splitlines()]
+    return found
+
+
+def test_every_command_has_flags_that_exist(capsys):
+    """The parser of each program takes its command; moe.py, vit.py and convnext.py have no flags; pytest's names exist."""
+    seen = set()
+    for program, *arguments in commands():
+        seen.add(program)
+        if program in PROGRAMS:
+            try:
+                PROGRAMS[program].parse_args(arguments)
+            except SystemExit:
+                pytest.fail(f"python {program} {shlex.join(arguments)}: {capsys.readouterr().err.splitlines()[-1]}")
+        elif program == "-m":
+            assert arguments[0] == "pytest"
+            concepts = set(re.findall(r"\w+", " ".join(arguments[arguments.index("-m") + 1:][:1]))) if "-m" in arguments else set()
+            assert concepts <= {*BY_NAME, "or", "not", "slow"}, arguments
+        else:
+            assert program in ("moe.py", "vit.py", "convnext.py") and not arguments, program
+    assert {*PROGRAMS, "-m", "moe.py"} <= seen
+
+
+ELSEWHERE = ("/imagenet", "path/to", "/shared", "a/best.pt", "best.pt", "runs/dense/best.pt", "../")  # not on a laptop
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, capsys):
+    """On few pictures and for one epoch, each in the same process, the study included: what they need has been made before."""
+    monkeypatch.chdir(tmp_path)
+    small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
+    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](64))
+    monkeypatch.setattr(evaluation, "images_per_second", lambda *_: 1.0)
+    done = 0
+    for program, *arguments in commands():
+        if program not in ("train.py", "eval.py", "inspect_experts.py") or any(
+                word.startswith(ELSEWHERE) for word in arguments):
+            continue
+        files = [name for word in arguments for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+        quick = ["--epochs", "1"] if program == "train.py" else []
+        PROGRAMS[program].main(PROGRAMS[program].parse_args(files + quick))
+        capsys.readouterr()
+        done += 1
+    assert done > 30
+    assert os.path.exists("inspect/report.html")
+
+
+def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):
+    """Each ready-made assignment is written where the command says."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    made = [arguments for program, *arguments in commands() if program == "tests/make_assignment.py"]
+    for arguments in made:
+        make_assignment.main(make_assignment.parse_args([word for word in arguments if word != "--solution-check"]))
+    assert len(list(tmp_path.glob("*/ASSIGNMENT.md"))) >= 3
+
+
+def test_the_table_of_files_has_their_lengths():
+    """Lines, to the nearest ten."""
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", TEXT, re.MULTILINE)
+    assert [name for name, _ in rows] == ["moe.py", "vit.py", "convnext.py", "eval.py", "train.py", "inspect_experts.py"]
+    for name, lines in rows:
+        assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 5, name
+
+
+def test_links_lead_somewhere():
+    """Every link to a file of the project has one."""
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_command_for_tests():
+    """.ci/run takes the command behind the mark in the README, which is there once and installs first."""
+    command = re.findall(r"<!-- test command -->\n```sh\n(.*)\n```", TEXT)
+    assert len(command) == 1 and "pip install -r requirements.txt" in command[0] and command[0].endswith("pytest -q")
