@@ -89,7 +89,7 @@ CONCEPTS = (
     Concept("report", "inspect_experts.svg inspect_experts.png inspect_experts.sheet inspect_experts.palette "
             "inspect_experts.overlay inspect_experts.tint "
             "inspect_experts.write_report inspect_experts.write_csv inspect_experts.make_files inspect_experts.write_files "
-            "inspect_experts.check inspect_experts.open_all inspect_experts.main", "statistics classes training",
+            "inspect_experts.check inspect_experts.open_all inspect_experts.main", "statistics checkpoints classes convnext",
             "A page that says under each figure how to read it, and files that are whole or not there."),
     # ---- tests/ and README.md
     Concept("course", "", "", "A test that no mistake can fail teaches nothing; a command that fails teaches less."),

@@ -8,8 +8,6 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-import train
 from eval import MEAN, STD, Shapes, TensorImages, build_model, eval_loader
 from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect,
                              known_factors, make_files, mutual_information, overlay, palette, png, sheet, similarity, svg,
@@ -29,7 +26,6 @@ from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crossta
 from moe import Routing
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def routing(choices, num_experts, probs=None):
@@ -598,22 +594,3 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left on device.*make room or choose another --out"):
         inspect_experts.write_files(str(tmp_path), {"summary.json": b"new"})
     assert (tmp_path / "summary.json").read_text() == "old"
-
-
-@pytest.mark.report
-@pytest.mark.slow
-def test_train_then_inspect(tmp_path, monkeypatch, capsys):
-    """After a short training the command that train.py prints works, and a mistake is one line and exit status 2."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its Ctrl-C
-    train.main(train.parse_args("--data shapes:96 --batch-size 32 --epochs 1 --out run".split()))
-    flags = capsys.readouterr().out.partition("inspect_experts.py")[2].split()
-    inspect_experts.main(inspect_experts.parse_args([*flags, "--max-images", "64"]))
-    assert "written to run/inspect/: report.html" in capsys.readouterr().out
-    assert (tmp_path / "run/inspect/report.html").stat().st_size > 50_000
-    wrong = subprocess.run([sys.executable, str(ROOT / "inspect_experts.py"), "run/best.pt", "--data", "nowhere", "--out", "out2"],
-                           capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no data at 'nowhere'")
-    assert "Traceback" not in wrong.stderr
-    assert not (tmp_path / "out2").exists()
-

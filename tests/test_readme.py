@@ -5,7 +5,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -31,9 +33,9 @@ python3() { :; }
 
 
 def commands():
-    """All commands of the README's sh blocks, loops unrolled: lists of words, python left out, in the order of the text."""
+    """All commands of the README, in sh blocks (loops unrolled) and in sentences: lists of words, python left out, in order."""
     found = []
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
+    for block in map("".join, re.findall(r"```sh\n(.*?)```|`(python [^`]+)`", TEXT, re.DOTALL)):
         block = block.replace(".venv/bin/", "")
         said = subprocess.run(["bash", "-c", SAY + block], capture_output=True, text=True, timeout=60)
         assert said.returncode == 0 and not said.stderr, f"{said.stderr}\nin\n{block}"
@@ -67,13 +69,13 @@ ELSEWHERE = ("/imagenet", "path/to", "/shared", "a/best.pt", "best.pt", "runs/de
 def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, capsys):
     """On few pictures and for one epoch, each in the same process, the study included: what they need has been made before."""
     monkeypatch.chdir(tmp_path)
-    small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
-    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](64))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: (64, 1) if split == "train" else (40, 2))
     monkeypatch.setattr(evaluation, "images_per_second", lambda *_: 1.0)
     done = 0
     for program, *arguments in commands():
         if program not in ("train.py", "eval.py", "inspect_experts.py") or any(
-                word.startswith(ELSEWHERE) for word in arguments):
+                word.startswith(ELSEWHERE) or re.match(r"study/.*-[12]\b", word) for word in arguments):  # seed 0 will do
             continue
         files = [name for word in arguments for name in (sorted(glob.glob(word)) if "*" in word else [word])]
         quick = ["--epochs", "1"] if program == "train.py" else []
@@ -84,10 +86,25 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
     assert os.path.exists("inspect/report.html")
 
 
+@pytest.mark.slow
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    """From a shell, each program: one line on stderr, nothing on stdout, nothing written."""
+    mistakes = {"train.py --data shapes:100 --experts 2 --k 3": "error: k = 3 ",
+                "eval.py nowhere.pt --data shapes": "error: no checkpoint at nowhere.pt",
+                "inspect_experts.py nowhere.pt --data shapes --out out": "error: no checkpoint at nowhere.pt",
+                "tests/make_assignment.py out no_such_concept": "error: unknown concept"}
+    processes = [subprocess.Popen([sys.executable, *f"{ROOT}/{command}".split()], cwd=tmp_path, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in mistakes]
+    for process, (command, expected) in zip(processes, mistakes.items()):
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2 and out == "" and error.count("\n") == 1 and error.startswith(expected), command
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):
     """Each ready-made assignment is written where the command says."""
-    (tmp_path / "project").mkdir()
-    monkeypatch.chdir(tmp_path / "project")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     made = [arguments for program, *arguments in commands() if program == "tests/make_assignment.py"]
     for arguments in made:
         make_assignment.main(make_assignment.parse_args([word for word in arguments if word != "--solution-check"]))

@@ -504,17 +504,6 @@ def test_torchrun_with_two_processes(tmp_path):
     assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
 
 
-@pytest.mark.training
-@pytest.mark.slow
-def test_an_error_is_one_line_and_status_2(tmp_path):
-    """From a shell: one line on stderr, nothing on stdout, nothing written."""
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *"--data shapes:100 --experts 2 --k 3".split()],
-                            cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2
-    assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith("error: k = 3")
-    assert os.listdir(tmp_path) == []
-
-
 # ---------------------------------------------------------------- starting from other weights
 
 
