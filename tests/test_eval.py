@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest

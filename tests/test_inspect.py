@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
