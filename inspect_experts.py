@@ -381,7 +381,7 @@ def font(size):
 
 
 def sheet(panels, per_row=4, gap=40):
-    """Panels in rows of per_row, a gap apart, as one Pillow image: a PNG file of DIR."""
+    """The panels in rows of per_row, a gap apart, as one Pillow image: a PNG file of DIR."""
     rows = [[png(panel) for panel in panels[i:i + per_row]] for i in range(0, len(panels), per_row)]
     heights = [max(picture.height for picture in row) + gap for row in rows]
     step = rows[0][0].width + gap

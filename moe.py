@@ -57,8 +57,8 @@ def expert_capacity(num_tokens, k, num_experts, factor):
     """Slots per expert, C = ceil(T K factor / E), at least 1 and at most T (an int).
 
     T is num_tokens, K is k, E num_experts. factor 1.0 is just enough when the load is perfectly even; V-MoE trains at 1.05.
+    Rounded to 6 digits before the ceil, for floats: 100 * 1.1 / 10 is 11.000000000000002, and must give 11 slots, not 12.
     """
-    # The rounding forgives floats: 10 * 1.1 is 11.000000000000002, which must give 11 slots and not 12.
     slots = math.ceil(round(num_tokens * k * factor / num_experts, 6))
     return max(1, min(slots, num_tokens))
 
@@ -106,11 +106,11 @@ def importance_loss(probs):
 def load_loss(logits, noisy_logits, k, noise_std):
     """CV^2 of the number of tokens each expert can expect (Shazeer et al. 2017, section 4; V-MoE, appendix A).
 
-    logits (T, E) clean, noisy_logits (T, E) with the noise N(0, noise_std^2) that chose the k experts. Scalar, as above.
-    Counting tokens has no gradient, but the router is noisy, so ask: if expert e's noise were drawn again, how likely
-    is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is
-    P(logit + noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over
-    tokens, it is the load (E,). With noise_std = 0 the probability is 0 or 1: the plain count, which has no gradient.
+    logits (T, E) clean, noisy_logits (T, E) with the noise N(0, noise_std^2) that chose the k experts. Scalar, as
+    above. Counting tokens has no gradient, but the router is noisy, so ask: if expert e's noise were drawn again, how
+    likely is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is P(logit +
+    noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over tokens, it is
+    the load (E,). With noise_std = 0 the probability is 0 or 1, the plain count, whose gradient is zero, not missing.
     Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert. Far below every
     threshold Phi is flat: an expert that nobody chooses can be brought back by the importance loss only.
     """
@@ -138,7 +138,8 @@ def dispatch(tokens, experts, kept, num_experts):
     """Copy each token once per choice and sort the copies by expert.
 
     tokens (T, D), experts (T, K), kept (T, K) -> rows (R, D), counts (E,) int64, order (R,) int64; E is num_experts.
-    Rows come expert by expert, dropped choices last (they belong to no expert, so sum(counts) may be less than R).
+    Rows come expert by expert, in the order of t * K + j within each, dropped choices last (they belong to no expert,
+    so sum(counts) may be less than R).
     order[r] = t * K + j says that row r is choice j of token t. All shapes are known beforehand: nothing waits for a
     GPU to report how many tokens chose an expert.
     """
@@ -174,7 +175,7 @@ class MLP(nn.Sequential):
 
 
 class Router(nn.Module):
-    """Score every token against every expert: x (T, D) -> logits (T, E), in float32 even under autocast.
+    """Score every token against every expert: x (T, D) -> logits (T, E), in float32 or better even under autocast.
 
     kind    logits                            as in
     linear  code_e . x                        the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
@@ -182,7 +183,9 @@ class Router(nn.Module):
     l2      -s * |P x - code_e|               the same with distances
 
     s = exp(log_scale) is a learned inverse temperature, starting at 2 and bounded by 100 as in Tutel.
-    dim is D, num_experts E; proj_dim is the width of P x: 256, or half of D where that is less. ValueError for another kind.
+    dim is D, num_experts E; proj_dim is the width of P x: half of D, but at least 1 and at most 256. Parameters: codes
+    (E, D), from N(0, 0.02^2); for cosine and l2 codes (E, proj_dim) and proj (proj_dim, D), the P, both from N(0, 1 /
+    inputs), and log_scale. ValueError for another kind, naming those that exist.
     """
 
     def __init__(self, dim, num_experts, kind="linear", proj_dim=None):
@@ -301,13 +304,14 @@ def grouped_experts(rows, counts, w1, b1, w2, b2):
 class MoE(nn.Module):
     """The sparse layer: x (..., D) -> (y (..., D), Routing). Put it where a block has its MLP, inside the residual.
 
-    dim is D, hidden H; num_experts E, of which each token meets k; router: a kind of Router.
+    dim is D, hidden H; num_experts E, of which each token meets k; router: a kind of Router. y has the dtype of x.
+    Attributes: router, experts (the modules), num_experts, k, capacity_factor, eval_capacity_factor, noise_std.
     capacity_factor: None keeps every choice; a number limits each expert to expert_capacity() slots while training,
         served in order of the top-1 gate if batch_priority (else by position).
     eval_capacity_factor: the same for evaluation. None by default, because with a limit the prediction for one image
         depends on the other images of its batch.
     router_noise: while training, N(0, (router_noise / E)^2) is added to the logits before the choice (V-MoE); 0 is off.
-    Raises ValueError if k is not between 1 and num_experts, or for a negative factor or noise.
+    Raises ValueError if k is not between 1 and num_experts, for a factor of 0 or less, and for negative noise.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -315,7 +319,8 @@ class MoE(nn.Module):
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k} experts per token, but the layer has {num_experts}: k must be 1 to {num_experts}")
-        if min(capacity_factor or 1, eval_capacity_factor or 1) <= 0 or router_noise < 0:
+        factors = [factor for factor in (capacity_factor, eval_capacity_factor) if factor is not None]
+        if min(factors, default=1) <= 0 or router_noise < 0:
             raise ValueError(f"capacity factors {capacity_factor} and {eval_capacity_factor} must be above 0 (or None), "
                              f"router noise {router_noise} at least 0")
         self.num_experts, self.k = num_experts, k
@@ -406,7 +411,7 @@ def count_flops(model, image_size):
 def mean_balance_loss(routings):
     """Mean of the layers' balance losses, so that its weight means the same at any number of MoE layers; 0 if none.
 
-    routings: a list with one Routing per MoE layer. Returns a scalar.
+    routings: a list with one Routing per MoE layer. Returns a scalar tensor, also for an empty list.
 
     Under DDP each process computes it from its own tokens and DDP averages the gradients: the mean of local losses,
     not the loss of the global batch. A local loss asks each process's share of the batch to be balanced.

@@ -412,7 +412,7 @@ def restore(run, checkpoint):
 
 
 def save(run, *names):
-    """Write the run's checkpoint to these files of its folder, by rank 0, while the others wait.
+    """Write the run's checkpoint to the files of these names in its folder, by rank 0, while the others wait.
 
     Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
     If the disk is full the old file stays and the run goes on: the next save may have more luck.

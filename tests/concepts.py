@@ -53,7 +53,7 @@ CONCEPTS = (
             "With torchvision's weights we compute its function; upcycled, even with experts."),
     # ---- eval.py: from images to a number
     Concept("shapes", "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ eval.shapes_size "
-            "eval.draw_shapes eval.shift", "",
+            "eval.shift", "",
             "Pictures whose every factor is known: the same on every machine, and shifted to where training never was."),
     Concept("folders", "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ eval.split_folder "
             "eval.image_files eval.read_image eval.open_cifar", "shapes",

@@ -1,5 +1,6 @@
 """What all tests share: small, repeatable, each belonging to one concept of concepts.py, and summed up by concept."""
 
+import collections
 import re
 import shutil
 import sys
@@ -15,12 +16,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
 
-pytest_plugins = "pytester"  # for the tests of this file
-
 try:
     import needs
     needs.watch_all()
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "needs":
+        raise
     needs = None  # in an assignment
 
 
@@ -67,11 +68,13 @@ def pytest_collection_modifyitems(items):
                                     f"as in @pytest.mark.{CONCEPTS[0].name}")
         item.user_properties.append(("concept", names[0]))  # for --junitxml
     items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
+    totals.update(collections.Counter(concept_of(item) for item in items))
 
 
 # ---------------------------------------------------------------- what came of it: one line per concept
 
-results = {}  # {concept: [(passed, names of the concepts that were found unwritten), ...]}
+totals = {}  # {concept: number of tests, also of those that -m, -k or -x leave out}
+results = {}  # {concept: {test: (passed, names of the concepts that were found unwritten)}}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,28 +94,40 @@ def pytest_runtest_call(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.failed or report.when == "call" and report.passed:
-        told = "".join([str(call.excinfo.value) if report.failed else "", *(text for _, text in report.sections)])
-        unwritten = {name for name in re.findall(r"(\w+): write \w", told) if name in BY_NAME}
-        results.setdefault(concept_of(item), []).append((report.passed, unwritten if report.failed else set()))
+    tests = results.setdefault(concept_of(item), {})
+    if report.skipped:
+        totals[concept_of(item)] -= 1
+    elif report.failed:
+        told = [str(call.excinfo.value), *re.findall("NotImplementedError: .*", "\n".join(text for _, text in report.sections))]
+        unwritten = {name for name in re.findall(r"(\w+): write \w", "\n".join(told)) if name in BY_NAME}
+        tests[item.nodeid] = False, unwritten
+    elif report.when == "call":
+        tests[item.nodeid] = True, set()
     return report
 
 
-def state_of(concept, outcomes):
-    """done, not written yet, waits for others, or BROKEN: a test failed that met no unwritten function."""
+def state_of(concept):
+    """done, so far (all passed, but not all were run), not written yet, waits for others, or BROKEN: a test failed that met
+    no unwritten function."""
+    outcomes = results[concept].values()
     missing = set().union(*(unwritten for _, unwritten in outcomes))
     if any(not passed and not unwritten for passed, unwritten in outcomes):
         return "BROKEN"
     if concept in missing:
         return "not written yet"
-    return f"waits for {', '.join(name for name in BY_NAME if name in missing)}" if missing else "done"
+    if missing:
+        names = [name for name in BY_NAME if name in missing]
+        return f"waits for {', '.join(names[:2])}" + ", ..." * (len(names) > 2)
+    return "done" if len(outcomes) == totals[concept] else "so far"
 
 
 def pytest_unconfigure(config):
     """The last lines, after those of pytest: passed/total, state and lesson of every concept that was tested."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    shown = [(concept, results[concept.name]) for concept in CONCEPTS if concept.name in results]
-    states = [state_of(concept.name, outcomes) for concept, outcomes in shown]
-    for (concept, outcomes), state in zip(shown if terminal else [], states):
-        count = f"{sum(passed for passed, _ in outcomes)}/{len(outcomes)}"
-        terminal.write_line(f"{concept.name:<12}{count:>8}  {state:<{max(map(len, states))}}  {concept.lesson}")
+    shown = [concept for concept in CONCEPTS if results.get(concept.name)]
+    states = [state_of(concept.name) for concept in shown]
+    width = shutil.get_terminal_size((160, 24)).columns
+    for concept, state in zip(shown if terminal else [], states):
+        count = f"{sum(passed for passed, _ in results[concept.name].values())}/{totals[concept.name]}"
+        line = f"{concept.name:<12}{count:>8}  {state:<{max(map(len, states))}}  {concept.lesson}"
+        terminal.write_line(line if len(line) <= width else line[:width - 3] + "...")

@@ -22,7 +22,12 @@ from pathlib import Path
 from concepts import BY_NAME, CONCEPTS, all_needs
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = ("make_assignment.py", "needs.py", "test_the_tests.py", "test_readme.py")  # of tests/
+PROJECT = ("moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md .gitignore .ci/run "
+           ".github/routing.png tests/concepts.py tests/conftest.py tests/test_moe.py tests/test_models.py tests/test_eval.py "
+           "tests/test_robustness.py tests/test_train.py tests/test_processes.py tests/test_inspect.py").split()
+COMMON = """`args` are the parsed flags. `config` is a dict of all flags and recipe values, as `resolve()` in train.py returns it.
+`run` is the namespace that `prepare()` in train.py makes; look there for what it holds. `device` is a torch.device, `dtype`
+torch.float32 or torch.bfloat16."""
 
 
 # ---------------------------------------------------------------- one function: find it, blank it, describe it
@@ -35,16 +40,20 @@ def find(source, path):
     """The syntax tree's node of a function, path "function" or "Class.method", and the node of its class or None."""
     owner, node = None, parse(source)
     for name in path.split("."):
-        owner, node = node, next(child for child in node.body if getattr(child, "name", None) == name)
+        owner, node = node, next((child for child in node.body if getattr(child, "name", None) == name), None)
+        if node is None:
+            raise ValueError(f"there is no {path} in the file: has tests/concepts.py another name for it?")
     return node, owner if isinstance(owner, ast.ClassDef) else None
 
 
 def blank(source, path, concept):
     """The source of a file with one function's body replaced. Signature, docstring and all other lines stay as they are."""
     node, _ = find(source, path)
-    lines, first = source.splitlines(keepends=True), node.body[0]
-    start = first.end_lineno if ast.get_docstring(node) else first.lineno - 1
-    while lines[start - 1].lstrip().startswith("#"):  # comments above the first statement belong to the body
+    lines, first, documented = source.splitlines(keepends=True), node.body[0], ast.get_docstring(node)
+    if first.lineno == node.lineno:
+        raise ValueError(f"{path} is a function of one line: give its body a line of its own")
+    start = first.end_lineno if documented else first.lineno - 1
+    while not documented and lines[start - 1].lstrip().startswith("#"):  # comments above a statement belong to the body
         start -= 1
     indent = " " * first.col_offset
     lines[start:node.end_lineno] = [f'{indent}raise NotImplementedError("{concept}: write {path}")\n']
@@ -52,10 +61,10 @@ def blank(source, path, concept):
 
 
 def handout(source, path):
-    """(signature, docstring) of a function; a method without a docstring, or __init__, has its class's."""
+    """(signature, docstring) of a function; a method has its class's docstring, followed by its own if it has one."""
     node, owner = find(source, path)
     text = ast.get_docstring(node) or ""
-    if owner is not None and (not text or node.name in ("__init__", "forward")):
+    if owner is not None:
         text = "\n\n".join(filter(None, [ast.get_docstring(owner), text]))
     decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
     return f"{decorators}def {path}({ast.unparse(node.args)})", text
@@ -65,14 +74,10 @@ def handout(source, path):
 
 
 def copy_project(out):
-    """What a student gets, still complete. The files are named one by one: nobody's runs or data come along."""
-    tests = [path for path in (ROOT / "tests").glob("*.py") if path.name not in LEFT_OUT]
-    for path in [*ROOT.glob("*.py"), *tests, *(ROOT / name for name in ("README.md", "requirements.txt", ".gitignore"))]:
-        target = out / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
-    shutil.copytree(ROOT / ".github", out / ".github")  # the picture of the README
-    shutil.copytree(ROOT / ".ci", out / ".ci")
+    """What a student gets, still complete. Named file by file: private tests, solutions, runs and data stay here."""
+    for name in PROJECT:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, out / name)
 
 
 def blank_concepts(out, names):
@@ -80,27 +85,35 @@ def blank_concepts(out, names):
     for name in names:
         for function in BY_NAME[name].functions.split():
             file, _, path = function.partition(".")
-            target = out / f"{file}.py"
-            target.write_text(blank(target.read_text(), path, name))
+            text = blank((out / f"{file}.py").read_text(encoding="utf-8"), path, name)
+            (out / f"{file}.py").write_text(text, encoding="utf-8")
 
 
 def write_handout(names):
     """The text of ASSIGNMENT.md."""
+    mine = " or ".join(names)
     parts = ["# Assignment\n\nWrite the functions below: each docstring is the task, each test checks one claim and says it "
-             "in its docstring.\nA function that is not written yet raises `NotImplementedError`.\n\n"
-             "```sh\npython -m pytest -x          # stops at the next thing to learn\n"
-             "python -m pytest -m \"not slow\"   # the same, without the tests that start processes\n```\n"]
+             "in its docstring.\nA function that is not written yet raises `NotImplementedError`. Keep all names and "
+             f"signatures, helpers included.\n\n```sh\npython -m pytest -x -m \"{mine}\"   # stops at the next thing to "
+             "learn\npython -m pytest -m \"not slow\"   # everything that is quick: what still waits for yours?\n```\n\n"
+             f"{COMMON}\n"]
+    described = set()  # classes whose docstring has been printed
     for name in names:
         concept = BY_NAME[name]
         parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`"
                      + (f" (it needs {', '.join(concept.needs.split())})\n" if concept.needs else "\n"))
         for function in concept.functions.split():
             file, _, path = function.partition(".")
-            signature, text = handout((ROOT / f"{file}.py").read_text(), path)
+            source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+            signature, text = handout(source, path)
+            node, owner = find(source, path)
+            if owner is not None and (file, owner.name) in described:
+                text = ast.get_docstring(node) or f"As {owner.name} above says."
+            described.add((file, owner.name if owner else None))
             parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
-    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: "
-                 f"`python -m pytest -m \"{' or '.join(names)}\" --junitxml=grade.xml`. The summary counts them per concept. "
-                 "All other tests must pass at the end as well; tests and signatures must not be changed.\n")
+    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: your files are "
+                 f"copied over a fresh assignment, and `python -m pytest -m \"{mine}\" --junitxml=grade.xml` is run there. The "
+                 "summary counts per concept. All other tests must pass at the end as well.\n")
     return "".join(parts)
 
 
@@ -110,26 +123,31 @@ def make(out, names):
     if unknown:
         possible = [concept.name for concept in CONCEPTS if concept.functions]
         raise ValueError(f"unknown concept {unknown[0]!r}: expected one of {', '.join(possible)}")
-    if out.exists():
-        raise ValueError(f"{out} exists already: give a folder that does not")
+    if out.exists() or out.name in BY_NAME:
+        raise ValueError(f"{out} exists already or is a concept: the folder to write comes first, and must not exist")
+    if ROOT in out.resolve().parents:
+        raise ValueError(f"{out} is inside the project: give a folder outside, or its tests would be found with ours")
     names = [name for name in BY_NAME if name in names]  # in teaching order
-    copy_project(out)
-    blank_concepts(out, names)
-    (out / "ASSIGNMENT.md").write_text(write_handout(names))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as place:  # complete, or not there at all
+        copy_project(Path(place) / out.name)
+        blank_concepts(Path(place) / out.name, names)
+        (Path(place) / out.name / "ASSIGNMENT.md").write_text(write_handout(names), encoding="utf-8")
+        os.rename(Path(place) / out.name, out)
 
 
 # ---------------------------------------------------------------- what do the blanks turn?
 
 
 def run_tests(folder, *flags):
-    """{test: (concept, passed)} of the tests in a copy of the project, run in a process of their own."""
+    """{test: (concept, passed)} of the tests in a copy of the project, run in a process of their own; skipped ones left out."""
     with tempfile.TemporaryDirectory() as place:
         report = os.path.join(place, "report.xml")
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}",
-                        "-m", "not slow", *flags], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if not os.path.exists(report):
-            raise ValueError(f"the tests in {folder} cannot be collected: does something need a blank when imported?")
-        cases = ElementTree.parse(report).iter("testcase")
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow",
+                               f"--junitxml={report}", *flags], cwd=folder, capture_output=True, text=True)
+        if done.returncode not in (0, 1):  # all passed, some failed
+            raise ValueError(f"the tests in {folder} cannot be run: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+        cases = [case for case in ElementTree.parse(report).iter("testcase") if case.find("skipped") is None]
     return {f"{case.get('classname')}::{case.get('name')}": (
         case.find("properties/property[@name='concept']").get("value"),
         case.find("failure") is None and case.find("error") is None) for case in cases}
@@ -144,7 +162,7 @@ def judge(names, complete, blanked):
     lines, well = [], True
     for concept in CONCEPTS:
         tests = [test for test, (name, _) in complete.items() if name == concept.name]
-        turned = [test for test in tests if complete[test][1] and not blanked[test][1]]
+        turned = [test for test in tests if complete[test][1] and not blanked.get(test, (None, False))[1]]
         broken = [test for test in tests if not complete[test][1]]
         may = "all" if concept.name in names else "some" if all_needs(concept.name) & set(names) else "none"
         wrong = broken or (may == "all" and len(turned) < len(tests)) or (may == "none" and turned)

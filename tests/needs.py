@@ -1,7 +1,8 @@
 """Which concepts does a test really call? It must call its own, and no other that its concept does not need.
 
-So each run of the tests also proves the column `needs` of concepts.py: functions that a test never calls cannot fail it,
-whatever a student has made of them. conftest.py asks; in an assignment this file is missing, and nobody asks.
+So each run of the tests also shows that nothing is missing in the column `needs` of concepts.py: functions that a test
+never calls cannot fail it, whatever a student has made of them. (Slow tests call functions in other processes, unseen.)
+conftest.py asks; in an assignment this file is missing, and nobody asks.
 """
 
 import functools

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from conftest import needs_compile
-from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, combine, count_flops, count_parameters,
-                 dispatch, expert_capacity, grouped_experts, importance_loss, load_loss, loop_experts, mean_balance_loss,
-                 place_rows, top_k_gates, use_grouped_mm)
+from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, combine, compute_dtype, count_flops,
+                 count_parameters, dispatch, expert_capacity, grouped_experts, importance_loss, load_loss, loop_experts,
+                 mean_balance_loss, place_rows, top_k_gates, use_grouped_mm)
 
 
 def close(actual, expected, hint=""):
@@ -506,6 +506,15 @@ def test_which_way_is_taken(dtype, dim, hidden, compiling, kernel, monkeypatch):
     assert use_grouped_mm(torch.zeros(4, dim, dtype=dtype), torch.zeros(3, dim, hidden, dtype=dtype)) == kernel
 
 
+@pytest.mark.experts
+def test_the_dtype_to_compute_in():
+    """That of the rows, or under autocast its own; not the weights'."""
+    rows = torch.zeros(2, 4, dtype=torch.float64)
+    assert compute_dtype(rows) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(rows) == torch.bfloat16
+
+
 @pytest.mark.grouped
 def test_autocast_reaches_the_kernel():
     """Under autocast both ways compute in bfloat16, although autocast does not know grouped_mm."""
@@ -616,6 +625,23 @@ def test_routers_start_undecided(kind):
     """At the start no token is sure of its expert: of 4 experts none gets 0.8 or more."""
     probs = Router(64, 4, kind)(torch.randn(500, 64)).softmax(-1)
     assert probs.max() < 0.8, f"{probs.max():.2f}: too large initial weights, and the winner is fixed from the start"
+    assert len(probs.argmax(1).unique()) == 4, "all tokens prefer the same expert: equal codes?"
+
+
+@pytest.mark.router
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def test_a_projection_keeps_the_size_of_a_token(kind):
+    """proj starts with deviation 1 / sqrt(D), so that P x has numbers of the size of those in x, and the codes are like it."""
+    router = Router(400, 8, kind)  # P x of width 200
+    assert abs(router.proj.std() - 400 ** -0.5) < 0.002  # 80,000 values
+    assert abs(router.codes.std() - 200 ** -0.5) < 0.01  # 1,600 values
+
+
+@pytest.mark.router
+def test_distances_do_not_depend_on_the_number_of_tokens():
+    """l2: torch.cdist takes a less exact formula for large batches unless told not to, and far from 0 it shows."""
+    router, x = Router(8, 4, "l2"), 300 + torch.randn(40, 8)
+    assert torch.equal(router(x)[:3], router(x[:3])), "compute_mode?"
 
 
 @pytest.mark.router
@@ -799,6 +825,14 @@ def test_the_same_seed_gives_the_same_bits():
         (y.square().sum() + routing.balance_loss).backward()
         results.append([y, routing.balance_loss, *(p.grad for p in layer.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.layer
+@pytest.mark.parametrize("wrong", [dict(capacity_factor=0.0), dict(eval_capacity_factor=-1.0), dict(router_noise=-0.1)])
+def test_impossible_factors_are_refused(wrong):
+    """A capacity factor of 0 would leave one slot per expert, and noise cannot be negative; None and 0 noise are fine."""
+    with pytest.raises(ValueError, match="must be above 0"):
+        MoE(6, 8, num_experts=4, k=1, **wrong)
 
 
 @pytest.mark.layer
