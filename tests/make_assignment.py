@@ -12,6 +12,7 @@ import argparse
 import ast
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,9 @@ def copy_project(out):
     for name in PROJECT:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, out / name)
+    readme = (out / "README.md").read_text(encoding="utf-8")  # without the section for instructors
+    readme = re.sub(r"## Make it an assignment\n.*?(?=## )", "", readme, flags=re.DOTALL)
+    (out / "README.md").write_text(readme, encoding="utf-8")
 
 
 def blank_concepts(out, names):

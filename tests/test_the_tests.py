@@ -359,7 +359,8 @@ def test_an_assignment_by_hand(tmp_path, capsys):
     assert not (out / ".git").exists() and compileall.compile_dir(out, quiet=1)
     source = (out / "moe.py").read_text("utf-8")
     assert re.findall('raise NotImplementedError\\("(.*)"\\)', source) == ["top_k: write top_k_gates", "combine: write combine"]
-    text = (out / "ASSIGNMENT.md").read_text()
+    assert "make_assignment" not in (out / "README.md").read_text("utf-8")
+    text = (out / "ASSIGNMENT.md").read_text("utf-8")
     assert text.index("## top_k") < text.index("## combine"), "in teaching order"
     for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)", "--junitxml=grade.xml"):
         assert part in text
