@@ -174,6 +174,7 @@ def judge(names, complete, blanked):
         if turned or wrong:
             lines.append(f"{concept.name:<12} {len(turned):>4} of {len(tests):>3} turn, expected {may}"
                          + f"; {len(broken)} fail without blanks" * bool(broken) + "   WRONG" * bool(wrong))
+            lines += [f"    {test}" for test in turned]
     return lines, well
 
 

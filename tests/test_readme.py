@@ -15,7 +15,7 @@ import eval as evaluation
 import inspect_experts
 import make_assignment
 import train
-from concepts import BY_NAME
+from concepts import BY_NAME, CONCEPTS
 from make_assignment import ROOT
 
 pytestmark = [pytest.mark.course, pytest.mark.skipif(not shutil.which("bash"), reason="bash reads the README's commands")]
@@ -117,6 +117,11 @@ def test_the_table_of_files_has_their_lengths():
     assert [name for name, _ in rows] == ["moe.py", "vit.py", "convnext.py", "eval.py", "train.py", "inspect_experts.py"]
     for name, lines in rows:
         assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 5, name
+
+
+def test_the_number_of_concepts():
+    """Those that can be an assignment: all but the course itself."""
+    assert set(re.findall(r"(\d+) concepts", TEXT)) == {str(sum(bool(concept.functions) for concept in CONCEPTS))}
 
 
 def test_links_lead_somewhere():
