@@ -269,6 +269,30 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
 
 
 @pytest.mark.training
+def test_accumulation_changes_nothing_but_memory():
+    """Two passes of 16 images are one step of 32: the same losses (without noise and capacity, which see a pass at a time)."""
+    for passes in ("1", "2"):
+        run("--epochs", "2", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--out", passes)
+    losses = [[json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")] for passes in ("1", "2")]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.training
+def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
+    """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common to all gradients.)"""
+    gradients, agree = [], train.agree
+
+    def keep_gradient(run, losses):
+        gradients.append(run.model.head.weight.grad.clone())
+        agree(run, losses)
+
+    monkeypatch.setattr(train, "agree", keep_gradient)
+    for passes in ("1", "2"):
+        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0")
+    torch.testing.assert_close(gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}")
+
+
+@pytest.mark.training
 def test_a_run_leaves_checkpoints_and_a_log(capsys):
     """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and the next commands."""
     run("--epochs", "2", "--out", "r")
@@ -404,30 +428,6 @@ def test_ema_by_formula(monkeypatch):
     assert checkpoint["ema"]["head.weight"].dtype == torch.float32
     torch.testing.assert_close(checkpoint["ema"]["head.weight"], average)
     assert {"ema_top1", "ema_val_loss"} <= set(json.loads(open("r/log.jsonl").readline())), "evaluated, too"
-
-
-@pytest.mark.training
-def test_accumulation_changes_nothing_but_memory():
-    """Two passes of 16 images are one step of 32: the same losses (without noise and capacity, which see a pass at a time)."""
-    for passes in ("1", "2"):
-        run("--epochs", "2", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--out", passes)
-    losses = [[json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")] for passes in ("1", "2")]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
-
-
-@pytest.mark.training
-def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
-    """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common to all gradients.)"""
-    gradients, agree = [], train.agree
-
-    def keep_gradient(run, losses):
-        gradients.append(run.model.head.weight.grad.clone())
-        agree(run, losses)
-
-    monkeypatch.setattr(train, "agree", keep_gradient)
-    for passes in ("1", "2"):
-        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0")
-    torch.testing.assert_close(gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}")
 
 
 @pytest.mark.recipe
