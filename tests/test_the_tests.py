@@ -147,14 +147,6 @@ def bystanders(concept):
     return [name for name in names if concept in names and name != concept and concept not in all_needs(name)]
 
 
-def copy_compiled(folder):
-    """A copy of the project with what Python has compiled already: the tests need not be compiled again in every copy."""
-    copy_project(folder)
-    for place in ("__pycache__", "tests/__pycache__"):
-        if (ROOT / place).exists():  # unless Python was told not to keep it
-            shutil.copytree(ROOT / place, folder / place)
-
-
 class OneFailureIsEnough:
     """A plugin for pytest: skips the rest of a concept's tests once one of them has failed."""
 
@@ -173,6 +165,7 @@ class OneFailureIsEnough:
 def run_concepts(answer, folder, names, plugins):
     """In a process of its own: send {concept: (tests that passed, state)} of the quick tests of these concepts in a copy."""
     os.chdir(folder)
+    sys.dont_write_bytecode = False
     ours = {path.stem for place in (ROOT, ROOT / "tests") for path in place.glob("*.py")}
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / "tests")]
     for name in ours & set(sys.modules):
@@ -209,17 +202,25 @@ def selected(request, name):
     return list(dict.fromkeys(item.callspec.params[name] for item in items))
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A copy of the project in which all files have been compiled once, so that its copies start quickly."""
+    folder = tmp_path_factory.mktemp("template")
+    copy_project(folder)
+    run_all([(folder, ["course"], [])])  # there are none: all is collected, and nothing run
+    return folder
+
+
 # ---------------------------------------------------------------- mutants
 
 
 @pytest.fixture(scope="module")
-def verdicts(request, tmp_path_factory):
+def verdicts(request, template, tmp_path_factory):
     """{mutant: the outcomes of the concerned tests}."""
     jobs, mutants = [], selected(request, "mutant")
     for mutant in mutants:
         file, old, new, concept = mutant
-        folder = tmp_path_factory.mktemp("mutant")
-        copy_compiled(folder)
+        folder = shutil.copytree(template, tmp_path_factory.mktemp("mutant") / "project")
         (folder / file).write_text((ROOT / file).read_text("utf-8").replace(old, new), "utf-8")
         jobs.append((folder, [concept, *bystanders(concept)], [OneFailureIsEnough([concept])]))
     return dict(zip(mutants, run_all(jobs)))
@@ -261,12 +262,11 @@ def waiting_for(concept):
 
 
 @pytest.fixture(scope="module")
-def blanked(request, tmp_path_factory):
+def blanked(request, template, tmp_path_factory):
     """{concept: the outcomes of the concerned tests without it}."""
     jobs, concepts = [], selected(request, "unwritten")
     for concept in concepts:
-        folder = tmp_path_factory.mktemp("blank")
-        copy_compiled(folder)
+        folder = shutil.copytree(template, tmp_path_factory.mktemp("blank") / "project")
         make_assignment.blank_concepts(folder, [concept])
         jobs.append((folder, [concept, *waiting_for(concept), *bystanders(concept)],
                      [OneFailureIsEnough(waiting_for(concept))]))
