@@ -181,6 +181,20 @@ def test_what_decays_and_what_does_not():
 
 
 @pytest.mark.optimizer
+def test_mixup_blends_pictures_and_cutmix_cuts_them():
+    """Of one black and one white picture MixUp makes even greys, CutMix black and white with a rectangle of the other."""
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    for name in ("mixup", "cutmix"):
+        mixer = train.make_mixer(dict(mixup=0, cutmix=0) | {name: 1.0}, num_classes=2)
+        values = [mixer(images, torch.tensor([0, 1]))[0][0].unique() for _ in range(5)]  # of the first picture
+        if name == "mixup":
+            assert all(len(v) == 1 and 0 < v < 1 for v in values), "one grey for the whole picture"
+        else:
+            assert all(set(v.tolist()) <= {0.0, 1.0} for v in values), "pixels are taken, not blended"
+    assert train.make_mixer(dict(mixup=0, cutmix=0), num_classes=2) is None
+
+
+@pytest.mark.optimizer
 def test_mixed_targets_sum_to_one():
     """MixUp and CutMix make two-class targets: probabilities, one row per image."""
     for name in ("mixup", "cutmix"):
