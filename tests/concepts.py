@@ -77,7 +77,7 @@ CONCEPTS = (
             "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),
     Concept("training", "train.prepare train.open_data train.start_from train.torchvision_weights train.choose_folder "
             "train.make_checkpoint train.restore train.save train.add_up train.count_routing train.train_step train.agree "
-            "train.train_epoch train.validate_epoch train.main", "optimizer batches checkpoints costs weights",
+            "train.train_epoch train.validate_epoch train.main", "optimizer batches checkpoints costs weights grouped",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
     Concept("statistics", "inspect_experts.crosstab inspect_experts.mutual_information inspect_experts.similarity "

@@ -726,17 +726,16 @@ def test_token_and_positions_of_a_vit_start_apart():
 @pytest.mark.grouped
 @pytest.mark.slow
 @needs_compile
-@pytest.mark.parametrize("model, backend, modes", [
-    (partial(ViT, image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
-     "inductor", [True]),  # to machine code, which takes seconds
-    (partial(ConvNeXt, image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0),
-     "aot_eager", [True, False])], ids=["vit", "convnext"])  # traced only, forward and backward
-def test_a_compiled_model_is_the_same_model(model, backend, modes):
+@pytest.mark.parametrize("model", [
+    partial(ViT, image_size=8, patch_size=4, dim=16, depth=1, heads=2, num_classes=3, moe_layers=[0], router_noise=0),
+    partial(ConvNeXt, image_size=8, depths=(1,), widths=(16,), num_classes=3, moe_layers=[0], router_noise=0),
+], ids=["vit", "convnext"])
+def test_a_compiled_model_is_the_same_model(model):
     """torch.compile(fullgraph=True) of a sparse model: the same loss to 1e-5, in training and in evaluation."""
     model = model()
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for training in modes:
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # traced, without the wait for the C++ compiler
+    for training in (True, False):
         model.train(training)
         losses = []
         for run in (model, compiled):
@@ -744,7 +743,7 @@ def test_a_compiled_model_is_the_same_model(model, backend, modes):
             losses.append(F.cross_entropy(logits, labels) + mean_balance_loss(routings))
         assert_close(*losses, atol=1e-5, rtol=1e-5)
         if training:
-            losses[1].backward()  # the backward graph compiles, too
+            losses[1].backward()  # the backward graph is traced, too
 
 
 def dense_and_sparse(preset, **options):

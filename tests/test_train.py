@@ -17,6 +17,7 @@ from torchvision.io import write_png
 
 import eval as evaluation
 import train
+from conftest import needs_compile
 from moe import MoE
 from vit import vit_nano
 
@@ -501,6 +502,27 @@ def test_dense_models_train_too():
     model, _ = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
     assert not any(isinstance(module, MoE) for module in model.modules())
     assert json.loads(open("r/log.jsonl").readline())["balance_loss"] == 0
+
+
+@pytest.mark.training
+@pytest.mark.slow
+@needs_compile
+def test_a_compiled_run_is_the_same_run(monkeypatch):
+    """--compile: the same losses to 1e-4 (without noise, whose draws may differ), and a checkpoint that any program reads."""
+    compile, compiled = torch.compile, []
+
+    def trace(model):  # only the tracing: test_models.py goes on from there
+        compiled.append(model)
+        return compile(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    for name, *flags in (["plain"], ["compiled", "--compile"]):
+        run("--epochs", "1", "--data", "shapes:120", "--batch-size", "40", "--moe-layers", "3", "--router-noise", "0",
+            "--out", name, *flags)  # always 40 pictures, so that two graphs suffice
+    assert len(compiled) == 1 and state("plain/last.pt").keys() == state("compiled/last.pt").keys()
+    plain, traced = (json.loads(open(f"{name}/log.jsonl").readline()) for name in ("plain", "compiled"))
+    for loss in ("train_loss", "balance_loss", "val_loss"):
+        assert traced[loss] == pytest.approx(plain[loss], abs=1e-4)
 
 
 # ---------------------------------------------------------------- real processes
