@@ -1,63 +1,39 @@
 """train.py in real processes: killed and continued, two against one, and what must be the same at every world size.
 
-torchrun does two things: it starts the processes, and tells each its rank by environment variables. Here the second
-is done by hand, in processes forked from a server that has PyTorch loaded already, so that starting one takes no time.
-test_train.py has a run under torchrun itself.
+torchrun does two things: it starts the processes, and tells each its rank by environment variables. Here forked.py does
+both. test_train.py has a run under torchrun itself.
 """
 
 import json
 import math
-import multiprocessing
 import os
 import signal
-import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torchvision.io import write_png
 
 import eval as evaluation
+import forked
 import train
+from forked import finish
 
-pytestmark = [pytest.mark.training, pytest.mark.slow,
-              pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")]
-
-if hasattr(os, "fork"):
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["train"])
+pytestmark = [pytest.mark.training, pytest.mark.slow, forked.needs_fork]
 
 
-def process(rank, world, port, folder, flags):
-    """One process of a run, as torchrun would start it, validating on 40 pictures only."""
+def train_in(folder, *flags):
+    """`cd folder; python train.py flags`, validating on 40 pictures only, and without waiting for the disk."""
     os.chdir(folder)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the data loader's own processes
+    os.fsync = lambda file: None
     small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
     evaluation.shapes_size = lambda spec, split: small[split](int(spec.split(":")[1]))
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
     train.main(train.parse_args(flags))
 
 
-def start(world, folder, *flags, target=process):
-    """Start `python train.py <flags>` in `world` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [server.Process(target=target, args=(rank, world, port, str(folder), flags)) for rank in range(world)]
-    for p in processes:
-        p.start()
-    return processes
-
-
-def finish(processes, seconds=60):
-    """Wait for the end: the exit codes."""
-    for p in processes:
-        p.join(seconds)
-    return [p.exitcode for p in processes]
+def start(world, folder, *flags):
+    """Start it in `world` processes."""
+    return forked.start(train_in, folder, *flags, world=world)
 
 
 def load(path):
@@ -78,17 +54,17 @@ def same(a, b):
 # ---------------------------------------------------------------- killed and continued
 
 
-LONG = ("--data shapes:240 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 "
-        "--crop-scale 0.5 --flip 1 --drop-path 0.2 --capacity-factor 1.05 --save-every-minutes 0.001").split()
+LONG = ("--data shapes:160 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 "
+        "--crop-scale 0.5 --flip 1 --drop-path 0.2 --capacity-factor 1.05 --save-every-minutes 0.002").split()
 
 
 def interrupt(processes, run, number):
     """Send a signal to all processes in the middle of epoch 2, after a save: the step of the last checkpoint."""
     deadline = time.monotonic() + 60
     step = 0
-    while not (step > 15 and step % 15):  # 15 steps per epoch
+    while not (step > 10 and step % 10):  # 10 steps per epoch
         assert time.monotonic() < deadline and all(p.is_alive() for p in processes), "the run ended before it was stopped"
-        time.sleep(0.02)
+        time.sleep(0.05)
         step = load(run / "last.pt")["step"] if (run / "last.pt").exists() else 0
     for p in processes:
         os.kill(p.pid, number)
@@ -106,14 +82,14 @@ def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_pa
     reached = interrupt(processes, tmp_path / "broken", signal.SIGTERM)
     assert finish(processes) == [143] * world, "128 + 15: a scheduler sees that the run was stopped"
     saved = load(tmp_path / "broken" / "last.pt")["step"]
-    assert reached <= saved < 45, "saved on the way out"
+    assert reached <= saved < 30, "saved on the way out"
 
     processes = start(world, tmp_path, *broken)
     while load(tmp_path / "broken" / "last.pt")["step"] == saved:
         time.sleep(0.02)
     interrupt(processes, tmp_path / "broken", signal.SIGKILL)
     assert finish(processes) == [-9] * world
-    assert load(tmp_path / "broken" / "last.pt")["step"] < 45
+    assert load(tmp_path / "broken" / "last.pt")["step"] < 30
 
     assert finish(start(world, tmp_path, *broken)) == [0] * world
     expected, continued = load(tmp_path / "whole" / "last.pt"), load(tmp_path / "broken" / "last.pt")
@@ -143,7 +119,7 @@ def test_two_processes_train_like_one(layers, tmp_path):
 
     Without what each process draws for itself (noise, drop path) or computes from its own tokens (balance loss).
     """
-    flags = ("--data shapes:64 --model vit_nano --batch-size 64 --epochs 20 --warmup-epochs 2 --balance-weight 0 "
+    flags = ("--data shapes:32 --model vit_nano --batch-size 32 --epochs 20 --warmup-epochs 2 --balance-weight 0 "
              "--router-noise 0 --workers 0 --lr 0.0003 --moe-layers").split() + [layers]
     losses = []
     for world in (1, 2):
@@ -157,20 +133,20 @@ def test_ranks_hold_the_same_bits(tmp_path):
     """Each rank draws its own noise and drop path, and yet all weights stay equal: they apply one average gradient."""
     flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --drop-path 0.2 --capacity-factor 1.05 --workers 0 "
              "--out r").split()
-    assert finish(start(2, tmp_path, *flags, target=process_that_keeps_its_weights)) == [0, 0]
+    assert finish(forked.start(train_and_keep_weights, tmp_path, *flags, world=2)) == [0, 0]
     assert same(load(tmp_path / "rank0.pt"), load(tmp_path / "rank1.pt"))
 
 
-def process_that_keeps_its_weights(rank, world, port, folder, flags):
-    """As process(), but at every save each rank also writes its own weights."""
+def train_and_keep_weights(folder, *flags):
+    """As train_in(), but at every save each rank also writes its own weights."""
     save = train.save
 
     def save_both(run, *names):
         save(run, *names)
-        torch.save(run.model.state_dict(), f"rank{rank}.pt")
+        torch.save(run.model.state_dict(), f"rank{run.rank}.pt")
 
     train.save = save_both
-    process(rank, world, port, folder, flags)
+    train_in(folder, *flags)
 
 
 def test_validation_counts_each_of_7_images_once(tmp_path):

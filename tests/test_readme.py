@@ -8,11 +8,11 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 
 import eval as evaluation
+import forked
 import inspect_experts
 import make_assignment
 import train
@@ -71,8 +71,9 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
     """On few pictures and for one epoch, each in the same process, the study included: what they need has been made before."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: (64, 1) if split == "train" else (40, 2))
-    monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=64))  # and not 500 at a time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # nor waits for the disk
+    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: (16, 1) if split == "train" else (16, 2))
+    monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=16))  # and not 500 at a time
     monkeypatch.setattr(evaluation, "images_per_second", lambda *_: 1.0)
     done = 0
     for program, *arguments in dict.fromkeys(map(tuple, commands())):  # each once
@@ -89,18 +90,21 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
+@forked.needs_fork
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
-    """From a shell, each program: one line on stderr, nothing on stdout, nothing written."""
+    """Each program, run as a script: one line on stderr, nothing on stdout, nothing written."""
     mistakes = {"train.py --data shapes:100 --experts 2 --k 3": "error: k = 3 ",
                 "eval.py nowhere.pt --data shapes": "error: no checkpoint at nowhere.pt",
                 "inspect_experts.py nowhere.pt --data shapes --out out": "error: no checkpoint at nowhere.pt",
                 "tests/make_assignment.py out no_such_concept": "error: unknown concept"}
-    processes = [subprocess.Popen([sys.executable, *f"{ROOT}/{command}".split()], cwd=tmp_path, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in mistakes]
-    for process, (command, expected) in zip(processes, mistakes.items()):
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 2 and out == "" and error.count("\n") == 1 and error.startswith(expected), command
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "here").mkdir()
+    for i, (command, expected) in enumerate(mistakes.items()):
+        file, *arguments = command.split()
+        run = forked.start(forked.program, ROOT / file, arguments, tmp_path / "here", tmp_path / str(i))
+        assert forked.finish(run) == [2], command
+        out, error = ((tmp_path / f"{i}.{stream}").read_text() for stream in ("out", "err"))
+        assert out == "" and error.count("\n") == 1 and error.startswith(expected), command
+    assert os.listdir(tmp_path / "here") == []
 
 
 def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):

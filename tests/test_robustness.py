@@ -5,8 +5,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 import eval as evaluation
+import forked
 from eval import (ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing,
                   corruption_errors, eval_loader, eval_transform, evaluate, images_per_second, match_classes,
                   match_dataset, open_dataset, open_parts, over_seeds, read_real)
@@ -595,8 +594,9 @@ def test_a_model_that_computes_nonsense(tmp_path, monkeypatch):
 
 @pytest.mark.evaluator
 @pytest.mark.slow
+@forked.needs_fork
 def test_two_processes_count_the_same(tmp_path):
-    """Under torchrun with two processes 23 images give the counts of one process: each image once, none twice."""
+    """With two processes 23 images give the counts of one: each image once, none twice; only one of the two prints."""
     model = sparse_model()
     nn.init.normal_(model.head.weight)
     checkpoint = write_checkpoint(tmp_path / "random.pt", model, crop_ratio=1.0)
@@ -606,12 +606,11 @@ def test_two_processes_count_the_same(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         v2.functional.to_pil_image(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)).save(folder / f"{i}.png")
     flags = [checkpoint, "--data", str(tmp_path / "data"), "--batch-size", "4", "--workers", "1", "--json"]
-    evaluation.main(evaluation.parse_args([*flags, str(tmp_path / "1.json")]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "eval.py")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *flags, str(tmp_path / "2.json")], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("random.pt: vit_nano") == 1, "only one process prints"
+    for world in (1, 2):
+        arguments = [*flags, str(tmp_path / f"{world}.json")]
+        run = forked.start(forked.program, ROOT / "eval.py", arguments, tmp_path, world, world=world)
+        assert forked.finish(run) == [0] * world, (tmp_path / f"{world}.err").read_text()
+        assert (tmp_path / f"{world}.out").read_text().count("random.pt: vit_nano") == 1
     written = [json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json")]
     assert [result["processes"] for result in written] == [1, 2]
     rows = [result["results"][0]["data"][str(tmp_path / "data")] for result in written]

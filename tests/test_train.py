@@ -27,8 +27,10 @@ TINY = "--data shapes:96 --model vit_nano --batch-size 32 --workers 0".split()  
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Runs write into an empty folder, validate on 40 pictures, and leave the signal handlers as they were."""
+    """Runs write into an empty folder without waiting for the disk, validate on 40 pictures, and leave the signal handlers
+    as they were."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
     monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1])))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -534,7 +536,8 @@ def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
                "--epochs", "1", "--data", "shapes:128", "--model", "vit_nano", "--out", "r"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90,
+                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("best top-1") == 1
     assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
