@@ -8,9 +8,7 @@ import ast
 import compileall
 import concurrent.futures
 import contextlib
-import gc
 import io
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,12 +17,11 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import make_assignment
 from concepts import BY_NAME, CONCEPTS, all_needs
 from make_assignment import ROOT, blank, copy_project, find, handout
 
-pytest_plugins = "pytester"
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 WRITTEN = [concept.name for concept in CONCEPTS if concept.functions]
 
 # File, what stands there, what a mistaken student might write, and the concept whose tests must notice.
@@ -163,18 +160,25 @@ class OneFailureIsEnough:
             self.failed |= {dict(report.user_properties)["concept"]} & set(self.concepts)
 
 
-def run_concepts(answer, folder, names, plugins):
-    """In a process of its own: send {concept: (tests that passed, state)} of the quick tests of these concepts in a copy."""
-    gc.freeze()  # what the server has loaded need not be searched for garbage, and so not copied
+def enter(folder):
+    """Make a copy of the project the one whose files are imported, in a process of its own."""
     os.chdir(folder)
     sys.dont_write_bytecode = False
     ours = {path.stem for place in (ROOT, ROOT / "tests") for path in place.glob("*.py")}
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / "tests")]
     for name in ours & set(sys.modules):
         del sys.modules[name]  # the server has loaded the original
+
+
+QUIET = ["-p", "no:cacheprovider", "-p", "no:logging", "--basetemp=tmp"]  # pytest without what only takes time here
+
+
+def run_concepts(answer, folder, names, plugins):
+    """Send {concept: (tests that passed, state)} of the quick tests of these concepts in a copy."""
+    enter(folder)
     files = [str(path) for path in Path("tests").glob("test_*.py") if re.search(rf"mark\.({'|'.join(names)})\b", path.read_text("utf-8"))]
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "-m", f"({' or '.join(names)}) and not slow", *files], plugins)
+        pytest.main([*QUIET, "-q", "--tb=no", "-m", f"({' or '.join(names)}) and not slow", *files], plugins)
     conftest = sys.modules["conftest"]
     answer.send({name: (sum(passed for passed, _ in tests.values()), conftest.state_of(name))
                  for name, tests in conftest.results.items()})
@@ -182,13 +186,9 @@ def run_concepts(answer, folder, names, plugins):
 
 def run_all(jobs):
     """Run jobs, a list of (folder, concepts, plugins), one for each processor at a time, at most four."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["train"])  # and with it PyTorch, as test_processes.py does
-
     def run_one(job):
-        answer, sending = server.Pipe(duplex=False)
-        process = server.Process(target=run_concepts, args=(sending, *job))
-        process.start()
+        answer, sending = forked.server.Pipe(duplex=False)
+        process, = forked.start(run_concepts, sending, *job)
         sending.close()  # so that a process that dies is an error, and not an endless wait
         result = answer.recv()
         process.join()
@@ -244,7 +244,7 @@ def test_a_mutant_is_one_change_in_a_function_of_its_concept(mutant):
 
 @pytest.mark.course
 @pytest.mark.slow
-@needs_fork
+@forked.needs_fork
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[3]}: {mutant[2][:40]}".replace("\n", ""))
 def test_a_mutant_fails_its_own_concept_and_no_other(mutant, verdicts):
     """At least one test of the concept fails, and none of the bystanders, which do not need it."""
@@ -277,7 +277,7 @@ def blanked(request, template, tmp_path_factory):
 
 @pytest.mark.course
 @pytest.mark.slow
-@needs_fork
+@forked.needs_fork
 @pytest.mark.parametrize("unwritten", WRITTEN)
 def test_without_a_concept_its_tests_and_those_that_need_it_do_not_pass(unwritten, blanked):
     """All its tests fail, as "not written yet"; what needs it directly waits for it; what does not need it is done."""
@@ -429,20 +429,29 @@ def test_the_solution_check_by_hand(passed, lines, well):
 # ---------------------------------------------------------------- what pytest prints
 
 
-def run_pytester(pytester, tests, *flags):
-    """Run pytest on a test file of ours in an empty project with our conftest.py: its output."""
-    (pytester.path / "tests").mkdir()
+def run_pytest(folder, *flags):
+    """`cd folder; python -m pytest flags >out 2>err`, for start()."""
+    enter(folder)
+    with open("out", "w") as out, open("err", "w") as err, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.exit(pytest.main([*QUIET, *flags]))
+
+
+def run_tests(tests, folder, *flags):
+    """Run pytest on a test file of ours in an empty project with our conftest.py: its status and the lines it prints."""
+    (folder / "tests").mkdir()
     for name in ("concepts.py", "conftest.py"):
-        shutil.copy(ROOT / "tests" / name, pytester.path / "tests" / name)
-    (pytester.path / "tests" / "test_it.py").write_text("import pytest\n" + tests)
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *flags)
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
+    (folder / "tests" / "test_it.py").write_text("import pytest\n" + tests)
+    status, = forked.finish(forked.start(run_pytest, folder, *flags))
+    return status, (folder / "out").read_text().splitlines(), (folder / "err").read_text().splitlines()
 
 
 @pytest.mark.course
 @pytest.mark.slow
-def test_the_summary_tells_unwritten_waiting_and_broken_apart(pytester):
+@forked.needs_fork
+def test_the_summary_tells_unwritten_waiting_and_broken_apart(tmp_path):
     """A line per concept in teaching order: tests run in that order, and each state has its name."""
-    result = run_pytester(pytester, '''
+    _, lines, _ = run_tests('''
 @pytest.mark.layer
 def test_1(): raise NotImplementedError("router: write Router.forward")
 @pytest.mark.layer
@@ -455,19 +464,20 @@ def test_4(): raise NotImplementedError("router: write Router.forward")
 def test_5(): pass
 @pytest.mark.router
 def test_6(): raise NotImplementedError("router: write Router.forward")
-''', "-v")
-    order = [line.split("::")[1].split()[0] for line in result.outlines if line.startswith("tests/test_it.py::")]
+''', tmp_path, "-v")
+    order = [line.split("::")[1].split()[0] for line in lines if line.startswith("tests/test_it.py::")]
     assert order == ["test_6", "test_5", "test_3", "test_4", "test_1", "test_2"]
-    assert [" ".join(line.split()[:5]).split(" A ")[0] for line in result.outlines[-4:]] == [
+    assert [" ".join(line.split()[:5]).split(" A ")[0] for line in lines[-4:]] == [
         "router 0/1 not written yet", "top_k 1/1 done Softmax over", "balance 0/2 BROKEN Without a",
         "layer 1/2 waits for router"]
 
 
 @pytest.mark.course
 @pytest.mark.slow
-def test_the_summary_counts_what_was_left_out(pytester):
+@forked.needs_fork
+def test_the_summary_counts_what_was_left_out(tmp_path):
     """passed/total is of all tests of a concept; with some deselected its state is "so far"; skipped tests do not count."""
-    result = run_pytester(pytester, '''
+    _, lines, _ = run_tests('''
 @pytest.mark.router
 def test_1(): pass
 @pytest.mark.router
@@ -477,15 +487,16 @@ def test_3(): pass
 @pytest.mark.top_k
 @pytest.mark.skip
 def test_4(): pass
-''', "-k", "test_1 or test_3 or test_4")
-    assert [line.split()[:3] for line in result.outlines[-2:]] == [["router", "1/2", "so"], ["top_k", "1/1", "done"]]
+''', tmp_path, "-k", "test_1 or test_3 or test_4")
+    assert [line.split()[:3] for line in lines[-2:]] == [["router", "1/2", "so"], ["top_k", "1/1", "done"]]
 
 
 @pytest.mark.course
 @pytest.mark.slow
+@forked.needs_fork
 @pytest.mark.parametrize("marks, named", [("", r"\[\]"), ("@pytest.mark.router\n@pytest.mark.top_k\n", "'top_k', 'router'")])
-def test_a_test_without_a_concept_or_with_two_is_refused(pytester, marks, named):
+def test_a_test_without_a_concept_or_with_two_is_refused(marks, named, tmp_path):
     """A usage error, status 4, that names the test and says what is expected."""
-    result = run_pytester(pytester, f"{marks}def test_1(): pass\n")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.re_match_lines([rf"ERROR: tests/test_it.py::test_1 has the concepts .*{named}.*expected exactly one.*"])
+    status, _, errors = run_tests(f"{marks}def test_1(): pass\n", tmp_path)
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert re.search(rf"^ERROR: tests/test_it.py::test_1 has the concepts .*{named}.*expected exactly one", "\n".join(errors), re.M)
