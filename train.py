@@ -482,6 +482,9 @@ def prepare(args):
     fit_to_data(config, len(run.train_set), world)
     torch.manual_seed(config["seed"])
     run.model = build_model(model_config(config, len(run.train_set.classes)))
+    if config["compile"] and run.model.moe_blocks and run.dtype == torch.float32 and torch.__version__ < (2, 15):
+        raise ValueError(f"--compile in float32 needs torch 2.15, this is {torch.__version__}: it can compile a sparse model's "
+                         f"grouped_mm in bfloat16 only; leave --compile out or give --dtype bfloat16")
     nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
     run.layout = torch.channels_last if nhwc else torch.contiguous_format
     run.model.to(device, memory_format=run.layout)

@@ -25,8 +25,8 @@ except ModuleNotFoundError as error:
     needs = None  # in an assignment
 
 
-def compile_knows_grouped_mm():
-    """Older releases (2.11) trace the kernel in bfloat16 only, and the tests compile in float32."""
+def traces_float32():
+    """torch.compile knows grouped_mm in bfloat16 since 2.11, in float32 since 2.15."""
     try:
         rows, weights = torch.empty(4, 16, device="meta"), torch.empty(2, 16, 16, device="meta")
         torch.nn.functional.grouped_mm(rows, weights, offs=torch.empty(2, dtype=torch.int32, device="meta"))
@@ -35,8 +35,8 @@ def compile_knows_grouped_mm():
         return False
 
 
-needs_compile = pytest.mark.skipif(not shutil.which("g++") or not compile_knows_grouped_mm(),
-                                   reason="torch.compile in float32 on a CPU needs a C++ compiler and torch above 2.11")
+compiled_types = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.skipif(
+    not traces_float32(), reason="torch.compile traces grouped_mm in float32 since torch 2.15"))])
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ import torchvision
 from torchvision.io import write_png
 
 import eval as evaluation
+import moe
 import train
-from conftest import needs_compile
+from conftest import compiled_types
 from moe import MoE
 from vit import vit_nano
 
@@ -508,8 +509,8 @@ def test_dense_models_train_too():
 
 @pytest.mark.training
 @pytest.mark.slow
-@needs_compile
-def test_a_compiled_run_is_the_same_run(monkeypatch):
+@compiled_types
+def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
     """--compile: the same losses to 1e-4 (without noise, whose draws may differ), and a checkpoint that any program reads."""
     compile, compiled = torch.compile, []
 
@@ -518,13 +519,25 @@ def test_a_compiled_run_is_the_same_run(monkeypatch):
         return compile(model, backend="eager")
 
     monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr(moe, "use_grouped_mm", lambda rows, w1: True)  # uncompiled, too
     for name, *flags in (["plain"], ["compiled", "--compile"]):
         run("--epochs", "1", "--data", "shapes:120", "--batch-size", "40", "--moe-layers", "3", "--router-noise", "0",
-            "--out", name, *flags)  # always 40 pictures, so that two graphs suffice
+            "--dtype", str(dtype).removeprefix("torch."), "--out", name, *flags)  # always 40 pictures: two graphs suffice
     assert len(compiled) == 1 and state("plain/last.pt").keys() == state("compiled/last.pt").keys()
     plain, traced = (json.loads(open(f"{name}/log.jsonl").readline()) for name in ("plain", "compiled"))
     for loss in ("train_loss", "balance_loss", "val_loss"):
         assert traced[loss] == pytest.approx(plain[loss], abs=1e-4)
+
+
+@pytest.mark.training
+def test_an_old_torch_does_not_compile_a_sparse_model_in_float32(monkeypatch, tmp_path):
+    """Before 2.15 grouped_mm is traced in bfloat16 only: refused with what helps, where it is not dense or in bfloat16."""
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.14.1"))
+    with pytest.raises(ValueError, match="--compile in float32 needs torch 2.15, this is 2.14.1: .* --dtype bfloat16"):
+        run("--compile", "--dtype", "float32")
+    assert os.listdir(tmp_path) == []
+    for possible in (["--moe-layers", "none"], ["--dtype", "bfloat16"]):
+        train.prepare(train.parse_args([*TINY, "--compile", *possible]))
 
 
 # ---------------------------------------------------------------- real processes
