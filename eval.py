@@ -471,8 +471,8 @@ def autocast(device, dtype):
 
 
 def best_dtype(device):
-    """bfloat16 on a GPU that computes in it, else float32. (A CPU would only emulate it, or gain little.)"""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    """bfloat16 on a GPU that computes in it, else float32. (A CPU and older GPUs would only emulate it, or gain little.)"""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 def auto_workers(dataset, world=1):
@@ -658,6 +658,9 @@ def prepare(path, data, args):
                    for part, dataset in parts.items()} for spec, parts in data.items()}
     for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
         resized = eval_transform(row["image_size"], row["crop_ratio"])
+        trained_on = row["args"].get("data") and os.path.abspath(row["args"]["data"])
+        if getattr(dataset, "root", None) == spec and os.path.abspath(spec) == trained_on and args.split == "all":
+            dataset.note += ", those of the training among them: --split val leaves them out"
         if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
             raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
         dataset.transform = v2.CenterCrop(row["image_size"]) if part else resized

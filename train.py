@@ -44,8 +44,8 @@ from moe import count_parameters, mean_balance_loss, upcycle
 
 # ---------------------------------------------------------------- recipes
 # One dictionary per family; a flag of the same name overrides an entry. lr holds for a global batch of lr_batch and
-# is scaled linearly with the batch. The MoE entries are stand-ins, as the paper does not publish its own: noise,
-# capacity and balance weight are V-MoE's (Riquelme et al. 2021).
+# is scaled linearly with the batch. The MoE entries are stand-ins, as the paper's table of hyperparameters could not be
+# obtained: noise, capacity and balance weight are V-MoE's (Riquelme et al. 2021).
 
 BASE = dict(
     moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0, capacity_factor=1.05,
@@ -115,7 +115,7 @@ def parse_args(argv=None):
     flag("--weight-decay", type=float)
     flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
     flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
-    flag("--ema", type=float, help="decay per step of the averaged weights; 0 is off")
+    flag("--ema", type=float, help="decay per step of the averaged weights, less at the start; 0 is off")
     flag("--drop-path", type=float, help="rate at the last block")
     flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
     flag("--label-smoothing", type=float)
@@ -338,6 +338,15 @@ def learning_rate(step, steps_per_epoch, config):
     return config["min_lr"] + (config["lr"] - config["min_lr"]) * left
 
 
+def ema_decay(step, decay):
+    """Decay of the averaged weights at optimizer step `step`, counted from 0: min(decay, (1 + step) / (10 + step)), a float.
+
+    So they always average over about the last ninth of the run. With a decay of 0.9999 from the start a run of 1,000 steps
+    would end with nine tenths of its random start; at the end of a published recipe the ramp makes no difference.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
 # ---------------------------------------------------------------- runs and checkpoints
 
 
@@ -505,7 +514,8 @@ def prepare(args):
     run.mixer = make_mixer(config, len(run.train_set.classes))
     run.optimizer = torch.optim.AdamW(parameter_groups(run.model, config["weight_decay"], config["expert_weight_decay"]),
                                       betas=(0.9, 0.999), eps=1e-8, fused=True)
-    run.ema = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(config["ema"])) if config["ema"] else None
+    average = lambda ema, now, _: get_ema_multi_avg_fn(ema_decay(run.step, config["ema"]))(ema, now, _)  # noqa: E731
+    run.ema = AveragedModel(run.model, multi_avg_fn=average) if config["ema"] else None
     if checkpoint:
         restore(run, checkpoint)
     run.first_epoch = run.epoch
@@ -540,9 +550,8 @@ def train_step(run, parts):
             ((loss + config["balance_weight"] * balance) / accumulate).backward()
         losses += torch.stack([loss.detach(), balance.detach()]) / accumulate
         run.progress["routed"] += count_routing(routings, config["experts"]).to(run.device)
-    agree(run, losses)
-    if config["clip_grad"]:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config["clip_grad"])
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config["clip_grad"] or math.inf)
+    agree(run, losses, norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema:
@@ -551,19 +560,19 @@ def train_step(run, parts):
     run.progress["losses"] += losses
 
 
-def agree(run, losses):
-    """Let all processes know, before the weights change, what one knows: losses (2,) that are not finite, a signal to
-    stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all for the loss."""
+def agree(run, losses, norm):
+    """Let all processes know, before the weights change, what one knows: losses (2,) or a norm of the gradient that are not
+    finite, a signal to stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all."""
     minutes = (time.monotonic() - run.saved_at) / 60
     flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
-    flags[0] = ~losses.isfinite().all()
+    flags[0] = ~(losses.isfinite().all() & norm.isfinite())
     if run.world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
     if broken:
         raise FloatingPointError(
-            f"the loss is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, "
-            f"balance {losses[1].item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, "
+            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, "
+            f"balance {losses[1].item():.4g}, norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, "
             f"the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or "
             f"--dtype float32")
 
@@ -652,11 +661,12 @@ def print_result(run):
 def print_epoch(run, line):
     """One aligned line per epoch, and once a warning if the data come too slowly."""
     if run.epoch == run.first_epoch + 1:
-        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}{'images/s':>10}"
-              f"{'data wait':>11}")
+        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}"
+              + f"{'EMA top-1':>11}" * bool(run.ema) + f"{'images/s':>10}{'data wait':>11}")
     print(f"{line['epoch']:>5}/{run.config['epochs']:<3}{line['train_loss']:>9.4f}{line['balance_loss']:>9.3f}"
-          f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}{line['images_per_s']:>10.0f}"
-          f"{line['data_wait']:>11.0%}", flush=True)
+          f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}"
+          + (f"{line['ema_top1']:>11.2f}" if run.ema else "")
+          + f"{line['images_per_s']:>10.0f}{line['data_wait']:>11.0%}", flush=True)
     if line["data_wait"] > 0.2 and run.epoch == run.first_epoch + 1:
         print(f"warning: {line['data_wait']:.0%} of the time went into waiting for data; more --workers (now "
               f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)

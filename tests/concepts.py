@@ -71,7 +71,7 @@ CONCEPTS = (
     # ---- train.py: from a recipe to a checkpoint
     Concept("recipe", "train.parse_args train.resolve train.find_recipe train.fit_to_data", "",
             "Published hyperparameters, overridden by flags, refused before any work when they cannot be."),
-    Concept("optimizer", "train.learning_rate train.parameter_groups train.classification_loss train.make_mixer", "building",
+    Concept("optimizer", "train.learning_rate train.ema_decay train.parameter_groups train.classification_loss train.make_mixer", "building",
             "Warm up, decay to the end, and do not let weight decay touch biases, norms and embeddings."),
     Concept("batches", "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__", "recipe counting",
             "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),

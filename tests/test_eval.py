@@ -511,9 +511,9 @@ def test_autocast_is_on_for_bfloat16_only():
 
 @pytest.mark.counting
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
-    """A GPU that computes in bfloat16 runs in it, an older one and a CPU in float32."""
-    for supported, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    """A GPU that computes in bfloat16 runs in it; an older one, which would emulate it, and a CPU in float32."""
+    for native, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
         assert best_dtype(torch.device("cuda")) == dtype and best_dtype(CPU) == torch.float32
 
 
@@ -914,6 +914,17 @@ def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatc
     run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags.split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith(f"  {data}: {images} images") and lines[-1].split()[5] == "50.00"  # "c" is half
+
+
+@pytest.mark.evaluator
+def test_images_of_the_training_are_not_counted_unnoticed(saved_model, monkeypatch, capsys):
+    """A flat folder that the checkpoint was trained on: evaluated whole, the accuracy would be too good, and that is said."""
+    model, folder = saved_model
+    data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
+    write_checkpoint(folder / "here.pt", model=model.state_dict(), args=dict(data=data))
+    for flags, said in ((["--split", "all"], True), (["--split", "val"], False)):
+        run(monkeypatch, folder / "here.pt", "--data", data, "--workers", 0, *flags)
+        assert ("10 images, 2 of 3 classes, those of the training among them: --split val" in capsys.readouterr().out) == said
 
 
 @pytest.mark.evaluator

@@ -121,12 +121,14 @@ MUTANTS = [
     ("eval.py", 'row["params"], row["active"] = ', 'row["active"], row["params"] = ', "evaluator"),
 
     ("train.py", 'recipe["lr"] * batch / recipe["lr_batch"]', 'recipe["lr"]', "recipe"),
+    ("train.py", "return min(decay, (1 + step) / (10 + step))", "return decay", "optimizer"),  # a short run ends near its start
     ("train.py", "(step + 1) / warmup", "step / warmup", "optimizer"),  # the first step does nothing
     ("train.py", 'leaf in ("b1", "b2", "pos', 'leaf in ("pos', "optimizer"),  # expert biases decay
     ("train.py", "step[self.rank::self.world]", "step[::self.world]", "batches"),  # all processes see the same images
     ("train.py", "draw_seed(self.seed, self.epoch)", "draw_seed(self.seed)", "batches"),  # every epoch in the same order
 
     ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
+    ("train.py", "~(losses.isfinite().all() & norm.isfinite())", "~losses.isfinite().all()", "training"),  # NaN weights
     ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),

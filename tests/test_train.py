@@ -158,6 +158,13 @@ def test_vmoe_warms_up_for_10000_steps():
 
 
 @pytest.mark.optimizer
+def test_ema_decay_by_hand():
+    """(1 + step) / (10 + step), until that is more than the flag's decay: 0.9999 = 89,991 / 90,000 from step 89,990 on."""
+    assert [train.ema_decay(step, 0.9999) for step in (0, 8, 90)] == [1 / 10, 9 / 18, 91 / 100]
+    assert train.ema_decay(89_989, 0.9999) < 0.9999 == train.ema_decay(89_991, 0.9999)
+
+
+@pytest.mark.optimizer
 def test_sigmoid_loss_by_hand():
     """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for the other."""
     logits, config = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), dict(loss="sigmoid", label_smoothing=0.0)
@@ -300,13 +307,13 @@ def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
     """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common to all gradients.)"""
     gradients, agree = [], train.agree
 
-    def keep_gradient(run, losses):
+    def keep_gradient(run, *noticed):
         gradients.append(run.model.head.weight.grad.clone())
-        agree(run, losses)
+        agree(run, *noticed)
 
     monkeypatch.setattr(train, "agree", keep_gradient)
     for passes in ("1", "2"):
-        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0")
+        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--clip-grad", "0")
     torch.testing.assert_close(gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}")
 
 
@@ -435,13 +442,13 @@ def test_a_checkpoint_that_would_run_code_is_refused():
 
 @pytest.mark.training
 def test_ema_by_formula(monkeypatch):
-    """The averaged weights start as those of step 1, then become 0.9 * average + 0.1 * weights after each step."""
+    """The averaged weights start as those of step 0, then become d * average + (1 - d) * weights, d = ema_decay(step, 0.3)."""
     seen, step = [], train.train_step
     monkeypatch.setattr(train, "train_step", lambda r, parts: (step(r, parts), seen.append(r.model.head.weight.detach().clone())))
-    run("--epochs", "2", "--ema", "0.9", "--out", "r")
+    run("--epochs", "2", "--ema", "0.3", "--out", "r")
     average = seen[0]
-    for weights in seen[1:]:
-        average = 0.9 * average + 0.1 * weights
+    for weights, decay in zip(seen[1:], (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True):  # 4 / 13 would be more than 0.3
+        average = decay * average + (1 - decay) * weights
     checkpoint = torch.load("r/last.pt", weights_only=True)
     assert checkpoint["ema"]["head.weight"].dtype == torch.float32
     torch.testing.assert_close(checkpoint["ema"]["head.weight"], average)
@@ -477,6 +484,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     monkeypatch.setattr(train, "normalize", lambda images, mean, std: images.float() * float("nan"))
     with pytest.raises(FloatingPointError, match=r"not finite at step 0 .* lr .*r/last.pt"):
         run("--epochs", "1", "--out", "r")
+    assert not os.path.exists("r/last.pt")
+
+
+@pytest.mark.training
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
+    """The loss is fine, its gradient is not: noticed before it reaches the weights, also without --clip-grad."""
+    loss = train.classification_loss
+    monkeypatch.setattr(train, "classification_loss", lambda *args: 0 * (loss(*args) - loss(*args).detach()).sqrt() + 1)
+    with pytest.raises(FloatingPointError, match=r"step 0 .* cross-entropy 1, .* gradient nan"):
+        run("--epochs", "1", "--clip-grad", "0", "--out", "r")
     assert not os.path.exists("r/last.pt")
 
 
