@@ -110,9 +110,9 @@ def load_loss(logits, noisy_logits, k, noise_std):
     above. Counting tokens has no gradient, but the router is noisy, so ask: if expert e's noise were drawn again, how
     likely is it that e reaches the token's top k? With thr = the token's k-th largest NOISY logit that is P(logit +
     noise >= thr) = 1 - Phi((thr - logit) / noise_std): threshold and score are both logits. Averaged over tokens, it is
-    the load (E,). With noise_std = 0 the probability is 0 or 1, the plain count, whose gradient is zero, not missing.
-    Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert. Far below every
-    threshold Phi is flat: an expert that nobody chooses can be brought back by the importance loss only.
+    the load (E,); gradients flow through both. With noise_std = 0 the probability is 0 or 1, the plain count, whose gradient
+    is zero, not missing. Dropped choices count too: a loss that only saw survivors would be blind to an overflowing expert.
+    Far below every threshold Phi is flat: an expert that nobody chooses can be brought back by the importance loss only.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std == 0:
@@ -175,7 +175,8 @@ class MLP(nn.Sequential):
 
 
 class Router(nn.Module):
-    """Score every token against every expert: x (T, D) -> logits (T, E), in float32 or better even under autocast.
+    """Score every token against every expert: x (T, D) -> logits (T, E), in float32 even under autocast or for bfloat16
+    tokens and parameters; float64 tokens get float64 logits.
 
     kind    logits                            as in
     linear  code_e . x                        the paper's "Conv" gate (a 1x1 convolution), and the one that wins there
@@ -183,9 +184,9 @@ class Router(nn.Module):
     l2      -s * |P x - code_e|               the same with distances
 
     s = exp(log_scale) is a learned inverse temperature, starting at 2 and bounded by 100 as in Tutel.
-    dim is D, num_experts E; proj_dim is the width of P x: half of D, but at least 1 and at most 256. Parameters: codes
-    (E, D), from N(0, 0.02^2); for cosine and l2 codes (E, proj_dim) and proj (proj_dim, D), the P, both from N(0, 1 /
-    inputs), and log_scale. ValueError for another kind, naming those that exist.
+    dim is D, num_experts E; proj_dim is the width of P x: half of D rounded down, but at least 1 and at most 256.
+    Parameters: codes (E, D), from N(0, 0.02^2); for cosine and l2 codes (E, proj_dim) and proj (proj_dim, D), the P, both
+    from N(0, 1 / inputs), and log_scale. ValueError for another kind: it and "expected one of linear, cosine, l2".
     """
 
     def __init__(self, dim, num_experts, kind="linear", proj_dim=None):
@@ -311,7 +312,8 @@ class MoE(nn.Module):
     eval_capacity_factor: the same for evaluation. None by default, because with a limit the prediction for one image
         depends on the other images of its batch.
     router_noise: while training, N(0, (router_noise / E)^2) is added to the logits before the choice (V-MoE); 0 is off.
-    Raises ValueError if k is not between 1 and num_experts, for a factor of 0 or less, and for negative noise.
+    Raises ValueError if k is not between 1 and num_experts ("k must be 1 to 4"), for a factor of 0 or less, and for
+    negative noise; the message has the wrong number.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -339,7 +341,9 @@ class MoE(nn.Module):
         return y.to(x.dtype).reshape(x.shape), routing
 
     def route(self, tokens):
-        """Decide for tokens (T, D): scores, noise, choice, slots, balance losses. Returns a Routing."""
+        """Decide for tokens (T, D): scores, noise (while training), choice, slots, balance losses. Returns a Routing, whose
+        gates are those before dropping. The load loss takes noise_std in evaluation, too, with the clean logits as noisy ones.
+        """
         logits = self.router(tokens)  # (T, E)
         probs = logits.softmax(-1)
         noisy = logits

@@ -32,6 +32,7 @@ MUTANTS = [
     ("moe.py", "with torch.autocast(x.device.type, enabled=False)", "with torch.autocast(x.device.type)", "router"),
     ("moe.py", "torch.randn(num_experts, dim) * 0.02", "torch.randn(num_experts, dim)", "router"),  # decided at the start
     ("moe.py", "torch.randn(num_experts, dim) * 0.02", "torch.zeros(num_experts, dim)", "router"),  # all tokens to one
+    ("moe.py", "torch.promote_types(x.dtype, torch.float32)", "torch.promote_types(x.dtype, self.codes.dtype)", "router"),
     ("moe.py", 'compute_mode="donot_use_mm_for_euclid_dist"', "", "router"),  # scores depend on the batch's size
 
     ("moe.py", "return gates, experts\n", "return gates / gates.sum(-1, keepdim=True), experts\n", "top_k"),  # renormalised
@@ -45,6 +46,8 @@ MUTANTS = [
     ("moe.py", ".values[:, -1:]", ".values[:, :1]", "balance"),  # the largest, not the k-th largest
     ("moe.py", ".float() + 0.0 * logits", ".float()", "balance"),  # a missing gradient instead of a zero one
     ("moe.py", ".mean() if routings", ".sum() if routings", "balance"),  # grows with the depth
+    ("moe.py", "[r.balance_loss for r in routings]", "[r.balance_loss.detach() for r in routings]", "balance"),
+    ("moe.py", "values[:, -1:]  # (T, 1)", "values[:, -1:].detach()", "balance"),  # the threshold is a logit, too
 
     ("moe.py", "round(num_tokens * k * factor / num_experts, 6)", "num_tokens * k * factor / num_experts", "capacity"),
     ("moe.py", "num_tokens * k * factor", "num_tokens * factor", "capacity"),  # a token asks k times
@@ -56,6 +59,7 @@ MUTANTS = [
     ("moe.py", "experts.masked_fill(~kept, num_experts)", "experts", "dispatch"),  # counts include the dropped
     ("moe.py", "torch.empty_like(rows).index_copy(0, positions, rows)", "rows[positions]", "dispatch"),  # the inverse
     ("moe.py", "owner.argsort(stable=True)", "owner.argsort(descending=True, stable=True)", "dispatch"),
+    ("moe.py", "owner.argsort(stable=True)", "owner.argsort()", "dispatch"),  # tokens of one expert in any order
 
     ("moe.py", "(answers * weights.unsqueeze(-1)).sum(1)", "answers.sum(1)", "combine"),  # the gate is not multiplied
     ("moe.py", "answers * weights.unsqueeze(-1)", "answers * weights.detach().unsqueeze(-1)", "combine"),
@@ -72,6 +76,10 @@ MUTANTS = [
     ("moe.py", "min(factors, default=1) <= 0", "min(factors, default=1) < 0", "layer"),
     ("moe.py", "self.capacity_factor if self.training else self.eval_capacity_factor", "self.capacity_factor", "layer"),
     ("moe.py", "gates[:, 0] if self.batch_priority else None", "None", "layer"),  # by position, always
+    ("moe.py", "if self.batch_priority else None", "if self.batch_priority and self.training else None", "layer"),
+    ("moe.py", "Routing(logits, probs, experts, gates, kept", "Routing(logits, probs, experts, gates * kept, kept", "layer"),
+    ("moe.py", "load_loss(logits, noisy, self.k, self.noise_std)", "load_loss(logits, noisy, self.k, self.noise_std * self.training)",
+     "layer"),  # another loss in evaluation
     ("moe.py", "importance_loss(probs) + load_loss", "importance_loss(noisy.softmax(-1)) + load_loss", "layer"),
 
     ("vit.py", '"last2": odd[-2:]', '"last2": odd[:2]', "placement"),

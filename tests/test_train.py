@@ -61,7 +61,7 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     ("--moe-layers every3", "expected one of none, every2, last2, last3"),
     ("--moe-layers stage", "'stage' does not exist in a ViT"),
     ("--moe-layers 1,9", "names block 9"),
-    ("--router quadratic", "expected one of linear, cosine, l2"),
+    ("--router quadratic", "linear, cosine, l2"),
     ("--experts 4 --k 5", "k must be 1 to 4"),
     ("--data nowhere", "no data at 'nowhere'"),
     ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
