@@ -99,8 +99,11 @@ def write_handout(names):
     parts = ["# Assignment\n\nWrite the functions below: each docstring is the task, each test checks one claim and says it "
              "in its docstring.\nA function that is not written yet raises `NotImplementedError`. Keep all names and "
              f"signatures, helpers included.\n\n```sh\npython -m pytest -x -m \"{mine}\"   # stops at the next thing to "
-             "learn\npython -m pytest -m \"not slow\"   # everything that is quick: what still waits for yours?\n```\n\n"
-             f"{COMMON}\n"]
+             "learn\npython -m pytest -m \"not slow\"   # everything that is quick: what still waits for yours?\n```\n"]
+    functions = [function for name in names for function in BY_NAME[name].functions.split()]
+    files = list(dict.fromkeys(f"{function.split('.')[0]}.py" for function in functions))
+    if files != ["moe.py"]:  # the words that only the programs use
+        parts.append(f"\n{COMMON}\n")
     described = set()  # classes whose docstring has been printed
     for name in names:
         concept = BY_NAME[name]
@@ -115,9 +118,10 @@ def write_handout(names):
                 text = ast.get_docstring(node) or f"As {owner.name} above says."
             described.add((file, owner.name if owner else None))
             parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
-    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: your files are "
-                 f"copied over a fresh assignment, and `python -m pytest -m \"{mine}\" --junitxml=grade.xml` is run there. The "
-                 "summary counts per concept. All other tests must pass at the end as well.\n")
+    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: your "
+                 f"{', '.join(files)}, and nothing else, is copied over a fresh assignment, and `python -m pytest -m \"{mine}\" "
+                 "--junitxml=grade.xml` is run there. The summary counts per concept. All other tests must pass at the end as "
+                 "well.\n")
     return "".join(parts)
 
 
@@ -127,8 +131,10 @@ def make(out, names):
     if unknown:
         possible = [concept.name for concept in CONCEPTS if concept.functions]
         raise ValueError(f"unknown concept {unknown[0]!r}: expected one of {', '.join(possible)}")
-    if out.exists() or out.name in BY_NAME:
-        raise ValueError(f"{out} exists already or is a concept: the folder to write comes first, and must not exist")
+    if out.name in BY_NAME:
+        raise ValueError(f"{out} is a concept: the folder to write comes first, as in ../homework {out} {' '.join(names)}")
+    if out.exists():
+        raise ValueError(f"{out} exists already: give a folder that does not, it will be made")
     if ROOT in out.resolve().parents:
         raise ValueError(f"{out} is inside the project: give a folder outside, or its tests would be found with ours")
     names = [name for name in BY_NAME if name in names]  # in teaching order
@@ -184,6 +190,7 @@ def solution_check(out, names):
         copy_project(Path(place))
         lines, well = judge(names, run_tests(place), run_tests(out))
     print("\n".join(lines))
+    print("the blanks turn all tests of their concepts, and no test that needs none of them" * well)
     if not well:
         raise ValueError("the blanks do not turn exactly the tests of their concepts and of those that need them")
 
@@ -218,6 +225,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
+    except BrokenPipeError:  # --list | head
+        os._exit(0)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

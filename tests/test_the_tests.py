@@ -380,8 +380,11 @@ def test_an_assignment_by_hand(tmp_path, capsys):
     assert "make_assignment" not in (out / "README.md").read_text("utf-8")
     text = (out / "ASSIGNMENT.md").read_text("utf-8")
     assert text.index("## top_k") < text.index("## combine"), "in teaching order"
-    for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)", "--junitxml=grade.xml"):
+    for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)", "--junitxml=grade.xml",
+                 "your moe.py, and nothing else"):
         assert part in text
+    assert make_assignment.COMMON not in text, "nothing here has args or a run"
+    assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
 
 
 @pytest.mark.course
@@ -398,7 +401,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
     (["EXISTS", "top_k"], "exists already"),
     (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
     (["new", "course"], "unknown concept 'course'"),
-    (["top_k", "combine"], "the folder to write comes first"),
+    (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
     ([str(ROOT / "homework"), "top_k"], "is inside the project"),
     (["new"], "at least one concept"),
 ])
