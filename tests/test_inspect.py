@@ -20,7 +20,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import MEAN, STD, Shapes, TensorImages, build_model, eval_loader
+from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader
 from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect,
                              known_factors, make_files, mutual_information, overlay, palette, png, sheet, similarity, svg,
                              tint, top_classes)
@@ -523,7 +523,9 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def run_main(monkeypatch, *argv):
-    """python inspect_experts.py ARGV in this process."""
+    """python inspect_experts.py ARGV in this process; `shapes` has 100 pictures."""
+    monkeypatch.setattr("eval.shapes_size", lambda spec, split: (100, 2))
+    monkeypatch.setattr("eval.draw_shapes", lambda generator: draw_shapes(generator, n=100))
     monkeypatch.setattr(sys, "argv", ["inspect_experts.py", *argv])
     inspect_experts.main(inspect_experts.parse_args())
 

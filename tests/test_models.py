@@ -207,16 +207,6 @@ def test_parameters_of_a_vit_by_hand():
 # ---------------------------------------------------------------- shapes and options
 
 
-@by_family("preset", VITS, CONVNEXTS)
-def test_output_shape_of_every_preset(preset):
-    """Images (B, 3, S, S) become logits (B, 1000), where S is the preset's image_size."""
-    with torch.device("meta"):
-        model = preset(init_std=None, moe_layers="none")
-    images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
-    assert model(images).shape == (2, 1000)
-    assert model.image_size == (32 if "nano" in preset.__name__ else 224)
-
-
 @pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_every_preset_passes_its_options_on(preset):
@@ -719,6 +709,16 @@ def test_token_and_positions_of_a_vit_start_apart():
     model = vit_s(depth=1)
     assert abs(model.pos_embed.std() - 0.02) < 0.001  # 197 * 384 = 75,648 values
     assert 0.01 < model.class_token.std() < 0.03  # 384 values
+
+
+@by_family("preset", VITS, CONVNEXTS)
+def test_output_shape_of_every_preset(preset):
+    """Images (B, 3, S, S) become logits (B, 1000), where S is the preset's image_size."""
+    with torch.device("meta"):
+        model = preset(init_std=None, moe_layers="none")
+    images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
+    assert model(images).shape == (2, 1000)
+    assert model.image_size == (32 if "nano" in preset.__name__ else 224)
 
 
 # ---------------------------------------------------------------- compile, upcycle

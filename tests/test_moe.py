@@ -573,6 +573,7 @@ def test_both_ways_give_the_same_bits_twice():
 
 
 @pytest.mark.grouped
+@pytest.mark.slow
 @compiled_types
 def test_compiled_layer_is_the_same_layer(dtype):
     """torch.compile(fullgraph=True) takes the kernel, and gives its loss and gradients to 1e-5."""

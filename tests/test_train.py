@@ -1,5 +1,6 @@
 """train.py: the schedule, the order of the images, checkpoints, and small runs from the first step to the last line."""
 
+import functools
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ def workplace(tmp_path, monkeypatch):
     as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=128))  # and not 500 at a time
     small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
     monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1])))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
