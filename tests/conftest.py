@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(items):
     totals.update(collections.Counter(concept_of(item) for item in items))
 
 
+def pytest_collection_finish(session):
+    """Test files with a begin_session() have work for other processes, which begins while the first tests use one only."""
+    for module in dict.fromkeys(item.module for item in session.items if not session.config.option.collectonly):
+        getattr(module, "begin_session", lambda session: None)(session)
+
+
 # ---------------------------------------------------------------- what came of it: one line per concept
 
 totals = {}  # {concept: number of tests, also of those that -m, -k or -x leave out}

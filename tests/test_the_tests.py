@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -194,48 +195,69 @@ def run_concepts(answer, folder, names, plugins):
                  for name, tests in conftest.results.items()})
 
 
-def run_all(jobs):
-    """Run jobs, a list of (folder, concepts, plugins), one for each processor at a time, at most four."""
-    def run_one(job):
-        answer, sending = forked.server.Pipe(duplex=False)
-        process, = forked.start(run_concepts, sending, *job)
-        sending.close()  # so that a process that dies is an error, and not an endless wait
-        result = answer.recv()
-        process.join()
-        return result
-
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count())) as threads:
-        return list(threads.map(run_one, jobs))
+def run_copy(answer, template, change, names, plugins):
+    """The same in a copy of a copy, changed by change, a function and its arguments after the folder."""
+    os.nice(10)  # the tests that run meanwhile come first
+    with tempfile.TemporaryDirectory() as place:
+        folder = shutil.copytree(template, Path(place) / "project")
+        function, *arguments = change
+        function(folder, *arguments)
+        run_concepts(answer, folder, names, plugins)
 
 
-def selected(request, name):
+def mutate(folder, file, old, new):
+    """Replace a line in a file of a copy."""
+    (folder / file).write_text((ROOT / file).read_text("utf-8").replace(old, new), "utf-8")
+
+
+def in_process(function, *arguments):
+    """What function(answer, *arguments) sends, in a process of its own."""
+    answer, sending = forked.server.Pipe(duplex=False)
+    process, = forked.start(function, sending, *arguments)
+    sending.close()  # so that a process that dies is an error, and not an endless wait
+    result = answer.recv()
+    process.join()
+    return result
+
+
+def after(other, *arguments):
+    """in_process() when another future has finished."""
+    other.result()
+    return in_process(*arguments)
+
+
+outcomes = {}  # {mutant or unwritten concept: Future of {concept: (tests that passed, state)}}
+
+
+def begin_session(session):
+    """conftest.py calls this before the first test: the copies are tested in the background, while other tests run.
+
+    As many at a time as there are processors, at most four.
+    """
+    jobs = {mutant: ((mutate, *mutant[:3]), [mutant[3], *bystanders(mutant[3])], [OneFailureIsEnough(mutant[3:])])
+            for mutant in selected(session, "mutant_outcome")}
+    jobs |= {concept: ((make_assignment.blank_concepts, [concept]), [concept, *waiting_for(concept), *bystanders(concept)],
+                       [OneFailureIsEnough(waiting_for(concept))]) for concept in selected(session, "unwritten")}
+    if not jobs or not hasattr(os, "fork"):
+        return
+    place, threads = tempfile.TemporaryDirectory(), concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count()))
+    session.config.add_cleanup(place.cleanup)
+    session.config.add_cleanup(lambda: threads.shutdown(cancel_futures=True))  # the last added is the first done
+    template = Path(place.name) / "project"
+    copy_project(template)
+    # All is collected there once, and so compiled: its copies start quickly. No test is of the concept "course".
+    compiled = threads.submit(in_process, run_concepts, template, ["course"], [])
+    for key, job in jobs.items():
+        outcomes[key] = threads.submit(after, compiled, run_copy, template, *job)
+
+
+def selected(session, name):
     """The values of a parameter in the tests that this run of pytest has selected."""
-    items = [item for item in request.session.items if name in getattr(getattr(item, "callspec", None), "params", {})]
+    items = [item for item in session.items if name in getattr(getattr(item, "callspec", None), "params", {})]
     return list(dict.fromkeys(item.callspec.params[name] for item in items))
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A copy of the project in which all files have been compiled once, so that its copies start quickly."""
-    folder = tmp_path_factory.mktemp("template")
-    copy_project(folder)
-    run_all([(folder, ["course"], [])])  # there are none: all is collected, and nothing run
-    return folder
-
-
 # ---------------------------------------------------------------- mutants
-
-
-@pytest.fixture(scope="module")
-def verdicts(request, template, tmp_path_factory):
-    """{mutant: the outcomes of the concerned tests}."""
-    jobs, mutants = [], selected(request, "mutant")
-    for mutant in mutants:
-        file, old, new, concept = mutant
-        folder = shutil.copytree(template, tmp_path_factory.mktemp("mutant") / "project")
-        (folder / file).write_text((ROOT / file).read_text("utf-8").replace(old, new), "utf-8")
-        jobs.append((folder, [concept, *bystanders(concept)], [OneFailureIsEnough([concept])]))
-    return dict(zip(mutants, run_all(jobs)))
 
 
 @pytest.mark.course
@@ -255,11 +277,12 @@ def test_a_mutant_is_one_change_in_a_function_of_its_concept(mutant):
 @pytest.mark.course
 @pytest.mark.slow
 @forked.needs_fork
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant[3]}: {mutant[2][:40]}".replace("\n", ""))
-def test_a_mutant_fails_its_own_concept_and_no_other(mutant, verdicts):
+@pytest.mark.parametrize("mutant_outcome", MUTANTS, ids=lambda mutant: f"{mutant[3]}: {mutant[2][:40]}".replace("\n", ""))
+def test_a_mutant_fails_its_own_concept_and_no_other(mutant_outcome):
     """At least one test of the concept fails, and none of the bystanders, which do not need it."""
-    states = {name: state for name, (_, state) in verdicts[mutant].items()}
-    assert states.pop(mutant[3]) == "BROKEN", f"nobody notices that {mutant[1]!r} has become {mutant[2]!r}"
+    file, old, new, concept = mutant_outcome
+    states = {name: state for name, (_, state) in outcomes[mutant_outcome].result().items()}
+    assert states.pop(concept) == "BROKEN", f"nobody notices that {old!r} has become {new!r}"
     assert set(states.values()) <= {"done", "so far"}, f"tests that should not see the mistake fail: {states}"
 
 
@@ -273,27 +296,15 @@ def waiting_for(concept):
     return [other.name for other in CONCEPTS if concept in other.needs.split() and (other.name, concept) not in UNSEEN]
 
 
-@pytest.fixture(scope="module")
-def blanked(request, template, tmp_path_factory):
-    """{concept: the outcomes of the concerned tests without it}."""
-    jobs, concepts = [], selected(request, "unwritten")
-    for concept in concepts:
-        folder = shutil.copytree(template, tmp_path_factory.mktemp("blank") / "project")
-        make_assignment.blank_concepts(folder, [concept])
-        jobs.append((folder, [concept, *waiting_for(concept), *bystanders(concept)],
-                     [OneFailureIsEnough(waiting_for(concept))]))
-    return dict(zip(concepts, run_all(jobs)))
-
-
 @pytest.mark.course
 @pytest.mark.slow
 @forked.needs_fork
 @pytest.mark.parametrize("unwritten", WRITTEN)
-def test_without_a_concept_its_tests_and_those_that_need_it_do_not_pass(unwritten, blanked):
+def test_without_a_concept_its_tests_and_those_that_need_it_do_not_pass(unwritten):
     """All its tests fail, as "not written yet"; what needs it directly waits for it; what does not need it is done."""
-    outcomes = blanked[unwritten]
-    assert outcomes.pop(unwritten) == (0, "not written yet")
-    for name, (_, state) in outcomes.items():
+    found = outcomes[unwritten].result()
+    assert found.pop(unwritten) == (0, "not written yet")
+    for name, (_, state) in found.items():
         expected = {f"waits for {unwritten}"} if name in waiting_for(unwritten) else {"done", "so far"}  # but for slow tests
         assert state in expected, f"without {unwritten}, {name} is {state!r}"
 
