@@ -479,15 +479,16 @@ def legend(run):
 
 def draw_load(run):
     E, top = run.counts[0].num_experts, max(max(layer["share"]) for layer in run.layers)
-    w = WIDTH / E
+    w, even = WIDTH / E, 130 - 110 / E / top
     for block, layer in zip(run.blocks, run.layers):
         panel = Panel(f"block {block}", 150)
-        panel.line([(0, 130 - 110 / E / top), (WIDTH, 130 - 110 / E / top)], GREY, 1)
+        panel.line([(0, even), (WIDTH, even)], GREY, 1)
         for e, (share, colour) in enumerate(zip(layer["share"], palette(E))):
             h = 110 * share / top
             panel.rect(e * w + 1, 130 - h, w - 2, h, colour)
             panel.text((e + 0.5) * w, 145, e if e % math.ceil(E / 16) == 0 else "", "middle")
-            panel.text((e + 0.5) * w, 126 - h, f"{100 * share:.1f}%" if E <= 8 else "", "middle", 10)
+            y = even - 3 if 115 - h < even < 128 - h else 126 - h  # not struck through by the line
+            panel.text((e + 0.5) * w, y, f"{100 * share:.1f}%" if E <= 8 else "", "middle", 10)
         yield panel
 
 
