@@ -495,13 +495,30 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
                       persistent_workers=workers > 0)
 
 
+def image_losses(logits, answers, loss):
+    """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
+
+    answers are the right classes of an image, int64, padded with -1; L is 1 if there is only one.
+    loss is the kind with which the model was trained, without label smoothing:
+    - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
+    - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
+    """
+    if loss == "sigmoid":
+        right = F.one_hot(answers + 1, logits.shape[1] + 1).amax(1)  # (B, L) -> (B, 1 + classes)
+        right = right[:, 1:].to(logits.dtype)  # without the column of the padding
+        return F.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(1)
+    log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0))  # (B, L)
+    return -log_probs.masked_fill(answers < 0, -math.inf).logsumexp(1)
+
+
 @torch.no_grad()
-def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress=""):
+def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
+             loss="softmax"):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
 
     The model runs on normalize(images, mean, std), under autocast if dtype is bfloat16.
     Labels are (B,), or (B, L) padded with -1 if several answers are right: then one of them must be the best, or among the
-    best five. loss is the mean of -log(probability of the right answers), the cross-entropy when there is one.
+    best five. The result's loss is the mean over images of image_losses(), of the kind `loss`.
     columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
     With fewer than 5 classes top5 is top-all, 100. progress: what the progress bar is called; none if empty.
     Under torchrun each process counts its share and the sums are added at the end. ValueError, in all processes, if an
@@ -524,19 +541,18 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
-        log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -math.inf)  # (B, L)
-        loss = -log_probs.logsumexp(1).double().sum()
-        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), loss])
+        total = image_losses(logits, answers, loss).double().sum()
+        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), total])
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(broken, dist.ReduceOp.MAX)
     if broken >= 0:
         raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without this image would not be "
                          f"comparable; repair or remove the file")
-    images, correct1, correct5, loss = sums.tolist()
+    images, correct1, correct5, total = sums.tolist()
     model.train(was_training)
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
-                top5=100 * correct5 / images, loss=loss / images)
+                top5=100 * correct5 / images, loss=total / images)
 
 
 @torch.no_grad()
@@ -682,7 +698,8 @@ def measure(model, row, data, args, device, world, progress):
             if "images_per_s" not in row:
                 batch = torch.stack([dataset[i][0] for i in islice(cycle(dataset.indices), args.batch_size)])
                 row["images_per_s"] = images_per_second(model, normalize(batch.to(device), mean, std), device, dtype)
-            counts = evaluate(model, loader, device, mean, std, dataset.columns, dtype, progress and f"{spec} {part}")
+            counts = evaluate(model, loader, device, mean, std, dataset.columns, dtype,
+                              progress and f"{spec} {part}", row["args"].get("loss", "softmax"))
             if not math.isfinite(counts["loss"]):
                 raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite numbers")
             results[part] = counts | dict(protocol=dataset.note, transform=" ".join(str(dataset.transform).split()))

@@ -7,10 +7,10 @@
 Results go to runs/<model>-<data>-<number>/, or to --out DIR; a run named by --out continues by itself when started
 again. There: last.pt and best.pt (checkpoints), log.jsonl (one line per epoch).
 
-Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed, epoch, image), a
-batch's mixing, noise and drop path on (seed, step). There is no generator state to save, and neither the number of
-worker processes nor an interruption changes a run: stopped by kill, Ctrl-C or a scheduler's SIGTERM and started again,
-it ends with the weights of a run that was never interrupted.
+Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed, epoch, image), the
+mixing, noise and drop path of one pass of one process on (seed, step, its share of the batch). There is no generator
+state to save, and neither the number of worker processes nor an interruption changes a run: stopped by kill, Ctrl-C or
+a scheduler's SIGTERM and started again, it ends with the weights of a run that was never interrupted.
 """
 
 import argparse
@@ -43,42 +43,90 @@ from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, ev
 from moe import count_parameters, mean_balance_loss, upcycle
 
 # ---------------------------------------------------------------- recipes
-# One dictionary per family; a flag of the same name overrides an entry. lr holds for a global batch of lr_batch and
-# is scaled linearly with the batch. The MoE entries are stand-ins, as the paper's table of hyperparameters could not be
-# obtained: noise, capacity and balance weight are V-MoE's (Riquelme et al. 2021).
+# One dictionary per model; a flag of the same name overrides an entry. `lr` holds for a global
+# batch of `lr_batch` images and is scaled linearly with the batch.
+#
+# Placement, experts, k and ratio are the paper's own choice for each model. Its table of
+# hyperparameters could not be obtained: router noise, capacity and balance weight are V-MoE's
+# (Riquelme et al. 2021).
 
 BASE = dict(
-    moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0, capacity_factor=1.05,
-    balance_weight=0.005, loss="softmax", decay="cosine")
+    moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0,
+    capacity_factor=1.05, balance_weight=0.005, loss="softmax", decay="cosine",
+    layer_decay=1.0, head_scale=1.0)
+
+# ImageNet-1k from scratch. ConvNeXt and DeiT augment with timm. Ours still differs from timm:
+# - RandAugment has torchvision's 13 operations; timm has two more, Invert and SolarizeAdd.
+# - Its magnitude is always the same; timm draws it, with a deviation of 0.5.
+# - It samples bilinearly, timm bicubically; its Posterize keeps 4 bits, timm's 1 bit.
+# - RandomErasing fills with the mean colour, timm's with noise.
 IMAGENET = BASE | dict(
-    epochs=300, weight_decay=0.05, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaug=9, erasing=0.25, clip_grad=0.0,
-    crop_scale=0.08, flip=1, image_size=224, crop_ratio=0.875)
-CONVNEXT = IMAGENET | dict(  # Liu et al. 2022, TRAINING.md
-    k=1, lr=4e-3, lr_batch=4096, batch_size=4096, min_lr=1e-6, warmup_epochs=20, ema=0.9999)
-VIT = IMAGENET | dict(  # DeiT: Touvron et al. 2021, README_deit.md
-    k=2, lr=1e-3, lr_batch=1024, batch_size=1024, min_lr=1e-5, warmup_epochs=5, drop_path=0.1, ema=0.99996)
-VMOE = IMAGENET | dict(  # V-MoE: Riquelme et al. 2021, appendix B; it reports 73.1% for S/32
-    k=2, lr=3e-3, lr_batch=8192, batch_size=8192, min_lr=1e-5, warmup_epochs=64.1, weight_decay=0.1, clip_grad=1.0,
-    loss="sigmoid", decay="linear", label_smoothing=0.0, mixup=0.2, cutmix=0.0, randaug=10, erasing=0.0, drop_path=0.0,
-    ema=0.0)  # 64.1 epochs are 10,000 steps
-NANO = BASE | dict(  # ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps
-    batch_size=64, lr_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, drop_path=0.0, label_smoothing=0.0,
-    mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, clip_grad=1.0, ema=0.0, crop_scale=1.0, flip=0, image_size=32,
-    crop_ratio=1.0, capacity_factor=0.0)
+    epochs=300, weight_decay=0.05, clip_grad=0.0, label_smoothing=0.1, mixup=0.8, cutmix=1.0,
+    randaug=9, erasing=0.25, crop_scale=0.08, flip=1, image_size=224, crop_ratio=0.875)
+
+# Liu et al. 2022, TRAINING.md
+CONVNEXT = IMAGENET | dict(
+    experts=4, k=1, expert_ratio=2, lr=4e-3, lr_batch=4096, batch_size=4096, min_lr=1e-6,
+    warmup_epochs=20, ema=0.9999)
+CONVNEXT_ISO = CONVNEXT | dict(experts=8, expert_ratio=4, warmup_epochs=50)
+
+# DeiT: Touvron et al. 2021, README_deit.md. Not here: repeated augmentation. DeiT reports its raw
+# weights (`top1` in the log), never its EMA (`ema_top1`).
+VIT = IMAGENET | dict(
+    moe_layers="every2", k=2, lr=1e-3, lr_batch=1024, batch_size=1024, min_lr=1e-5,
+    warmup_epochs=5, drop_path=0.1, ema=0.99996)
+
+# V-MoE's S/32: Riquelme et al. 2021, their vmoe_s32_last2_ilsvrc2012_randaug_light1.py.
+# Its published accuracy is no target for ours. It has what ours lacks: expert dropout 0.2, a tanh
+# layer of 512 units before the head, a head that starts at 0 with bias -ln 1000, inputs in
+# [-1, 1], routing in groups of 8 images. It trains on 99% of the images, and drops tokens by
+# their position in the batch (ours: by their gate).
+VMOE = IMAGENET | dict(
+    k=2, lr=3e-3, lr_batch=8192, batch_size=8192, min_lr=1e-5, decay="linear",
+    warmup_epochs=64.1,  # 10,000 steps
+    weight_decay=0.1, clip_grad=1.0, loss="sigmoid", label_smoothing=0.0, mixup=0.2, cutmix=0.0,
+    randaug=10, erasing=0.0, crop_scale=0.05, drop_path=0.0, ema=0.0)
+
+# Ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps.
+NANO = BASE | dict(
+    batch_size=64, lr_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0,
+    label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, crop_scale=1.0, flip=0,
+    image_size=32, crop_ratio=1.0, capacity_factor=0.0, drop_path=0.0, ema=0.0)
+
 RECIPES = dict(
     convnext_nano=NANO | dict(k=1, lr=4e-3, steps=1250),
     convnext_t=CONVNEXT | dict(drop_path=0.1),
     convnext_s=CONVNEXT | dict(drop_path=0.4),
     convnext_b=CONVNEXT | dict(drop_path=0.5),
-    convnext_iso_s=CONVNEXT | dict(drop_path=0.1, warmup_epochs=50),
-    convnext_iso_b=CONVNEXT | dict(drop_path=0.2, warmup_epochs=50),
+    convnext_iso_s=CONVNEXT_ISO | dict(drop_path=0.1),
+    convnext_iso_b=CONVNEXT_ISO | dict(drop_path=0.2),
     vit_nano=NANO | dict(k=2, lr=3e-3, steps=1750),
-    vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT, vmoe_s32=VMOE)
-# With --init-from, on top of the model's recipe (but for the nano models): ConvNeXt's and DeiT III's fine-tuning from 21k
-# to 1k, without ConvNeXt's layer-wise decay of the learning rate.
-CONVNEXT_TUNE = dict(
-    epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
-VIT_TUNE = dict(epochs=50, lr=3e-4, lr_batch=2048, batch_size=2048, weight_decay=0.02)
+    vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT,
+    vmoe_s32=VMOE)
+
+# Fine-tuning, with --init-from: published for weights from ImageNet-21k. Nano models keep their
+# own recipe.
+
+# TRAINING.md, "Fine-tune from ImageNet-22K". 8 experts of ratio 4: the paper's choice on 21k.
+CONVNEXT_TUNE = CONVNEXT | dict(
+    experts=8, expert_ratio=4, epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0,
+    weight_decay=1e-8, mixup=0.0, cutmix=0.0, ema=0.0, layer_decay=0.8, head_scale=0.001)
+
+# DeiT III's line with AdamW (README_revenge.md). Its other one, lr 3e-4, is for LAMB.
+VIT_TUNE = VIT | dict(
+    epochs=20, lr=1e-5, lr_batch=512, batch_size=512, weight_decay=0.1, erasing=0.0,
+    drop_path=0.2, crop_ratio=1.0)
+
+FINE_TUNING = dict(
+    convnext_t=CONVNEXT_TUNE | dict(drop_path=0.1),
+    convnext_s=CONVNEXT_TUNE | dict(drop_path=0.2),
+    convnext_b=CONVNEXT_TUNE | dict(drop_path=0.2),
+    convnext_iso_s=CONVNEXT_TUNE | dict(drop_path=0.1, layer_decay=1.0),  # not published
+    convnext_iso_b=CONVNEXT_TUNE | dict(drop_path=0.2, layer_decay=1.0),  # not published
+    vit_ti=VIT_TUNE, vit_s=VIT_TUNE, vit_b=VIT_TUNE, vit_b32=VIT_TUNE,
+    vit_l=VIT_TUNE | dict(drop_path=0.45),
+    vmoe_s32=VIT_TUNE | dict(moe_layers="last2"))  # V-MoE fine-tunes with SGD
+
 # The torchvision model whose weights fit, for --init-from torchvision.
 TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
                    convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
@@ -114,6 +162,9 @@ def parse_args(argv=None):
     flag("--warmup-epochs", type=float)
     flag("--weight-decay", type=float)
     flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
+    flag("--layer-decay", type=float, help="factor on the learning rate per group of layers, from the "
+         "head down (ConvNeXt T, S, B only); 1 is off")
+    flag("--head-scale", type=float, help="scale of a head that starts fresh under --init-from")
     flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
     flag("--ema", type=float, help="decay per step of the averaged weights, less at the start; 0 is off")
     flag("--drop-path", type=float, help="rate at the last block")
@@ -147,6 +198,9 @@ def resolve(args):
     for name in ("lr", "batch_size", "epochs"):
         config[name] = given.get(name)  # None: fit_to_data() will settle it
     config["expert_weight_decay"] = given.get("expert_weight_decay", config["weight_decay"])
+    if config["layer_decay"] != 1 and config["model"] not in LAYER_DECAYED:
+        raise ValueError(f"--layer-decay {config['layer_decay']} is for {', '.join(LAYER_DECAYED)} "
+                         f"only: leave it out, or give 1")
     if config["moe_layers"][0].isdigit():
         config["moe_layers"] = [int(i) for i in config["moe_layers"].split(",")]
     for name in ("epochs", "batch_size", "accumulate", "image_size"):
@@ -156,15 +210,17 @@ def resolve(args):
 
 
 def find_recipe(config):
-    """The recipe of the model, with --init-from its variant for fine-tuning."""
-    model, tune = config["model"], {}
-    if config["init_from"] and not model.endswith("_nano"):
-        tune = CONVNEXT_TUNE if model.startswith("convnext") else VIT_TUNE
-    return RECIPES[model] | tune
+    """Return the recipe of config["model"]: with --init-from the one for fine-tuning, if any."""
+    table = FINE_TUNING if config["init_from"] else RECIPES
+    return table.get(config["model"], RECIPES[config["model"]])
 
 
 def fit_to_data(config, num_images, world):
-    """Settle batch_size, lr and epochs for num_images and a world of processes, in place. ValueError if impossible."""
+    """Settle batch size, learning rates, epochs and warm-up, in place in the config.
+
+    num_images: those to train on. world: the number of processes. Raises ValueError if they do
+    not fit together.
+    """
     recipe, share = find_recipe(config), world * config["accumulate"]
     batch = config["batch_size"]
     if batch is None:  # the recipe's, or all images where there are fewer
@@ -181,6 +237,12 @@ def fit_to_data(config, num_images, world):
     if config["epochs"] is None:
         steps = recipe.get("steps", 0) / (num_images // batch)
         config["epochs"] = recipe.get("epochs") or min(50, max(5, round(steps)))
+    config["min_lr"] = min(config["min_lr"], config["lr"])  # a rate only falls after its warm-up
+    if config["warmup_epochs"] > config["epochs"]:
+        if config["warmup_epochs"] != recipe["warmup_epochs"]:
+            raise ValueError(f"--warmup-epochs {config['warmup_epochs']:g} is longer than the run "
+                             f"of {config['epochs']} epochs: give fewer")
+        config["warmup_epochs"] = config["epochs"] / 10  # the recipe's is for its own, longer run
 
 
 def model_config(config, num_classes):
@@ -217,11 +279,15 @@ def train_transform(config):
         steps = [eval_transform(config["image_size"], config["crop_ratio"])]
     if config["flip"]:
         steps.append(v2.RandomHorizontalFlip())
+    grey = [round(255 * mean) for mean in MEAN]  # the mean colour
     if config["randaug"]:
-        # Magnitude 9 of 10, as in timm's "rand-m9"; torchvision's default scale goes to 30. Without timm's mstd0.5.
-        steps.append(v2.RandAugment(num_ops=2, magnitude=config["randaug"], num_magnitude_bins=11))
+        # As timm's rand-m9-inc1: two operations, each with probability 1/2, magnitude 9 of 10.
+        # One of torchvision's 14 operations is Identity, hence 7/13: 7/13 * 13/14 = 1/2.
+        operation = v2.RandAugment(1, config["randaug"], num_magnitude_bins=11, fill=grey,
+                                   interpolation=v2.InterpolationMode.BILINEAR)
+        steps += [v2.RandomApply([operation], p=7 / 13)] * 2
     if config["erasing"]:
-        steps.append(v2.RandomErasing(config["erasing"], value=[round(255 * mean) for mean in MEAN]))
+        steps.append(v2.RandomErasing(config["erasing"], value=grey))
     return v2.Compose(steps)
 
 
@@ -242,8 +308,9 @@ class Batches:
     """The order of the images: an iterable of lists of (epoch, index), what DataLoader calls a batch sampler.
 
     Each epoch is a permutation of all images, cut into steps of `batch_size`; the last, incomplete step is left out.
-    A process takes every world-th image of a step, in `accumulate` parts. Before iterating set .epoch, and .first_step to
-    continue inside an epoch.
+    A step is dealt out to world * accumulate shares, image by image: a process takes one share in
+    each of its passes. So two passes of one process have the shares of two processes.
+    Before iterating set .epoch, and .first_step to continue inside an epoch.
     """
 
     def __init__(self, num_images, batch_size, accumulate, seed, rank, world):
@@ -258,9 +325,11 @@ class Batches:
     def __iter__(self):
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        for step in order[:self.steps * self.batch_size].split(self.batch_size)[self.first_step:]:
-            for part in step[self.rank::self.world].chunk(self.accumulate):
-                yield [(self.epoch, int(index)) for index in part]
+        steps = order[:self.steps * self.batch_size].split(self.batch_size)
+        shares = self.world * self.accumulate
+        for step in steps[self.first_step:]:
+            for share in range(self.rank, shares, self.world):
+                yield [(self.epoch, int(index)) for index in step[share::shares]]
 
 
 def make_mixer(config, num_classes):
@@ -299,29 +368,67 @@ def torchvision_weights(name):
 
 
 def classification_loss(logits, targets, config):
-    """Cross-entropy of logits (B, classes) with labels (B,) or mixed targets (B, classes): a scalar, mean over images.
+    """Return the cross-entropy of logits (B, C) with targets, a scalar: the mean over the images.
 
-    softmax: the classes exclude each other. sigmoid (V-MoE): each class is a yes or no of its own, summed over classes.
+    targets: labels (B,), or mixed probabilities (B, C), C classes. Label smoothing s moves them to
+    (1 - s) * targets + s / C.
+    --loss softmax: the classes exclude each other. --loss sigmoid (V-MoE): each class is a yes or
+    no of its own, summed over the classes.
     """
+    smoothing = config["label_smoothing"]
     if config["loss"] == "softmax":
-        return F.cross_entropy(logits, targets, label_smoothing=config["label_smoothing"])
-    targets = F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum") / len(logits)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    B, C = logits.shape
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, C)  # (B,) -> (B, C)
+    targets = (1 - smoothing) * targets + smoothing / C
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / B
 
 
-def parameter_groups(model, weight_decay, expert_weight_decay):
-    """A model's parameters in three groups for the optimizer: with weight_decay, with expert_weight_decay, and without.
+LAYER_DECAYED = ("convnext_t", "convnext_s", "convnext_b")  # for which layer-wise decay is published
 
-    Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
+
+def layer_group(name):
+    """Return the group, 0 to 13, of a parameter of ConvNeXt T, S or B, by its name.
+
+    0 is the stem, 1 and 2 the first two stages, 3 to 11 three blocks each of the third stage, 12
+    the last stage, 13 the norm and the head. What downsamples belongs to the stage that follows,
+    or to its first group. As get_num_layer_for_convnext in the official optim_factory.py. (T has 9
+    blocks in its third stage: its groups 6 to 11 are empty.)
     """
-    groups = {rate: dict(params=[], weight_decay=rate) for rate in (weight_decay, expert_weight_decay, 0.0)}
+    part, *indices = name.split(".")
+    if part == "stem":
+        return 0
+    if part == "downsample":
+        return (2, 3, 12)[int(indices[0])]
+    if part == "stages":
+        stage, block = int(indices[0]), int(indices[1])
+        return (1, 2, 3 + block // 3, 12)[stage]
+    return 13
+
+
+def parameter_groups(model, weight_decay, expert_weight_decay, layer_decay=1.0):
+    """Return a model's parameters in groups for the optimizer, a list of dicts.
+
+    Keys: params, weight_decay, and lr_scale, by which train_step() multiplies the learning rate.
+    weight_decay holds for weight matrices and convolutions, expert_weight_decay for the experts'
+    matrices, 0 for the rest: norms, biases, layer scale, embeddings, router temperatures.
+    layer_decay: the head has the whole learning rate, each group of layers below it (see
+    layer_group) this share of the one above. The first dict of the list has lr_scale 1.
+    """
+    groups = {}
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-1]
         if parameter.ndim < 2 or leaf in ("b1", "b2", "pos_embed", "class_token"):
-            groups[0.0]["params"].append(parameter)
+            decay = 0.0
+        elif leaf in ("w1", "w2"):
+            decay = expert_weight_decay
         else:
-            groups[expert_weight_decay if leaf in ("w1", "w2") else weight_decay]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+            decay = weight_decay
+        scale = layer_decay ** (13 - layer_group(name))
+        group = dict(params=[], weight_decay=decay, lr_scale=scale)
+        groups.setdefault((scale, decay), group)["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: group["lr_scale"], reverse=True)
 
 
 def learning_rate(step, steps_per_epoch, config):
@@ -501,6 +608,9 @@ def prepare(args):
     if world > 1:
         dist.broadcast_object_list(found)  # rank 0 decides for all
     run.folder, checkpoint = found[0]
+    with torch.no_grad():
+        for parameter in run.model.head.parameters():
+            parameter.mul_(config["head_scale"])  # unless --init-from has a head for these classes
     run.fresh = start_from(run.model, config) if config["init_from"] and not checkpoint else []
     if config["freeze_backbone"]:
         run.model.requires_grad_(False)
@@ -510,9 +620,10 @@ def prepare(args):
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
     run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
                             pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    run.val_loader = eval_loader(run.val_set, max(1, config["batch_size"] // world), workers, device)
+    run.val_loader = eval_loader(run.val_set, max(1, config["batch_size"] // world // config["accumulate"]), workers, device)
     run.mixer = make_mixer(config, len(run.train_set.classes))
-    run.optimizer = torch.optim.AdamW(parameter_groups(run.model, config["weight_decay"], config["expert_weight_decay"]),
+    decays = (config[name] for name in ("weight_decay", "expert_weight_decay", "layer_decay"))
+    run.optimizer = torch.optim.AdamW(parameter_groups(run.model, *decays),
                                       betas=(0.9, 0.999), eps=1e-8, fused=True)
     average = lambda ema, now, _: get_ema_multi_avg_fn(ema_decay(run.step, config["ema"]))(ema, now, _)  # noqa: E731
     run.ema = AveragedModel(run.model, multi_avg_fn=average) if config["ema"] else None
@@ -528,7 +639,7 @@ def train_step(run, parts):
     """One optimizer step on the next batch, a loader's next `accumulate` parts; adds its numbers to run.progress."""
     config, accumulate = run.config, run.config["accumulate"]
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.batches.steps, config)
+        group["lr"] = group["lr_scale"] * learning_rate(run.step, run.batches.steps, config)
     losses = torch.zeros(2, device=run.device)  # cross-entropy, balance
     for part in range(accumulate):
         waiting = time.perf_counter()
@@ -537,10 +648,10 @@ def train_step(run, parts):
         report_unreadable(run, unreadable)
         images = normalize(images.to(run.device, non_blocking=True), MEAN, STD).contiguous(memory_format=run.layout)
         targets = labels.to(run.device, non_blocking=True)
-        seed_draws(run.device, config["seed"], run.step, part)
+        share = part * run.world + run.rank  # of the step's images, as in Batches
+        seed_draws(run.device, config["seed"], run.step, share)  # mixing, noise, drop path: its own
         if run.mixer:
             images, targets = run.mixer(images, targets)
-        seed_draws(run.device, config["seed"], run.step, part, run.rank)  # noise and drop path, own to each process
         send = run.world == 1 or part == accumulate - 1  # DDP averages the gradients over the processes once per step
         with nullcontext() if send else run.net.no_sync():
             with autocast(run.device, run.dtype):
@@ -609,7 +720,7 @@ def validate_epoch(run):
     unreadable = torch.tensor(len(run.unreadable), device=run.device)
     if run.world > 1:
         dist.all_reduce(unreadable)
-    val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
+    val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, loss=run.config["loss"])
     line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
                 balance_loss=balance, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
                 images_per_s=steps * run.config["batch_size"] / progress["seconds"],
@@ -617,7 +728,7 @@ def validate_epoch(run):
                 dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
                 load=(choices / choices.sum(1, keepdim=True)).tolist())
     if run.ema:
-        val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
+        val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, loss=run.config["loss"])
         line |= dict(ema_val_loss=val["loss"], ema_top1=val["top1"], ema_top5=val["top5"])
     return line
 
@@ -629,23 +740,59 @@ def report_unreadable(run, indices):
         tqdm.write(f"warning: cannot read {run.train_set.path(index)}: the next image takes its place", file=sys.stderr)
 
 
+def paper_row(config):
+    """Return in words what the paper reports for this configuration, or None if it does not.
+
+    Its Table 1: trained from scratch on ImageNet-1k, at 224 pixels, with the linear router.
+    """
+    model = model_config(config, num_classes=1000)
+    if config["init_from"] or config["image_size"] != 224:
+        return None
+    for name, preset, options, *_, top1, _ in vit.TABLE + convnext.TABLE:
+        if preset.__name__ == model["model"] and options.items() <= model.items():
+            words = f"{name} of Table 1: {top1}% on ImageNet-1k"
+            if name in vit.TABLE_9:
+                words += f"; {vit.TABLE_9[name]}% with DeiT's recipe, which is ours (Table 9)"
+            return words
+    return None
+
+
 def print_summary(run):
-    """What was chosen, and what follows from it."""
-    config, (total, active) = run.config, count_parameters(run.model)
-    blocks = run.model.moe_blocks
-    sparse = f"{config['experts']} experts, top {config['k']}, in blocks {blocks}" if blocks else "dense"
-    passes = f"{run.world} process(es) x {config['accumulate']} pass(es)"
-    start = f"start       from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}\n" * bool(config["init_from"])
-    print(f"data        {config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to validate, "
-          f"{len(run.train_set.classes)} classes\n"
-          f"model       {config['model']}, {sparse}\n{start}"
-          f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M\n"
-          f"batch       {config['batch_size']} = {passes} x {config['batch_size'] // run.world // config['accumulate']}\n"
-          f"schedule    {config['epochs']} epochs x {run.batches.steps} steps, peak lr {config['lr']:.3g}\n"
-          f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}\n"
-          f"results     {run.folder}/")
-    options = ", ".join(f"{name} {config[name]}" for name in sorted(find_recipe(config)) if name in config)
-    print(textwrap.fill(f"recipe      {options}", 110, subsequent_indent=12 * " "))
+    """Print what was chosen, and what follows from it: a row per subject."""
+    config, blocks = run.config, run.model.moe_blocks
+    total, active = (count / 1e6 for count in count_parameters(run.model))
+    recipe = find_recipe(config)
+    per_pass = config["batch_size"] // run.world // config["accumulate"]
+
+    model = f"{config['model']}, dense"
+    if blocks:
+        model = (f"{config['model']}, {config['experts']} experts, top {config['k']}, "
+                 f"in blocks {blocks}")
+    start = None
+    if config["init_from"]:
+        start = f"from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}"
+    warmup = f"warm-up {config['warmup_epochs']:g} epochs"
+    if recipe["warmup_epochs"] > config["epochs"]:
+        warmup += f" (the recipe's {recipe['warmup_epochs']:g} are longer than this run)"
+    values = [f"{name} {config[name]}" for name in sorted(recipe) if name in config]
+
+    rows = dict(
+        data=f"{config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to "
+             f"validate, {len(run.train_set.classes)} classes",
+        model=model,
+        start=start,
+        paper=paper_row(config),
+        parameters=f"{total:.2f}M, active per token {active:.2f}M",
+        batch=f"{config['batch_size']} = {run.world} process(es) x {config['accumulate']} pass(es) "
+              f"x {per_pass}",
+        schedule=f"{config['epochs']} epochs x {run.batches.steps} steps, "
+                 f"peak lr {config['lr']:.3g}, {warmup}",
+        machine=f"{run.device}, {str(run.dtype).removeprefix('torch.')}",
+        results=f"{run.folder}/",
+        recipe=textwrap.fill(", ".join(values), 98, subsequent_indent=12 * " "))
+    for subject, words in rows.items():
+        if words:
+            print(f"{subject:<12}{words}")
 
 
 def print_result(run):
