@@ -243,7 +243,8 @@ def convnext_iso_b(num_classes=1000, **options):
 DENSE = dict(moe_layers="none")
 FOUR = dict(moe_layers="last2", num_experts=4, k=1, expert_ratio=2, router="linear")
 EIGHT = dict(moe_layers="last2", num_experts=8, k=1, expert_ratio=4, router="linear")
-TABLE = (  # name, preset, options; the paper's params (M), active params (M), GFLOPs, top-1 (%); a note
+TABLE = (
+    # name, preset, options; the paper's params (M), active params (M), GFLOPs, top-1 (%); a note
     ("ConvNeXt-T", convnext_t, DENSE, 28.6, 28.6, 4.5, 82.1, ""),
     ("ConvNeXt-T-4", convnext_t, FOUR, 34.5, 25.6, 4.2, 82.1, ""),
     ("ConvNeXt-S", convnext_s, DENSE, 50.0, 50.0, 8.7, 83.1, ""),

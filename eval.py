@@ -542,7 +542,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
         total = image_losses(logits, answers, loss).double().sum()
-        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), total])
+        number = torch.tensor(len(labels), device=device)
+        sums += torch.stack([number, hits[:, 0].sum(), hits.any(1).sum(), total])
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(broken, dist.ReduceOp.MAX)

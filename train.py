@@ -7,10 +7,11 @@
 Results go to runs/<model>-<data>-<number>/, or to --out DIR; a run named by --out continues by itself when started
 again. There: last.pt and best.pt (checkpoints), log.jsonl (one line per epoch).
 
-Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed, epoch, image), the
-mixing, noise and drop path of one pass of one process on (seed, step, its share of the batch). There is no generator
-state to save, and neither the number of worker processes nor an interruption changes a run: stopped by kill, Ctrl-C or
-a scheduler's SIGTERM and started again, it ends with the weights of a run that was never interrupted.
+Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed,
+epoch, image); the mixing, noise and drop path of one process in one pass on (seed, step, its share
+of the batch). There is no generator state to save, and neither the number of worker processes nor
+an interruption changes a run: stopped by kill, Ctrl-C or a scheduler's SIGTERM and started again,
+it ends with the weights of a run that was never interrupted.
 """
 
 import argparse
@@ -162,8 +163,8 @@ def parse_args(argv=None):
     flag("--warmup-epochs", type=float)
     flag("--weight-decay", type=float)
     flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
-    flag("--layer-decay", type=float, help="factor on the learning rate per group of layers, from the "
-         "head down (ConvNeXt T, S, B only); 1 is off")
+    flag("--layer-decay", type=float, help="factor on the learning rate from a group of layers to "
+         "the one below it (ConvNeXt T, S, B); 1 is off")
     flag("--head-scale", type=float, help="scale of a head that starts fresh under --init-from")
     flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
     flag("--ema", type=float, help="decay per step of the averaged weights, less at the start; 0 is off")
@@ -308,8 +309,8 @@ class Batches:
     """The order of the images: an iterable of lists of (epoch, index), what DataLoader calls a batch sampler.
 
     Each epoch is a permutation of all images, cut into steps of `batch_size`; the last, incomplete step is left out.
-    A step is dealt out to world * accumulate shares, image by image: a process takes one share in
-    each of its passes. So two passes of one process have the shares of two processes.
+    A step is cut into world * accumulate shares. A process takes `accumulate` of them, one in each
+    of its passes: so two passes of one process see the shares of two processes.
     Before iterating set .epoch, and .first_step to continue inside an epoch.
     """
 
@@ -326,10 +327,11 @@ class Batches:
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
         steps = order[:self.steps * self.batch_size].split(self.batch_size)
-        shares = self.world * self.accumulate
+        first = self.rank * self.accumulate
         for step in steps[self.first_step:]:
-            for share in range(self.rank, shares, self.world):
-                yield [(self.epoch, int(index)) for index in step[share::shares]]
+            shares = step.chunk(self.world * self.accumulate)
+            for share in shares[first:first + self.accumulate]:
+                yield [(self.epoch, int(index)) for index in share]
 
 
 def make_mixer(config, num_classes):
@@ -385,7 +387,7 @@ def classification_loss(logits, targets, config):
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / B
 
 
-LAYER_DECAYED = ("convnext_t", "convnext_s", "convnext_b")  # for which layer-wise decay is published
+LAYER_DECAYED = ("convnext_t", "convnext_s", "convnext_b")  # the models that layer_group() knows
 
 
 def layer_group(name):
@@ -620,7 +622,8 @@ def prepare(args):
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
     run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
                             pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    run.val_loader = eval_loader(run.val_set, max(1, config["batch_size"] // world // config["accumulate"]), workers, device)
+    per_pass = max(1, config["batch_size"] // world // config["accumulate"])
+    run.val_loader = eval_loader(run.val_set, per_pass, workers, device)
     run.mixer = make_mixer(config, len(run.train_set.classes))
     decays = (config[name] for name in ("weight_decay", "expert_weight_decay", "layer_decay"))
     run.optimizer = torch.optim.AdamW(parameter_groups(run.model, *decays),
@@ -648,7 +651,7 @@ def train_step(run, parts):
         report_unreadable(run, unreadable)
         images = normalize(images.to(run.device, non_blocking=True), MEAN, STD).contiguous(memory_format=run.layout)
         targets = labels.to(run.device, non_blocking=True)
-        share = part * run.world + run.rank  # of the step's images, as in Batches
+        share = run.rank * accumulate + part  # of the step's images, as in Batches
         seed_draws(run.device, config["seed"], run.step, share)  # mixing, noise, drop path: its own
         if run.mixer:
             images, targets = run.mixer(images, targets)
@@ -720,7 +723,8 @@ def validate_epoch(run):
     unreadable = torch.tensor(len(run.unreadable), device=run.device)
     if run.world > 1:
         dist.all_reduce(unreadable)
-    val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, loss=run.config["loss"])
+    options = dict(mean=MEAN, std=STD, dtype=run.dtype, loss=run.config["loss"])
+    val = evaluate(run.model, run.val_loader, run.device, **options)
     line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
                 balance_loss=balance, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
                 images_per_s=steps * run.config["batch_size"] / progress["seconds"],
@@ -728,7 +732,7 @@ def validate_epoch(run):
                 dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
                 load=(choices / choices.sum(1, keepdim=True)).tolist())
     if run.ema:
-        val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, loss=run.config["loss"])
+        val = evaluate(run.ema.module, run.val_loader, run.device, **options)
         line |= dict(ema_val_loss=val["loss"], ema_top1=val["top1"], ema_top5=val["top5"])
     return line
 

@@ -234,7 +234,8 @@ DENSE = dict(moe_layers="none")
 LAST2 = dict(moe_layers="last2", num_experts=8, k=2, expert_ratio=4, router="linear")
 EVERY2 = dict(moe_layers="every2", num_experts=8, k=2, expert_ratio=4, router="linear")
 EXACT = "active and GFLOPs exceed exact top-2"
-TABLE = (  # name, preset, options; the paper's params (M), active params (M), GFLOPs, top-1 (%); a note
+TABLE = (
+    # name, preset, options; the paper's params (M), active params (M), GFLOPs, top-1 (%); a note
     ("ViT-S", vit_s, DENSE, 22.0, 22.0, 4.6, 79.8, ""),
     ("ViT-S-8 last2", vit_s, LAST2, 38.6, 25.0, 5.3, 80.5, EXACT),
     ("ViT-S-8 every2", vit_s, EVERY2, 71.7, 33.1, 6.9, 80.7, EXACT),

@@ -59,7 +59,7 @@ CONCEPTS = (
             "eval.image_files eval.read_image eval.open_cifar", "shapes",
             "A million files, odd names, broken images: what is on disk is read, or named."),
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-            "eval.eval_loader eval.evaluate", "folders",
+            "eval.eval_loader eval.image_losses eval.evaluate", "folders",
             "Each image counts once, at any batch size and any number of processes."),
     Concept("checkpoints", "eval.build_model eval.load_checkpoint", "vit",
             "A checkpoint says how to build its model, and is data: opening it runs nothing."),
@@ -69,9 +69,11 @@ CONCEPTS = (
             "eval.check eval.prepare eval.measure eval.print_plan eval.print_results eval.main", "checkpoints classes costs",
             "One table, several checkpoints and test sets; whatever deviates from training is printed."),
     # ---- train.py: from a recipe to a checkpoint
-    Concept("recipe", "train.parse_args train.resolve train.find_recipe train.fit_to_data", "",
+    Concept("recipe", "train.parse_args train.resolve train.find_recipe train.fit_to_data "
+            "train.paper_row", "",
             "Published hyperparameters, overridden by flags, refused before any work when they cannot be."),
-    Concept("optimizer", "train.learning_rate train.ema_decay train.parameter_groups train.classification_loss train.make_mixer", "building",
+    Concept("optimizer", "train.learning_rate train.ema_decay train.layer_group "
+            "train.parameter_groups train.classification_loss train.make_mixer", "building",
             "Warm up, decay to the end, and do not let weight decay touch biases, norms and embeddings."),
     Concept("batches", "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__", "recipe counting",
             "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),

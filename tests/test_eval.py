@@ -20,8 +20,8 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, FolderImages, Shapes, TensorImages, auto_workers, autocast,
-                  best_dtype, build_model, eval_loader, eval_transform, evaluate, load_checkpoint, match_classes,
-                  normalize, open_dataset, read_image, shapes_size)
+                  best_dtype, build_model, eval_loader, eval_transform, evaluate, image_losses,
+                  load_checkpoint, match_classes, normalize, open_dataset, read_image, shapes_size)
 
 CPU = torch.device("cpu")
 
@@ -572,6 +572,17 @@ def test_counting_by_hand():
     result = count(table, labels=[0, 1, 2, 1])  # right, right, right, wrong
     # loss: -ln 1/2 three times, -ln 1/4 = 2 ln 2 once
     assert result == pytest.approx(dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
+
+
+@pytest.mark.counting
+def test_sigmoid_losses_by_hand():
+    """Each class is a yes or no of its own: logits ln 3, 0, 0 say yes by 3/4, 1/2, 1/2."""
+    ln2, ln4 = math.log(2), math.log(4)
+    logits = torch.tensor([[math.log(3), 0.0, 0.0]] * 3)
+    answers = torch.tensor([[0, -1], [2, -1], [0, 2]])  # one right answer, another, both
+    # -ln 3/4 if class 0 is a yes, -ln 1/4 if it is a no; the other two cost ln 2 each, always
+    expected = [math.log(4 / 3) + 2 * ln2, ln4 + 2 * ln2, math.log(4 / 3) + 2 * ln2]
+    assert image_losses(logits, answers, "sigmoid").tolist() == pytest.approx(expected)
 
 
 @pytest.mark.counting

@@ -129,6 +129,29 @@ def test_two_processes_train_like_one(layers, tmp_path):
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
+def test_two_processes_are_two_passes_of_one(tmp_path):
+    """With --accumulate 2 one process ends like two, bit for bit: draws belong to shares.
+
+    Everything is on: mixing, EMA, noise, drop path, a capacity, the balance loss.
+    """
+    flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --mixup 0.8 --cutmix 1 "
+             "--ema 0.9 --drop-path 0.2 --capacity-factor 1.05 --workers 0 --accumulate").split()
+    for world in (1, 2):
+        passes = str(2 // world)
+        processes = start(world, tmp_path, *flags, passes, "--out", f"world{world}")
+        assert finish(processes) == [0] * world
+    one, two = (load(tmp_path / f"world{world}" / "last.pt") for world in (1, 2))
+    for part in ("model", "ema"):
+        for name in one[part]:
+            assert torch.equal(two[part][name], one[part][name]), (part, name)
+    logs = [(tmp_path / f"world{world}" / "log.jsonl").read_text().splitlines() for world in (1, 2)]
+    for line, other in zip(*logs, strict=True):
+        line, other = json.loads(line), json.loads(other)
+        assert line["load"] == other["load"] and line["dropped"] == other["dropped"] > 0
+        for field in ("train_loss", "balance_loss", "val_loss", "ema_val_loss"):
+            assert math.isclose(line[field], other[field], abs_tol=1e-5), field
+
+
 def test_ranks_hold_the_same_bits(tmp_path):
     """Each rank draws its own noise and drop path, and yet all weights stay equal: they apply one average gradient."""
     flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --drop-path 0.2 --capacity-factor 1.05 --workers 0 "

@@ -134,6 +134,18 @@ def test_numeric_folders_end_to_end(always, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.evaluator
+def test_the_loss_is_of_the_kind_of_the_training(tmp_path, monkeypatch):
+    """After --loss sigmoid that is the loss, too: with logits of 0 it is 12 ln 2, and not ln 12."""
+    model = build_model(CONFIG)
+    nn.init.zeros_(model.head.weight)
+    data = make_folder(tmp_path / "data", [f"{name}/0.png" for name in CLASSES])
+    for loss, expected in (("softmax", math.log(12)), ("sigmoid", 12 * math.log(2))):
+        path = write_checkpoint(tmp_path / f"{loss}.pt", model, args=dict(loss=loss))
+        [row] = run(monkeypatch, tmp_path, path, "--data", data)
+        assert row["data"][data]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.evaluator
 def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypatch, capsys):
     """On 6 of 12 classes the prediction is made among the 6 (ImageNet-A and -R, a 21k model on 1k folders)."""
     # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3 of 5, 1 each of the

@@ -118,6 +118,7 @@ MUTANTS = [
 
     ("eval.py", "min(5, logits.shape[1])", "5", "counting"),
     ("eval.py", "indices)[rank::world]", "indices)[::world]", "counting"),  # all processes count the same images
+    ("eval.py", "right = right[:, 1:]", "right = right[:, :-1]", "counting"),  # not the padding
     ("eval.py", "torch.addcmul(-mean / std", "torch.addcmul(mean / std", "counting"),
 
     ("eval.py", 'checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]', 'checkpoint["model"]',
@@ -130,12 +131,24 @@ MUTANTS = [
     ("eval.py", 'row["params"], row["active"] = ', 'row["active"], row["params"] = ', "evaluator"),
 
     ("train.py", 'recipe["lr"] * batch / recipe["lr_batch"]', 'recipe["lr"]', "recipe"),
+    ("train.py", 'config["epochs"] / 10', 'recipe["warmup_epochs"]', "recipe"),  # ends at its peak
+    ("train.py", "options.items() <= model.items()", "True", "recipe"),  # all are dense
+    ("train.py", "table = FINE_TUNING if", "table = RECIPES if", "recipe"),
     ("train.py", "return min(decay, (1 + step) / (10 + step))", "return decay", "optimizer"),  # a short run ends near its start
+    ("train.py", "layer_decay ** (13 - layer_group(name))", "layer_decay ** layer_group(name)",
+     "optimizer"),
+    ("train.py", "3 + block // 3", "3 + block", "optimizer"),  # more groups than published
+    ("train.py", "(1 - smoothing) * targets + smoothing / C", "targets.float()", "optimizer"),
     ("train.py", "(step + 1) / warmup", "step / warmup", "optimizer"),  # the first step does nothing
     ("train.py", 'leaf in ("b1", "b2", "pos', 'leaf in ("pos', "optimizer"),  # expert biases decay
-    ("train.py", "step[self.rank::self.world]", "step[::self.world]", "batches"),  # all processes see the same images
+    ("train.py", "first = self.rank * self.accumulate", "first = 0", "batches"),  # all see the same
+    ("train.py", "p=7 / 13", "p=1.0", "batches"),  # nearly twice as many operations
+    ("train.py", "num_magnitude_bins=11, fill=grey", "num_magnitude_bins=11", "batches"),  # black
     ("train.py", "draw_seed(self.seed, self.epoch)", "draw_seed(self.seed)", "batches"),  # every epoch in the same order
 
+    ("train.py", "share = run.rank * accumulate + part", "share = part", "training"),  # alike
+    ("train.py", 'group["lr_scale"] * learning_rate', "learning_rate", "training"),
+    ("train.py", 'size"] // world // config["accumulate"]', 'size"] // world', "training"),
     ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
     ("train.py", "~(losses.isfinite().all() & norm.isfinite())", "~losses.isfinite().all()", "training"),  # NaN weights
     ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it

@@ -1,5 +1,6 @@
 """train.py: the schedule, the order of the images, checkpoints, and small runs from the first step to the last line."""
 
+import collections
 import functools
 import itertools
 import json
@@ -15,7 +16,9 @@ import pytest
 import torch
 import torchvision
 from torchvision.io import write_png
+from torchvision.transforms import v2
 
+import convnext
 import eval as evaluation
 import moe
 import train
@@ -110,6 +113,138 @@ def test_a_flag_overrides_the_recipe():
     assert train.resolve(train.parse_args("--moe-layers 3,5".split()))["moe_layers"] == [3, 5]
 
 
+# From the sources that train.py names. "-": there is no such entry; drop_path is in the next table.
+PUBLISHED = """
+                     ConvNeXt  iso     DeiT     V-MoE   ConvNeXt-tune  iso-tune  ViT-tune
+    moe_layers       last2     last2   every2   last2   last2          last2     every2
+    experts          4         8       8        8       8              8         8
+    k                1         1       2        2       1              1         2
+    expert_ratio     2         4       4        4       4              4         4
+    router           linear    linear  linear   linear  linear         linear    linear
+    router_noise     1         1       1        1       1              1         1
+    capacity_factor  1.05      1.05    1.05     1.05    1.05           1.05      1.05
+    balance_weight   0.005     0.005   0.005    0.005   0.005          0.005     0.005
+    epochs           300       300     300      300     30             30        20
+    lr               4e-3      4e-3    1e-3     3e-3    5e-5           5e-5      1e-5
+    lr_batch         4096      4096    1024     8192    512            512       512
+    batch_size       4096      4096    1024     8192    512            512       512
+    weight_decay     0.05      0.05    0.05     0.1     1e-8           1e-8      0.1
+    warmup_epochs    20        50      5        64.1    0              0         5
+    min_lr           1e-6      1e-6    1e-5     1e-5    1e-6           1e-6      1e-5
+    decay            cosine    cosine  cosine   linear  cosine         cosine    cosine
+    loss             softmax   softmax softmax  sigmoid softmax        softmax   softmax
+    label_smoothing  0.1       0.1     0.1      0       0.1            0.1       0.1
+    mixup            0.8       0.8     0.8      0.2     0              0         0.8
+    cutmix           1         1       1        0       0              0         1
+    randaug          9         9       9        10      9              9         9
+    erasing          0.25      0.25    0.25     0       0.25           0.25      0
+    crop_scale       0.08      0.08    0.08     0.05    0.08           0.08      0.08
+    flip             1         1       1        1       1              1         1
+    image_size       224       224     224      224     224            224       224
+    crop_ratio       0.875     0.875   0.875    0.875   0.875          0.875     1
+    ema              0.9999    0.9999  0.99996  0       0              0         0.99996
+    clip_grad        0         0       0        1       0              0         0
+    layer_decay      1         1       1        1       0.8            1         1
+    head_scale       1         1       1        1       0.001          0.001     1
+"""
+PUBLISHED_OF_MODELS = """
+                    from scratch: recipe, drop_path    fine-tuned: recipe, drop_path
+    convnext_t      ConvNeXt  0.1                      ConvNeXt-tune  0.1
+    convnext_s      ConvNeXt  0.4                      ConvNeXt-tune  0.2
+    convnext_b      ConvNeXt  0.5                      ConvNeXt-tune  0.2
+    convnext_iso_s  iso       0.1                      iso-tune       0.1
+    convnext_iso_b  iso       0.2                      iso-tune       0.2
+    vit_ti          DeiT      0.1                      ViT-tune       0.2
+    vit_s           DeiT      0.1                      ViT-tune       0.2
+    vit_b           DeiT      0.1                      ViT-tune       0.2
+    vit_b32         DeiT      0.1                      ViT-tune       0.2
+    vit_l           DeiT      0.1                      ViT-tune       0.45
+    vmoe_s32        V-MoE     0                        ViT-tune       0.2
+"""
+MODELS_IN_TABLE = [line.split() for line in PUBLISHED_OF_MODELS.splitlines()[2:]]
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("model, recipe, drop_path, tuned, tuned_drop_path", MODELS_IN_TABLE)
+def test_every_hyperparameter_is_as_published(model, recipe, drop_path, tuned, tuned_drop_path):
+    """Each entry of a recipe, from scratch and with --init-from, is that of the tables above."""
+    header, *lines = PUBLISHED.strip().splitlines()
+    for init_from, name, rate in ((None, recipe, drop_path), ("x.pt", tuned, tuned_drop_path)):
+        column = 1 + header.split().index(name)
+        expected = {line.split()[0]: line.split()[column] for line in lines} | dict(drop_path=rate)
+        if init_from and model == "vmoe_s32":
+            expected["moe_layers"] = "last2"  # its experts stay where they are
+        found = train.find_recipe(dict(model=model, init_from=init_from))
+        assert found.keys() == expected.keys()
+        for option, value in found.items():
+            published = expected[option] if isinstance(value, str) else float(expected[option])
+            assert value == published, f"{option} is {value}, published is {published}"
+
+
+@pytest.mark.recipe
+def test_all_models_are_in_the_table():
+    """No recipe is unchecked but those of the nano models, which are ours."""
+    unchecked = set(train.RECIPES) - {model for model, *_ in MODELS_IN_TABLE}
+    assert unchecked == {"convnext_nano", "vit_nano"}
+    for model in unchecked:
+        assert "steps" in train.find_recipe(dict(model=model, init_from=None)), "as only ours"
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("flags, expected", [
+    ("--model convnext_t", "ConvNeXt-T-4 of Table 1: 82.1%"),
+    ("--model convnext_t --moe-layers none", "ConvNeXt-T of Table 1: 82.1%"),
+    ("--model convnext_b", "ConvNeXt-B-4 of Table 1: 83.5%"),
+    ("--model convnext_iso_s", "ConvNeXt-S-8 iso of Table 1: 80.3%"),
+    ("--model vit_s", "ViT-S-8 every2 of Table 1: 80.7%"),
+    ("--model vit_s --moe-layers last2", "ViT-S-8 last2 of Table 1: 80.5%"),
+    ("--model vit_b", "ViT-B-8 every2 of Table 1: 82.5% on ImageNet-1k; 82.2% with DeiT's recipe"),
+    ("--model vit_b --moe-layers none", "ViT-B of Table 1: 82.8% on ImageNet-1k; 81.8% with DeiT"),
+    ("--model convnext_t --expert-ratio 4", None),
+    ("--model convnext_t --experts 8", None),
+    ("--model convnext_t --k 2", None),
+    ("--model convnext_t --moe-layers 7,17", None),
+    ("--model convnext_t --router l2", None),
+    ("--model convnext_t --image-size 192", None),
+    ("--model convnext_t --moe-layers none --init-from torchvision", None),
+    ("--model vmoe_s32", None),
+    ("", None),
+])
+def test_the_row_of_table_1_is_named(flags, expected):
+    """The paper's own configurations are known with their accuracy, all others are not."""
+    words = train.paper_row(train.resolve(train.parse_args(flags.split())))
+    assert words is None if expected is None else words.startswith(expected)
+
+
+@pytest.mark.recipe
+def test_a_warm_up_fits_into_its_run():
+    """Longer than the run, a recipe's becomes a tenth of the run, and a given one is refused."""
+    config = train.resolve(train.parse_args("--model convnext_t --epochs 5".split()))
+    train.fit_to_data(config, num_images=10_000, world=1)
+    assert config["warmup_epochs"] == 0.5, "and not 20"
+    config = train.resolve(train.parse_args("--model vit_s --epochs 5 --warmup-epochs 6".split()))
+    with pytest.raises(ValueError, match="--warmup-epochs 6 is longer than the run of 5 epochs"):
+        train.fit_to_data(config, num_images=10_000, world=1)
+    for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
+        assert recipe["warmup_epochs"] < recipe.get("epochs", 5)
+
+
+@pytest.mark.recipe
+def test_a_rate_never_rises_after_its_warm_up():
+    """With 64 images a step the ViT's rate for fine-tuning, 1e-5 * 64 / 512, is also its last."""
+    flags = "--model vit_s --init-from x.pt --batch-size 64".split()
+    config = train.resolve(train.parse_args(flags))
+    train.fit_to_data(config, num_images=10_000, world=1)
+    assert config["lr"] == config["min_lr"] == 1e-5 / 8
+
+
+@pytest.mark.recipe
+def test_layer_wise_decay_is_for_the_published_models():
+    """The groups of layers are those of ConvNeXt T, S and B."""
+    with pytest.raises(ValueError, match="--layer-decay 0.8 is for convnext_t, convnext_s, conv"):
+        train.resolve(train.parse_args("--model vit_s --layer-decay 0.8".split()))
+
+
 @pytest.mark.recipe
 @pytest.mark.parametrize("num_images, epochs", [(16_000, 5), (4_000, 20), (640, 50), (64, 50)])
 def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epochs):
@@ -175,6 +310,54 @@ def test_sigmoid_loss_by_hand():
     mixed = train.classification_loss(logits, torch.tensor([[0.5, 0.5], [0.5, 0.5]]), config).item()
     other = math.log(1 + math.exp(2)) + math.log(2)  # the loss with the wrong label; half and half is the mean of the two
     assert math.isclose(mixed, (expected + other) / 2, rel_tol=1e-6), "mixed targets"
+
+
+@pytest.mark.optimizer
+def test_sigmoid_loss_is_smoothed_by_hand():
+    """Smoothing 0.2 over 2 classes: the targets 1 and 0 become 0.9 and 0.1."""
+    config = dict(loss="sigmoid", label_smoothing=0.2)
+    yes, no = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))  # of logit 2
+    expected = 0.9 * yes + 0.1 * no + math.log(2)  # logit 0 costs log 2, whatever is right
+    logits = torch.tensor([[2.0, 0.0]])
+    found = train.classification_loss(logits, torch.tensor([0]), config).item()
+    assert math.isclose(found, expected, rel_tol=1e-6)
+
+
+@pytest.mark.optimizer
+@pytest.mark.parametrize("preset, third_stage", [
+    (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
+    (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
+])
+def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
+    """Each group has 0.8 of the rate of the next: 0 stem, ..., 12 last stage, 13 head."""
+    with torch.device("meta"):
+        model = preset(moe_layers="last2")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scale = {}
+    groups = train.parameter_groups(model, 0.05, 0.05, layer_decay=0.8)
+    for group in groups:
+        scale |= {names[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
+    expected = {"stem": 0, "downsample.0": 2, "downsample.1": 3, "downsample.2": 12,
+                "stages.0": 1, "stages.1": 2, "stages.3": 12, "norm": 13, "head": 13}
+    expected |= {f"stages.2.{block}": layer for block, layer in enumerate(third_stage)}
+    assert set(scale) == set(names.values()), "every parameter must be in exactly one group"
+    for name in scale:
+        layer, = {expected[place] for place in expected if name.startswith(place + ".")}
+        assert math.isclose(scale[name], 0.8 ** (13 - layer)), name
+    assert groups[0]["lr_scale"] == 1, "whose rate the log shows"
+
+
+@pytest.mark.training
+def test_each_group_has_its_share_of_the_rate():
+    """With --layer-decay 0.5 the head has the whole rate, the stem 0.5 ** 13 of it."""
+    flags = "--model convnext_t --image-size 32 --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
+    state = train.prepare(train.parse_args([*TINY, *flags.split()]))
+    progress = dict(losses=torch.zeros(2), routed=torch.zeros(2, 5, dtype=torch.int64), wait=0.0)
+    state.progress = progress
+    train.train_step(state, iter(state.loader))
+    peak = train.learning_rate(0, 3, state.config)
+    rates = {round(math.log2(peak / group["lr"])) for group in state.optimizer.param_groups}
+    assert rates == {0, 1, 8, 9, 10, 11, 12, 13}, "head, last stage, third, second, first, stem"
 
 
 @pytest.mark.optimizer
@@ -259,6 +442,14 @@ def test_accumulation_splits_a_share_in_order():
 
 
 @pytest.mark.batches
+def test_two_passes_see_the_shares_of_two_processes():
+    """Of each step one process has in its passes, in order, what two processes have."""
+    for step in range(2):
+        passes = order(0, 1, accumulate=2)[2 * step:2 * step + 2]
+        assert passes == [order(rank, 2)[step] for rank in range(2)]
+
+
+@pytest.mark.batches
 def test_seeds_of_neighbours_are_far_apart():
     """Seeds depend on each number and on the order, fill 32 bits, and neighbouring images draw nothing alike."""
     seeds = {train.draw_seed(*numbers) for numbers in itertools.product(range(20), repeat=3)}
@@ -292,7 +483,150 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert torch.equal(torch.get_rng_state(), before), "loading in the main process must not disturb its other draws"
 
 
+OPERATIONS = ("affine rotate adjust_brightness adjust_saturation adjust_contrast adjust_sharpness "
+              "posterize solarize autocontrast equalize").split()  # torchvision's, without Identity
+PLAIN = dict(crop_scale=1, crop_ratio=1, image_size=8, flip=0, randaug=0, erasing=0)
+
+
+def within_chance(count, probability, draws=2000):
+    """Whether a count is within four standard deviations of the binomial distribution."""
+    deviation = math.sqrt(draws * probability * (1 - probability))
+    return abs(count - draws * probability) < 4 * deviation
+
+
+@pytest.mark.batches
+def test_randaugment_applies_each_of_two_operations_with_probability_a_half(monkeypatch):
+    """Of 2,000 images a quarter has none, a half one, a quarter two, as with timm.
+
+    What they move in from outside has the mean colour.
+    """
+    calls = []
+
+    def recorded(operation):
+        def call(image, *args, **kwargs):
+            calls.append(kwargs)
+            return operation(image, *args, **kwargs)
+        return call
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(v2.functional, name, recorded(getattr(v2.functional, name)))
+    augment = train.train_transform(PLAIN | dict(randaug=9))
+    images = torch.randint(0, 256, (2000, 3, 8, 8), dtype=torch.uint8)
+    numbers = collections.Counter()
+    for image in images:
+        before = len(calls)
+        assert augment(image).dtype == torch.uint8
+        numbers[len(calls) - before] += 1
+    assert set(numbers) == {0, 1, 2}
+    for number, probability in ((0, 0.25), (1, 0.5), (2, 0.25)):
+        assert within_chance(numbers[number], probability), f"{number}: {numbers[number]} of 2000"
+    geometric = [kwargs for kwargs in calls if "fill" in kwargs]
+    assert within_chance(len(geometric), 5 / 13, draws=len(calls)), "5 of 13 operations move pixels"
+    for kwargs in geometric:
+        assert list(kwargs["fill"]) == [124, 116, 104]  # 255 times .485, .456, .406
+        assert kwargs["interpolation"] == v2.InterpolationMode.BILINEAR
+
+
+@pytest.mark.batches
+@pytest.mark.parametrize("option, value, probability", [("flip", 1, 0.5), ("erasing", 0.25, 0.25)])
+def test_flips_and_erasing_have_their_probability(option, value, probability):
+    """Of 2,000 images half are mirrored, a quarter have a rectangle erased."""
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8)
+    augment = train.train_transform(PLAIN | {option: value})
+    changed = sum(not torch.equal(augment(image), image) for _ in range(2000))
+    assert within_chance(changed, probability), f"{changed} of 2000"
+
+
 # ---------------------------------------------------------------- whole runs
+
+
+def record_mixing(state):
+    """Train the first epoch of a prepared run; return its mixed images, a tensor for each step."""
+    mixed, mixer = [], state.mixer
+
+    def mix_and_keep(images, labels):
+        images, targets = mixer(images, labels)
+        mixed.append(images)
+        return images, targets
+
+    state.mixer = mix_and_keep
+    train.train_epoch(state)
+    return mixed
+
+
+MIXING = [*TINY, "--mixup", "0.8", "--cutmix", "1", "--epochs", "1", "--warmup-epochs", "0"]
+
+
+@pytest.mark.training
+def test_each_process_draws_its_own_mixing():
+    """Four ranks that get the same images mix them in four ways, in each step."""
+    ranks = []
+    for rank in range(4):
+        state = train.prepare(train.parse_args(MIXING))
+        state.rank = rank  # its batches are still those of rank 0
+        ranks.append(record_mixing(state))
+    for step in range(3):
+        for one, other in itertools.combinations(ranks, 2):
+            assert not torch.equal(one[step], other[step])
+
+
+@pytest.mark.training
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than processors
+@pytest.mark.parametrize("rank", [0, 3])
+def test_mixing_is_the_same_with_any_number_of_workers(rank):
+    """1, 2 and 4 processes that load images: the same mixed images, bit for bit."""
+    mixed = []
+    for workers in ("1", "2", "4"):
+        state = train.prepare(train.parse_args([*MIXING, "--workers", workers]))
+        state.rank = rank
+        mixed.append(torch.stack(record_mixing(state)))
+        state.loader = None  # ends its processes
+    assert torch.equal(mixed[1], mixed[0]) and torch.equal(mixed[2], mixed[0])
+
+
+@pytest.mark.optimizer
+def test_half_of_the_batches_are_mixed_by_mixup():
+    """Of 2,000 batches half are blended and half are cut, as with DeiT and ConvNeXt."""
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    mixer = train.make_mixer(dict(mixup=0.8, cutmix=1.0), num_classes=2)
+    blended = 0
+    for _ in range(2000):
+        mixed, targets = mixer(images, torch.tensor([0, 1]))
+        black_or_white = ((mixed == 0) | (mixed == 1)).all()
+        blended += not black_or_white
+    # MixUp with lambda so near to 0 or 1 that a picture stays as it was: too rare to be seen here.
+    assert within_chance(blended, 0.5), f"{blended} of 2000"
+
+
+@pytest.mark.training
+def test_validation_takes_no_more_memory_than_training():
+    """32 images a step in 4 passes: batches of 8, in validation, too."""
+    state = train.prepare(train.parse_args([*TINY, "--accumulate", "4"]))
+    assert {len(images) for images, _, _ in state.val_loader} == {8}  # 40 pictures
+    assert len(next(iter(state.loader))[0]) == 8
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_both_losses_in_the_log_are_of_one_kind(loss):
+    """At learning rate 0, on the same pictures: train and validation loss agree."""
+    make_folder(Path("d/train"), images=8, size=(32, 32))
+    make_folder(Path("d/val"), images=8, size=(32, 32))
+    run("--data", "d", "--epochs", "1", "--batch-size", "16", "--lr", "0", "--router-noise", "0",
+        "--loss", loss, "--out", "r")
+    line = json.loads(open("r/log.jsonl").readline())
+    assert line["val_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
+
+
+@pytest.mark.training
+def test_the_summary_says_what_was_scaled(capsys):
+    """A warm-up longer than the run is printed with its new length."""
+    flags = "--model vit_s --image-size 32 --epochs 1 --out r"
+    state = train.prepare(train.parse_args([*TINY, *flags.split()]))
+    train.print_summary(state)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warm-up 0.1 epochs (the recipe's 5 are longer than this run)" in printed
 
 
 @pytest.mark.training
@@ -460,7 +794,7 @@ def test_ema_by_formula(monkeypatch):
 @pytest.mark.recipe
 def test_every_value_of_a_recipe_has_a_flag():
     """Whatever a recipe sets can be overridden on the command line (but for the batch that its lr belongs to, and nano's steps)."""
-    for recipe in [*train.RECIPES.values(), train.CONVNEXT_TUNE, train.VIT_TUNE]:
+    for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
         assert set(recipe) - {"lr_batch", "steps"} <= set(vars(train.parse_args([])))
 
 
@@ -655,10 +989,23 @@ def unreachable(*args, **kwargs):
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("model, expected", [("convnext_t", (30, 5e-5, 1e-8)), ("vit_s", (50, 3e-4, 0.02)),
-                                             ("vit_nano", (None, None, 0.05))])
-def test_fine_tuning_has_its_own_recipe(model, expected):
-    """With --init-from epochs, learning rate at the recipe's batch, and weight decay are those published for fine-tuning."""
-    config = train.resolve(train.parse_args(["--model", model, "--init-from", "x.pt"]))
-    recipe = train.find_recipe(config)
-    assert (recipe.get("epochs"), recipe["lr"] if expected[1] else None, config["weight_decay"]) == expected
+def test_nano_models_are_fine_tuned_by_their_own_recipe():
+    """With --init-from, too, the recipe of vit_nano is that of vit_nano."""
+    config = dict(model="vit_nano", init_from="x.pt")
+    assert train.find_recipe(config) == train.RECIPES["vit_nano"]
+
+
+@pytest.mark.training
+def test_a_fresh_head_starts_small_but_a_loaded_one_stays():
+    """--head-scale 0.001 is for the head that --init-from does not bring: three classes, not 16."""
+    run("--epochs", "1", "--out", "first")
+    make_folder(Path("photos"), ("cat", "dog", "emu"), images=20, size=(32, 32))
+    flags = [*TINY, "--init-from", "first/last.pt"]
+    heads = []
+    for scale in ("1", "0.001"):
+        args = train.parse_args([*flags, "--data", "photos", "--head-scale", scale])
+        heads.append(train.prepare(args).model.head.weight)
+    torch.testing.assert_close(heads[1], 0.001 * heads[0])
+    args = train.parse_args([*flags, "--head-scale", "0.001"])
+    loaded = train.prepare(args).model.head.weight
+    assert torch.equal(loaded, state("first/last.pt")["head.weight"])
