@@ -138,6 +138,7 @@ def test_the_loss_is_of_the_kind_of_the_training(tmp_path, monkeypatch):
     """After --loss sigmoid that is the loss, too: with logits of 0 it is 12 ln 2, and not ln 12."""
     model = build_model(CONFIG)
     nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
     data = make_folder(tmp_path / "data", [f"{name}/0.png" for name in CLASSES])
     for loss, expected in (("softmax", math.log(12)), ("sigmoid", 12 * math.log(2))):
         path = write_checkpoint(tmp_path / f"{loss}.pt", model, args=dict(loss=loss))
