@@ -93,7 +93,7 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
 @forked.needs_fork
 def test_a_mistake_is_one_line_and_status_2(tmp_path):
     """Each program, run as a script: one line on stderr, nothing on stdout, nothing written."""
-    mistakes = {"train.py --data shapes:100 --experts 2 --k 3": "error: k = 3 ",
+    mistakes = {"train.py --data shapes:100 --experts 2 --k 3": "error: k = 3: ",
                 "eval.py nowhere.pt --data shapes": "error: no checkpoint at nowhere.pt",
                 "inspect_experts.py nowhere.pt --data shapes --out out": "error: no checkpoint at nowhere.pt",
                 "tests/make_assignment.py out no_such_concept": "error: unknown concept"}
@@ -115,14 +115,6 @@ def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):
     for arguments in made:
         make_assignment.main(make_assignment.parse_args([word for word in arguments if word != "--solution-check"]))
     assert len(list(tmp_path.glob("*/ASSIGNMENT.md"))) >= 3
-
-
-def test_the_table_of_files_has_their_lengths():
-    """Lines, to the nearest ten."""
-    rows = re.findall(r"^\| \[(\w+\.py)\]\(\w+\.py\) \| (\d+) \|", TEXT, re.MULTILINE)
-    assert [name for name, _ in rows] == ["moe.py", "vit.py", "convnext.py", "eval.py", "train.py", "inspect_experts.py"]
-    for name, lines in rows:
-        assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 5, name
 
 
 def test_the_number_of_concepts():
