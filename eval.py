@@ -78,9 +78,7 @@ def load_checkpoint(path, device, raw=False):
     missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    if any(name.endswith("experts.w1") for name in checkpoint["model"]):
-        raise ValueError(f"{path} is from a version whose experts were stacked weights (w1, b1, w2, b2) "
-                         f"and not MLPs: train it again")
+    refuse_stacked_experts(path, checkpoint["model"])
     try:
         model = build_model(checkpoint["config"])
     except (TypeError, KeyError) as error:
@@ -94,6 +92,13 @@ def load_checkpoint(path, device, raw=False):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
     return model.to(device).eval(), checkpoint
+
+
+def refuse_stacked_experts(path, weights):
+    """Raise ValueError if a checkpoint's weights are from before the experts were MLPs."""
+    if any(name.endswith(".experts.w1") for name in weights):
+        raise ValueError(f"{path} is from an older version, whose experts were stacked weights and "
+                         f"not MLPs: train it again")
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):

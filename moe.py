@@ -227,7 +227,7 @@ def cv_squared(x):
 
 
 def balance_loss(routings):
-    """Return the SUM of the layers' balance losses (as V-MoE and Swin-MoE), 0 without a layer.
+    """Return the SUM of the layers' balance losses, as V-MoE does: a scalar, 0 for an empty list.
 
     Under DDP each process balances its own share of the batch, and DDP averages the gradients.
     """

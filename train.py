@@ -40,7 +40,7 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  load_checkpoint, normalize, open_dataset, setup_processes)
+                  load_checkpoint, normalize, open_dataset, refuse_stacked_experts, setup_processes)
 from moe import MoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
@@ -536,6 +536,7 @@ def choose_folder(config):
         offer = f"; to continue from the best epoch, copy {best} over it" if os.path.exists(best) else ""
         raise ValueError(f"{last} cannot be opened, it is truncated or not a checkpoint of train.py "
                          f"({str(error).splitlines()[0][:100]}){offer}; or give another --out") from None
+    refuse_stacked_experts(last, checkpoint["model"])
     differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {config[name]} now"
                  for name in config if name not in FREE_TO_CHANGE and there.get(name) != config[name]]
     if differing:

@@ -61,7 +61,7 @@ CONCEPTS = (
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
             "eval.eval_loader eval.image_losses eval.evaluate", "folders",
             "Each image counts once, at any batch size and any number of processes."),
-    Concept("checkpoints", "eval.build_model eval.load_checkpoint", "vit",
+    Concept("checkpoints", "eval.build_model eval.load_checkpoint eval.refuse_stacked_experts", "vit",
             "A checkpoint says how to build its model, and is data: opening it runs nothing."),
     Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
             "Robustness sets name their classes otherwise: match by name, predict among those found."),

@@ -796,8 +796,10 @@ def cut_off(path):
     (lambda path: write_checkpoint(path, CONFIG | {"size": 1}), "the config in {path} does not describe a model"),
     (lambda path: write_checkpoint(path, {"dim": 16}), "the config in {path} does not describe a model"),
     (lambda path: write_checkpoint(path, classes=["a", "b"]), "{path} names 2 classes, but its model has 3 outputs"),
+    (lambda path: write_checkpoint(path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
+     "{path} is from an older version, whose experts were stacked weights"),
 ], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model",
-        "unknown option", "no model", "too few classes"])
+        "unknown option", "no model", "too few classes", "stacked experts"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
     path = tmp_path / "last.pt"

@@ -910,6 +910,18 @@ def state(path):
 
 
 @pytest.mark.training
+def test_a_run_of_the_old_layout_is_not_continued():
+    """Experts were stacked weights once: one line says so, and the files stay as they are."""
+    run("--epochs", "1", "--out", "old")
+    checkpoint = torch.load("old/last.pt", weights_only=True)
+    checkpoint["model"]["blocks.1.mlp.experts.w1"] = torch.zeros(8, 64, 256)
+    torch.save(checkpoint, "old/last.pt")
+    with pytest.raises(ValueError, match="old/last.pt is from an older version"):
+        run("--epochs", "1", "--out", "old")
+    assert "blocks.1.mlp.experts.w1" in state("old/last.pt")
+
+
+@pytest.mark.training
 def test_a_dense_checkpoint_starts_a_sparse_run():
     """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is, the dense one."""
     run("--moe-layers", "none", "--epochs", "1", "--out", "dense")
