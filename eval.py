@@ -17,6 +17,7 @@ A data set spec is
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -182,6 +183,10 @@ class FolderImages:
         start = int(self.ends[index - 1]) if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start:int(self.ends[index])]))
 
+    def fingerprint(self):
+        """Describe the images by their names; see fingerprint()."""
+        return fingerprint(self, self.names + self.ends.numpy().tobytes())
+
     def __getitem__(self, index):
         unreadable = -1
         for i in range(index, index + 100):  # the file itself or, failing that, the next one that can be read
@@ -253,9 +258,23 @@ class TensorImages:
         """There is no file; a name for messages."""
         return f"image {index}"
 
+    def fingerprint(self):
+        """Describe the images by their labels, for they have no names; see fingerprint()."""
+        return fingerprint(self, self.labels.numpy().tobytes())
+
     def __getitem__(self, index):
         image, label = self.images[index], self.labels[index]
         return self.transform(image) if self.transform else image, label, torch.full(image.shape[:-3], -1)
+
+
+def fingerprint(dataset, names):
+    """Describe a data set in plain values, to compare it with another: dict(classes, images, digest).
+
+    classes: the names, in label order. images: how many each class has. digest: a hash of `names`, the bytes of the
+    file names relative to the data set's folder. Neither the place of the folder nor the files' content counts.
+    """
+    counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
+    return dict(classes=dataset.classes, images=counts, digest=hashlib.sha256(names).hexdigest())
 
 
 def open_cifar(spec, split, transform):
@@ -592,8 +611,30 @@ def corruption_errors(results):
 # ---------------------------------------------------------------- command line
 
 
+def number(interval, kind=float):
+    """Return an argparse type that accepts the finite numbers of an interval such as "[0, 1)".
+
+    A square bracket includes the end, a round one excludes it. kind: float or int.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # fails both comparisons
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} in {interval}, got {text}")
+        return value
+
+    return parse
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.")
+    parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.",
+                                     usage="%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)")
     flag = parser.add_argument
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
@@ -602,12 +643,13 @@ def parse_args(argv=None):
     flag("--ignore-unmatched", action="store_true", help="leave out class folders that the checkpoint does not know")
     flag("--real", metavar="FILE", help="score ImageNet's validation images by the ReaL labels in this JSON file")
     flag("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
-    flag("--k", type=int, help="experts per token, other than in training")
-    flag("--capacity-factor", type=float, help="slots per expert, in units of the even share (default: no limit)")
+    flag("--k", type=number("[1, inf)", int), help="experts per token, other than in training")
+    flag("--capacity-factor", type=number("(0, inf)"), help="slots per expert, in units of the even share (default: no limit)")
     flag("--drop-expert", type=layer_and_expert, action="append", default=[], metavar="LAYER:EXPERT",
          help="never choose this expert; MoE layers and experts count from 0; repeatable")
-    flag("--batch-size", type=int, default=128, help="images at a time in each process (default: 128)")
-    flag("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
+    flag("--batch-size", type=number("[1, inf)", int), default=128,
+         help="images at a time in each process (default: 128)")
+    flag("--workers", type=number("[0, inf)", int), help="processes that load images (default: 0 if in memory, else up to 12)")
     flag("--json", metavar="FILE", help="also write the results there, with counts and how they were obtained")
     return parser.parse_args(argv)
 
@@ -632,10 +674,6 @@ def setup_processes():
 
 def check(args):
     """ValueError for options that cannot be."""
-    for name in ("batch_size", "k", "capacity_factor"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     if args.real and (len(args.data) > 1 or args.ignore_unmatched):
         raise ValueError("--real scores one --data, ImageNet's validation images, and all of its classes")
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):

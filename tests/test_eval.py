@@ -1,5 +1,6 @@
 """eval.py: the embedded pictures, folders of images, counting what is right, checkpoints, and the command line."""
 
+import argparse
 import hashlib
 import io
 import itertools
@@ -21,7 +22,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, FolderImages, Shapes, TensorImages, auto_workers, autocast,
                   best_dtype, build_model, eval_loader, eval_transform, evaluate, load_checkpoint, match_classes,
-                  normalize, open_dataset, read_image, shapes_size)
+                  normalize, number, open_dataset, read_image, shapes_size)
 
 CPU = torch.device("cpu")
 
@@ -424,6 +425,26 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path):
         (tmp_path / "a" / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"100 images in a row cannot be read, from .*1\.png"):
         open_dataset(root, "all")[1]
+
+
+@pytest.mark.folders
+def test_a_fingerprint_is_of_names(tmp_path):
+    """A data set in another place has the same fingerprint; one image less, renamed or of another class changes it."""
+    names = ["a/1.png", "b/2.png", "b/3.png"]
+    first = open_dataset(make_folder(tmp_path / "first", names), "all").fingerprint()
+    assert (first["classes"], first["images"]) == (["a", "b"], [1, 2])
+    assert open_dataset(make_folder(tmp_path / "copy", names), "all").fingerprint() == first
+    for i, other in enumerate([names[:2], ["a/1.png", "b/2.png", "b/4.png"], ["a/1.png", "a/2.png", "b/3.png"]]):
+        changed = open_dataset(make_folder(tmp_path / str(i), other), "all").fingerprint()
+        assert changed["digest"] != first["digest"], other
+
+
+@pytest.mark.folders
+def test_a_fingerprint_of_pictures_in_memory():
+    """Pictures without names are known by their labels: equal for the same pictures, not for fewer."""
+    first, fewer = Shapes(20, 1).fingerprint(), Shapes(19, 1).fingerprint()
+    assert Shapes(20, 1).fingerprint() == first and first["digest"] != fewer["digest"]
+    assert len(first["classes"]) == 16 and sum(first["images"]) == 20
 
 
 @pytest.mark.folders
@@ -837,6 +858,28 @@ def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
     evaluation.main(evaluation.parse_args())
+
+
+@pytest.mark.evaluator
+@pytest.mark.parametrize("flag, interval, right, wrong", [
+    ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
+    ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
+    ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
+])
+def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
+    """[ and ] include an end of an interval, ( and ) leave it out; any other number ends the program with status 2."""
+    flags = ["best.pt", "--data", "shapes", flag]
+    for value in right:
+        args = evaluation.parse_args([*flags, str(value)])
+        evaluation.check(args)
+        assert getattr(args, flag[2:].replace("-", "_")) == value
+    for text in wrong:
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.parse_args([*flags, text])
+        assert capsys.readouterr().err.endswith(f"argument {flag}: expected {interval}, got {text}\n")
+    assert number("[0, 1]")("1") == 1.0 and number("[0, 1)")("0.9") == 0.9
+    with pytest.raises(argparse.ArgumentTypeError, match="got 1"):
+        number("[0, 1)")("1")
 
 
 @pytest.mark.evaluator

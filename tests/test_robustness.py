@@ -567,10 +567,6 @@ def test_speed_is_the_median_without_the_warm_up(monkeypatch):
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("flags, expected", [
-    ("--batch-size 0", "--batch-size 0: expected a number above 0"),
-    ("--k 0", "--k 0: expected a number above 0"),
-    ("--capacity-factor -1", "--capacity-factor -1.0: expected a number above 0"),
-    ("--capacity-factor nan", "--capacity-factor nan: expected a number above 0"),
     ("--data shapes-blur --real real.json", "--real scores one --data"),
     ("--json no/such/folder/out.json", "--json no/such/folder/out.json: there is no folder no/such/folder"),
 ])
