@@ -20,13 +20,17 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
-import pickle
 import re
+import signal
 import statistics
 import sys
+import threading
+from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -67,16 +71,7 @@ def load_checkpoint(path, device, raw=False):
     The model has the averaged weights (EMA) if the run kept them, unless raw. Read with weights_only=True: a file that
     wants to run code when opened is refused. Raises ValueError, in one line, for whatever is not such a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be opened as a checkpoint, it is truncated or not one of ours: {reason}") from None
-    missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    checkpoint = read_checkpoint(path, device)
     try:
         model = build_model(checkpoint["config"])
     except (TypeError, KeyError) as error:
@@ -90,6 +85,33 @@ def load_checkpoint(path, device, raw=False):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
     return model.to(device).eval(), checkpoint
+
+
+def read_checkpoint(path, device):
+    """Read the dict of a checkpoint. Raise ValueError, in one line, if the file is not one.
+
+    The tensors stay in the file until they are used (mmap): all processes of a machine share that memory,
+    and whoever needs only the weights does not read the optimizer's state.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path} cannot be opened as a checkpoint, it is empty (0 bytes)")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # torch.load fails in many ways on a file that is something else
+        reason = first_line(error)
+        raise ValueError(f"{path} cannot be opened as a checkpoint, "
+                         f"it is truncated or not one of ours: {reason}") from None
+    missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def first_line(error):
+    """Return the first line of an exception's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
@@ -283,7 +305,7 @@ def open_cifar(spec, split, transform):
     try:
         cifar = kind("data", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{spec} could not be downloaded ({str(error).splitlines()[0]}): without a network, place "
+        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a network, place "
                          f"{kind.filename} in data/ by hand") from None
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
@@ -495,8 +517,12 @@ def best_dtype(device):
 
 
 def auto_workers(dataset, world=1):
-    """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
-    return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
+    """Processes to load a dataset with: none if it is in memory, else a share of the processors, at most 12.
+
+    The processors are shared by the processes of this machine, which torchrun counts; without it by world.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // local))
 
 
 def eval_loader(dataset, batch_size, workers, device, indices=None):
@@ -511,11 +537,74 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
     if isinstance(dataset, TensorImages):  # asked for whole batches
         sampling = dict(batch_size=None, sampler=BatchSampler(share, batch_size, drop_last=False))
     return DataLoader(dataset, **sampling, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0)
+                      persistent_workers=workers > 0, worker_init_fn=leave_signals)
+
+
+# Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see to that. The main
+# process decides what to do, and may still need images for it. So its loaders' processes must not end by themselves.
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def leave_signals(worker):
+    """Leave SIGINT and SIGTERM to the main process: a loader's process calls this when it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=obey_parent, daemon=True).start()
+    elif hasattr(os, "setpgid"):  # macOS: at least out of reach of signals to the whole group
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that has come already
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def obey_parent():
+    """End this process at a SIGTERM of the main process, by which PyTorch ends it. Ignore those of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
+
+
+def start_loader(loader):
+    """Return iter(loader). A signal that comes before its new processes call leave_signals() waits until they do."""
+    if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    resource_tracker.ensure_running()  # when this starts later, Python < 3.12 lets the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def together():
+    """Let a ValueError or OSError inside this block end all processes, whichever met it.
+
+    Every process must come here. Rank 0 raises a ValueError that names each error once; the others exit quietly.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors) and dist.get_rank() > 0:
+            raise SystemExit(2)
+    found = {}  # {error: in words}
+    for rank, error in enumerate(errors):
+        found.setdefault(error, f"process {rank}: {error}" if rank else error)
+    found.pop(None, None)
+    if found:
+        raise ValueError("\nerror: ".join(found.values()))
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress=""):
+def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
+             stop=lambda: False):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
 
     The model runs on normalize(images, mean, std), under autocast if dtype is bfloat16.
@@ -523,18 +612,20 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     best five. loss is the mean of -log(probability of the right answers), the cross-entropy when there is one.
     columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
     With fewer than 5 classes top5 is top-all, 100. progress: what the progress bar is called; none if empty.
-    Under torchrun each process counts its share and the sums are added at the end. ValueError, in all processes, if an
-    image cannot be read. The model is left in the mode it came in.
+    Under torchrun each process counts its share and the sums are added at the end. ValueError if an image cannot be read,
+    see together(). stop: asked before each batch whether to end here; then the result is None, in all processes.
+    The model is left in the mode it came in.
     """
     was_training = model.training
     model.eval()
     columns = None if columns is None else torch.tensor(columns, device=device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
-    broken = torch.tensor(-1, device=device)
-    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False,
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, right at once, right within five, loss, stopped
+    broken = -1
+    for images, labels, unreadable in tqdm(start_loader(loader), desc=progress, unit="batch", leave=False,
+                                           total=len(loader),
                                            disable=None if progress else True):  # None: shown on a terminal only
-        if (unreadable >= 0).any():
-            broken.fill_(unreadable.max())
+        broken = int(unreadable.max())
+        if broken >= 0 or stop():
             break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, dtype):
@@ -545,15 +636,18 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
         log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -math.inf)  # (B, L)
         loss = -log_probs.logsumexp(1).double().sum()
-        sums += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), loss])
+        sums[:4] += torch.stack([torch.tensor(len(labels), device=device), hits[:, 0].sum(), hits.any(1).sum(), loss])
+    model.train(was_training)
+    with together():
+        if broken >= 0:
+            raise ValueError(f"cannot read {loader.dataset.path(broken)}: an accuracy without this image would not be "
+                             f"comparable; repair or remove the file")
+    sums[4] = bool(stop())
     if dist.is_initialized():
         dist.all_reduce(sums)
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-    if broken >= 0:
-        raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without this image would not be "
-                         f"comparable; repair or remove the file")
-    images, correct1, correct5, loss = sums.tolist()
-    model.train(was_training)
+    images, correct1, correct5, loss, stopped = sums.tolist()
+    if stopped:
+        return None
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
                 top5=100 * correct5 / images, loss=loss / images)
 

@@ -18,14 +18,20 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import sys
 import textwrap
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from itertools import count
 from types import SimpleNamespace
 
+try:
+    import fcntl  # locks, which Windows does not have
+except ImportError:
+    fcntl = None
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -38,8 +44,9 @@ from tqdm import tqdm
 
 import convnext
 import vit
-from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  load_checkpoint, normalize, open_dataset, setup_processes)
+from eval import (MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform,
+                  evaluate, first_line, leave_signals, load_checkpoint, normalize, number, open_dataset, read_checkpoint,
+                  setup_processes, start_loader, together)
 from moe import count_parameters, mean_balance_loss, upcycle
 
 # ---------------------------------------------------------------- recipes
@@ -84,6 +91,11 @@ TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
                    convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
 
 
+def blocks(text):
+    """Turn "3,5" into [3, 5], and leave a name such as every2 as it is."""
+    return [int(i) for i in text.split(",")] if text[:1].isdigit() else text
+
+
 def parse_args(argv=None):
     """The flags as a namespace; those that are not given and belong to a recipe are None."""
     parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
@@ -94,45 +106,45 @@ def parse_args(argv=None):
     flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
     flag("--init-from", help="start from `torchvision`'s ImageNet weights or a checkpoint of ours; a dense one is upcycled")
     flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
-    flag("--seed", type=int, default=0, help="start of all random draws (default: 0)")
+    flag("--seed", type=number("[0, 4294967296)", int), default=0, help="start of all random draws (default: 0)")
 
-    flag("--moe-layers", help="none, every2, last2, last3, stage, or block indices such as 3,5")
-    flag("--experts", type=int, help="experts E per MoE layer")
-    flag("--k", type=int, help="experts K per token")
-    flag("--expert-ratio", type=float, help="hidden width of an expert, in units of the model's width")
+    flag("--moe-layers", type=blocks, help="none, every2, last2, last3, stage, or block indices such as 3,5")
+    flag("--experts", type=number("[1, inf)", int), help="experts E per MoE layer")
+    flag("--k", type=number("[1, inf)", int), help="experts K per token")
+    flag("--expert-ratio", type=number("(0, inf)"), help="hidden width of an expert, in units of the model's width")
     flag("--router", help="linear, cosine or l2")
-    flag("--router-noise", type=float, help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
-    flag("--capacity-factor", type=float, help="slots per expert in training, in units of the even share; 0: no limit")
-    flag("--balance-weight", type=float, help="weight of the balance loss")
+    flag("--router-noise", type=number("[0, inf)"), help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
+    flag("--capacity-factor", type=number("[0, inf)"), help="slots per expert in training, in units of the even share; 0: no limit")
+    flag("--balance-weight", type=number("[0, inf)"), help="weight of the balance loss")
 
-    flag("--epochs", type=int)
-    flag("--batch-size", type=int, help="global: images per step over all processes")
-    flag("--accumulate", type=int, default=1, help="split each step's batch into this many passes (default: 1)")
-    flag("--lr", type=float, help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
-    flag("--min-lr", type=float, help="learning rate at the end")
+    flag("--epochs", type=number("[1, inf)", int))
+    flag("--batch-size", type=number("[1, inf)", int), help="global: images per step over all processes")
+    flag("--accumulate", type=number("[1, inf)", int), default=1, help="split each step's batch into this many passes (default: 1)")
+    flag("--lr", type=number("[0, inf)"), help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--min-lr", type=number("[0, inf)"), help="learning rate at the end")
     flag("--decay", choices=("cosine", "linear"), help="from the peak to the end")
-    flag("--warmup-epochs", type=float)
-    flag("--weight-decay", type=float)
-    flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
-    flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
-    flag("--ema", type=float, help="decay per step of the averaged weights, less at the start; 0 is off")
-    flag("--drop-path", type=float, help="rate at the last block")
+    flag("--warmup-epochs", type=number("[0, inf)"))
+    flag("--weight-decay", type=number("[0, inf)"))
+    flag("--expert-weight-decay", type=number("[0, inf)"), help="of the experts' weights (default: --weight-decay)")
+    flag("--clip-grad", type=number("[0, inf)"), help="largest norm of the gradient; 0 is off")
+    flag("--ema", type=number("[0, 1)"), help="decay per step of the averaged weights, less at the start; 0 is off")
+    flag("--drop-path", type=number("[0, 1)"), help="rate at the last block")
     flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
-    flag("--label-smoothing", type=float)
-    flag("--mixup", type=float, help="alpha; 0 is off")
-    flag("--cutmix", type=float, help="alpha; 0 is off")
-    flag("--randaug", type=int, help="magnitude of RandAugment, 1 to 10; 0 is off")
-    flag("--erasing", type=float, help="probability of erasing a rectangle")
-    flag("--crop-scale", type=float, help="smallest part of an image's area that a training crop shows; 1: no random crop")
+    flag("--label-smoothing", type=number("[0, 1]"))
+    flag("--mixup", type=number("[0, inf)"), help="alpha; 0 is off")
+    flag("--cutmix", type=number("[0, inf)"), help="alpha; 0 is off")
+    flag("--randaug", type=number("[0, 10]", int), help="magnitude of RandAugment, 1 to 10; 0 is off")
+    flag("--erasing", type=number("[0, 1]"), help="probability of erasing a rectangle")
+    flag("--crop-scale", type=number("(0, 1]"), help="smallest part of an image's area that a training crop shows; 1: no random crop")
     flag("--flip", type=int, choices=(0, 1), help="1: mirror every other training image")
-    flag("--image-size", type=int, help="pixels")
-    flag("--crop-ratio", type=float, help="image size over the size to which evaluation resizes before its centre crop")
+    flag("--image-size", type=number("[1, inf)", int), help="pixels")
+    flag("--crop-ratio", type=number("(0, 1]"), help="image size over the size to which evaluation resizes before its centre crop")
 
-    flag("--workers", type=int, help="processes that load images, for each training process (default: 0 if the images are "
+    flag("--workers", type=number("[0, inf)", int), help="processes that load images, for each training process (default: 0 if the images are "
          "in memory, else its share of the processors, at most 12)")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--save-every-minutes", type=float, default=30.0, help="also save within an epoch, this often (default: 30)")
+    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0, help="also save within an epoch, this often (default: 30)")
     return parser.parse_args(argv)
 
 
@@ -147,11 +159,6 @@ def resolve(args):
     for name in ("lr", "batch_size", "epochs"):
         config[name] = given.get(name)  # None: fit_to_data() will settle it
     config["expert_weight_decay"] = given.get("expert_weight_decay", config["weight_decay"])
-    if config["moe_layers"][0].isdigit():
-        config["moe_layers"] = [int(i) for i in config["moe_layers"].split(",")]
-    for name in ("epochs", "batch_size", "accumulate", "image_size"):
-        if config[name] is not None and config[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {config[name]}: expected at least 1")
     return config
 
 
@@ -273,15 +280,20 @@ def make_mixer(config, num_classes):
 # ---------------------------------------------------------------- optimisation
 
 
-def start_from(model, config):
+def start_from(model, config, classes=None):
     """Load the weights that --init-from names into the model; a list of the names that were left fresh.
+
+    Among them the head, if the checkpoint's classes are others than these.
 
     ValueError if they do not fit, or if torchvision's are not there and cannot be downloaded.
     """
     if config["init_from"] == "torchvision":
         load = vit.load_torchvision if isinstance(model, vit.ViT) else convnext.load_torchvision
         return load(model, torchvision_weights(config["model"]))
-    state = load_checkpoint(config["init_from"], "cpu")[0].state_dict()
+    there, checkpoint = load_checkpoint(config["init_from"], "cpu")
+    state = there.state_dict()
+    if classes not in (None, checkpoint["classes"]):  # as many, perhaps, but others: what the head knows does not fit
+        state |= {name: torch.empty(0) for name in ("head.weight", "head.bias")}
     return upcycle(vit.resize_positions(state, model) if isinstance(model, vit.ViT) else state, model)
 
 
@@ -350,111 +362,187 @@ def ema_decay(step, decay):
 # ---------------------------------------------------------------- runs and checkpoints
 
 
-FREE_TO_CHANGE = ("out", "workers", "save_every_minutes")  # options that a continued run may have otherwise
+FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # options that a continued run may have otherwise
 
 
-def choose_folder(config):
-    """The folder of this run, and its last checkpoint if it is to be continued: (path, checkpoint or None).
+def claim_folder(config):
+    """Make the folder of this run, and open its log.jsonl: (path, file). ValueError if that is impossible.
 
-    ValueError if --out holds a run of another configuration, or a last.pt that cannot be opened.
+    As long as this process lives the log is locked, so that no second run can write here. Without --out each run gets a
+    folder of its own, also when several start at once: only one of them can make it.
     """
-    if config["out"] is None:
-        data = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
-        number = 1
-        while os.path.exists(f"runs/{config['model']}-{data}-{number}"):
-            number += 1
-        return f"runs/{config['model']}-{data}-{number}", None
-    last, best = (os.path.join(config["out"], name) for name in ("last.pt", "best.pt"))
-    if not os.path.exists(last):
-        return config["out"], None
+    folder = config["out"]
     try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-        there = checkpoint["args"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
-        offer = f"; to continue from the best epoch, copy {best} over it" if os.path.exists(best) else ""
-        raise ValueError(f"{last} cannot be opened, it is truncated or not a checkpoint of train.py "
-                         f"({str(error).splitlines()[0][:100]}){offer}; or give another --out") from None
-    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {config[name]} now"
-                 for name in config if name not in FREE_TO_CHANGE and there.get(name) != config[name]]
-    if differing:
-        raise ValueError(f"{config['out']} holds a run of another configuration ({'; '.join(differing)}): give the same "
-                         f"options to continue it, or another --out")
-    return config["out"], checkpoint
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        else:
+            folder = make_numbered(f"runs/{config['model']}-{data_name(config['data'])}")
+        log = open(os.path.join(folder, "log.jsonl"), "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"the run cannot be written to {folder or 'runs'} ({error}): give another --out") from None
+    try:
+        if fcntl:  # POSIX locks: they end with this process, even if it is killed, and its loaders do not inherit them
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder} is in use by another run: wait for its end, or give another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return folder, log
 
 
-def add_up(run):
-    """The unfinished epoch so far, its losses and routing summed over all processes: plain values, None between epochs."""
-    if run.progress is None:
+def make_numbered(name):
+    """Make the first folder of name-1, name-2, ... that does not exist yet: its path."""
+    for i in count(1):
+        with suppress(FileExistsError):
+            os.makedirs(f"{name}-{i}")
+            return f"{name}-{i}"
+
+
+def data_name(data):
+    """The part of a run's name that says what it was trained on."""
+    return os.path.basename(os.path.normpath(data)).replace(":", "-")
+
+
+def open_last(run):
+    """The checkpoint with which the run in run.folder continues, or None if there is none.
+
+    ValueError if it cannot be opened, or belongs to a run of another configuration or on other data.
+    """
+    last, best = (os.path.join(run.folder, name) for name in ("last.pt", "best.pt"))
+    offer = f"; to continue from the best epoch, copy {best} to {last}" if os.path.exists(best) else ""
+    if not os.path.exists(last):
+        if offer:
+            raise ValueError(f"there is no {last}{offer}; or give another --out")
         return None
-    losses, routed = run.progress["losses"].clone(), run.progress["routed"].clone()
-    if run.world > 1:
-        dist.all_reduce(losses)
-        dist.all_reduce(routed)
-    return run.progress | dict(losses=losses.tolist(), routed=routed.tolist())
+    try:
+        checkpoint = read_checkpoint(last, "cpu")
+    except ValueError as error:
+        raise ValueError(f"{error}{offer}; or give another --out") from None
+    there = checkpoint["args"]
+    free = FREE_TO_CHANGE | ({"data"} if isinstance(run.train_set, FolderImages) else set())  # a folder may move
+    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {now} now"
+                 for name, now in run.config.items() if name not in free and there.get(name) != now]
+    if differing:
+        raise ValueError(f"{run.folder} holds a run of another configuration ({'; '.join(differing)}): give the same "
+                         f"options to continue it, or another --out")
+    differing = compare_data(checkpoint.get("data"), run.train_set.fingerprint())
+    if differing:
+        raise ValueError(f"the training images are not those of the run in {run.folder} ({differing}): "
+                         f"restore them to continue it, or give another --out")
+    return checkpoint
 
 
-def make_checkpoint(run, progress):
+def compare_data(then, now):
+    """Say how two fingerprints of data sets differ, in words; "" if they do not, or if one is unknown (None)."""
+    if not then or then == now:
+        return ""
+    gone, new = set(then["classes"]) - set(now["classes"]), set(now["classes"]) - set(then["classes"])
+    words = [f"class {name} is gone" for name in sorted(gone)[:3]] + [f"class {name} is new" for name in sorted(new)[:3]]
+    counts = sum(then["images"]), sum(now["images"])
+    if counts[0] != counts[1]:
+        words.append(f"{counts[0]} images then, {counts[1]} now")
+    return ", ".join(words) or "as many images, with other names"
+
+
+def make_checkpoint(run):
     """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True.
 
-    epoch: finished ones. progress: of the unfinished epoch, from add_up().
+    epoch: those that are trained. line: what the log will say of the last one, if it was not validated yet.
     """
     config = run.config
     return dict(
         config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
         image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
         model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
-        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, progress=progress, args=config)
+        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, line=run.line, args=config,
+        data=run.train_set.fingerprint())
 
 
 def restore(run, checkpoint):
-    """Put a run where its checkpoint was made, and its log with it."""
+    """Put a run where its checkpoint was made. Nothing of the checkpoint's file stays in use."""
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, state in run.optimizer.state.items():  # a copy in the memory layout of the parameter, as AdamW expects:
+        for name, value in state.items():  # the run may have been on a GPU (channels_last) and go on on a CPU
+            state[name] = torch.empty_like(parameter if value.shape == parameter.shape else value).copy_(value)
     if run.ema:
         run.ema.module.load_state_dict(checkpoint["ema"])
         run.ema.n_averaged.fill_(checkpoint["step"])
     run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-    run.progress = checkpoint["progress"]
-    if run.progress and run.rank > 0:  # rank 0 carries the sums of all processes on
-        zeros = torch.zeros_like(torch.tensor(run.progress["routed"])).tolist()
-        run.progress = run.progress | dict(losses=[0.0, 0.0], routed=zeros)
+    run.line = checkpoint.get("line")
+
+
+def write_checkpoint(checkpoint, path):
+    """Write a checkpoint to path. Raise ValueError if that is impossible.
+
+    Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
+    """
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise ValueError(f"cannot write {path} ({first_line(error)})") from None
 
 
 def save(run, *names):
     """Write the run's checkpoint to the files of these names in its folder, by rank 0, while the others wait.
 
-    Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
-    If the disk is full the old file stays and the run goes on: the next save may have more luck.
+    If the disk is full the old file stays and the run goes on: the next save may have more luck. Sets run.unsaved.
+    FloatingPointError if a weight is not finite: then nothing is written.
     """
-    progress = add_up(run)
+    weights = [*run.model.parameters(), *(run.ema.parameters() if run.ema else [])]
+    if not torch.nn.utils.get_total_norm(weights).isfinite():
+        raise FloatingPointError(f"weights are not finite after step {run.step} (epoch {run.epoch + 1}); {advise(run)}")
     if run.rank == 0:
-        checkpoint = make_checkpoint(run, progress)
+        run.unsaved, checkpoint = False, make_checkpoint(run)
         for path in (os.path.join(run.folder, name) for name in names):
             try:
-                with open(path + ".tmp", "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(path + ".tmp", path)
-            except (OSError, RuntimeError) as error:
-                if os.path.exists(path + ".tmp"):
-                    os.remove(path + ".tmp")
-                tqdm.write(f"warning: cannot write {path} ({str(error).splitlines()[0]}); the file of the last successful "
-                           f"save is untouched", file=sys.stderr)
+                write_checkpoint(checkpoint, path)
+            except ValueError as error:
+                run.unsaved = True
+                tqdm.write(f"warning: {error}; the file of the last successful save is untouched", file=sys.stderr)
     run.saved_at = time.monotonic()
     if run.world > 1:
         dist.barrier()
 
 
+def advise(run):
+    """What to do when something is not finite, the end of an error message."""
+    return (f"nothing of this step was saved, the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; "
+            f"try a smaller --lr, --clip-grad 1 or --dtype float32")
+
+
+def cut_log(log, epoch):
+    """Leave in an open log.jsonl the lines up to this epoch: what a killed run wrote later will be written again."""
+    log.seek(0)
+    lines = log.readlines()
+    kept = [line for line in lines if epoch_of(line) <= epoch]
+    if kept != lines:
+        log.seek(0)
+        log.truncate()
+        log.writelines(kept)
+        log.flush()
+
+
+def epoch_of(line):
+    """The epoch of a line of log.jsonl, infinity if it is blank, or cut because the disk was full."""
+    try:
+        return json.loads(line)["epoch"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def write_log(run, line):
-    """Append an epoch's line to log.jsonl, after removing what a killed process had written for this epoch or later."""
-    path, lines = os.path.join(run.folder, "log.jsonl"), []
-    if os.path.exists(path):
-        with open(path) as log:
-            lines = [old for old in log if old.endswith("\n") and json.loads(old)["epoch"] < line["epoch"]]
-    with open(path + ".tmp", "w") as log:
-        log.writelines(lines + [json.dumps(line) + "\n"])
-    os.replace(path + ".tmp", path)
+    """Append an epoch's line to log.jsonl."""
+    try:
+        print(json.dumps(line), file=run.log, flush=True)
+    except OSError as error:
+        tqdm.write(f"warning: cannot write log.jsonl ({error})", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the run
@@ -480,28 +568,30 @@ def count_routing(routings, num_experts):
 
 
 def prepare(args):
-    """Everything a run needs, settled before any file is written: a namespace. Raises ValueError for whatever is wrong."""
-    config = resolve(args)
+    """Everything a run needs, settled before it begins: a namespace. Raises ValueError for whatever is wrong.
+
+    No file is written before all options and data were found to be right.
+    """
     rank, world, device = setup_processes()
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's word on depthwise convolutions: harmless
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, progress=None,
-                          unreadable=set(), signal=0, saved_at=time.monotonic())
-    run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
-    run.train_set, run.val_set = open_data(config)
-    fit_to_data(config, len(run.train_set), world)
-    torch.manual_seed(config["seed"])
-    run.model = build_model(model_config(config, len(run.train_set.classes)))
-    if config["compile"] and run.model.moe_blocks and run.dtype == torch.float32 and torch.__version__ < (2, 15):
-        raise ValueError(f"--compile in float32 needs torch 2.15, this is {torch.__version__}: it can compile a sparse model's "
-                         f"grouped_mm in bfloat16 only; leave --compile out or give --dtype bfloat16")
-    nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
-    run.layout = torch.channels_last if nhwc else torch.contiguous_format
-    run.model.to(device, memory_format=run.layout)
-    found = [choose_folder(config) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(found)  # rank 0 decides for all
-    run.folder, checkpoint = found[0]
-    run.fresh = start_from(run.model, config) if config["init_from"] and not checkpoint else []
+    run = SimpleNamespace(rank=rank, world=world, device=device, epoch=0, step=0, best=None, line=None, unreadable=set(),
+                          signal=0, stop=0, unsaved=False, saved_at=time.monotonic())
+    with together():
+        config = run.config = resolve(args)
+        run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
+        run.train_set, run.val_set = open_data(config)
+        fit_to_data(config, len(run.train_set), world)
+        torch.manual_seed(config["seed"])
+        run.model = build_model(model_config(config, len(run.train_set.classes)))
+        if config["compile"] and run.model.moe_blocks and run.dtype == torch.float32 and torch.__version__ < (2, 15):
+            raise ValueError(f"--compile in float32 needs torch 2.15, this is {torch.__version__}: it can compile a sparse "
+                             f"model's grouped_mm in bfloat16 only; leave --compile out or give --dtype bfloat16")
+        nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
+        run.layout = torch.channels_last if nhwc else torch.contiguous_format
+        run.model.to(device, memory_format=run.layout)
+        continued = config["out"] and os.path.exists(os.path.join(config["out"], "last.pt"))
+        start = config["init_from"] and not continued
+        run.fresh = start_from(run.model, config, run.train_set.classes) if start else []
     if config["freeze_backbone"]:
         run.model.requires_grad_(False)
         run.model.head.requires_grad_(True)
@@ -509,19 +599,43 @@ def prepare(args):
     workers = auto_workers(run.train_set, world) if config["workers"] is None else config["workers"]
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
     run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
-                            pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+                            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                            worker_init_fn=leave_signals)
     run.val_loader = eval_loader(run.val_set, max(1, config["batch_size"] // world), workers, device)
     run.mixer = make_mixer(config, len(run.train_set.classes))
     run.optimizer = torch.optim.AdamW(parameter_groups(run.model, config["weight_decay"], config["expert_weight_decay"]),
                                       betas=(0.9, 0.999), eps=1e-8, fused=True)
     average = lambda ema, now, _: get_ema_multi_avg_fn(ema_decay(run.step, config["ema"]))(ema, now, _)  # noqa: E731
     run.ema = AveragedModel(run.model, multi_avg_fn=average) if config["ema"] else None
-    if checkpoint:
-        restore(run, checkpoint)
+    find_folder(run)
     run.first_epoch = run.epoch
     run.net = DistributedDataParallel(run.model) if world > 1 else run.model
     run.net = torch.compile(run.net) if config["compile"] else run.net
     return run
+
+
+def find_folder(run):
+    """Settle where the run is written, the same for all processes, and continue the run that is there."""
+    data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
+    found = [None, data]
+    with together():
+        if run.rank == 0:
+            found[0], run.log = claim_folder(run.config)
+    if run.world > 1:
+        dist.broadcast_object_list(found)  # rank 0 decides for all
+    run.folder = found[0]
+    with together():
+        differing = [compare_data(*pair) for pair in zip(found[1], data)]
+        if any(differing):
+            raise ValueError(f"{run.config['data']} is not the same as that of process 0 ({max(differing)})")
+        checkpoint = open_last(run)
+        if checkpoint:
+            restore(run, checkpoint)
+        if run.rank == 0:
+            cut_log(run.log, run.epoch - bool(run.line))
+            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now, not after the first epoch
+            write_checkpoint(make_checkpoint(run), trial)
+            os.remove(trial)
 
 
 def train_step(run, parts):
@@ -561,8 +675,9 @@ def train_step(run, parts):
 
 
 def agree(run, losses, norm):
-    """Let all processes know, before the weights change, what one knows: losses (2,) or a norm of the gradient that are not
-    finite, a signal to stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all."""
+    """Share three flags across all processes: losses (2,) or a norm of the gradient that are not finite, a signal to stop,
+    and whether it is time to save. Called before the optimizer step, so that all act alike. Sets run.stop and run.save_now;
+    raises FloatingPointError on all."""
     minutes = (time.monotonic() - run.saved_at) / 60
     flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
     flags[0] = ~(losses.isfinite().all() & norm.isfinite())
@@ -571,54 +686,71 @@ def agree(run, losses, norm):
     broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
     if broken:
         raise FloatingPointError(
-            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, "
-            f"balance {losses[1].item():.4g}, norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, "
-            f"the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or "
-            f"--dtype float32")
+            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): "
+            f"cross-entropy {losses[0].item():.4g}, balance {losses[1].item():.4g}, norm of the gradient "
+            f"{norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; {advise(run)}")
 
 
 def train_epoch(run):
-    """Train to the end of the epoch, from where it was left. False if a signal ended it early."""
+    """Train to the end of the epoch, from where it was left. Returns the first half of the epoch's line for the log, a dict.
+
+    If a signal ended it early, it returns None, after a save. The losses are means over the steps since the run was
+    started or continued.
+    """
     layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
-    columns = run.config["experts"] + 1
-    start = run.progress or dict(losses=[0.0, 0.0], routed=[[0] * columns] * layers, wait=0.0, seconds=0.0)
-    run.progress = start | dict(
-        losses=torch.tensor(start["losses"], dtype=torch.float64, device=run.device),
-        routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, columns))
+    run.progress = dict(
+        losses=torch.zeros(2, dtype=torch.float64, device=run.device), wait=0.0,
+        routed=torch.zeros(layers, run.config["experts"] + 1, dtype=torch.int64, device=run.device))
     run.batches.epoch, run.batches.first_step = run.epoch, first
     run.net.train(not run.config["freeze_backbone"])  # frozen, it works as in evaluation: no noise, no drop path
-    parts = iter(run.loader)
-    clock = time.perf_counter() - run.progress["seconds"]
+    parts = start_loader(run.loader)
+    begin = time.perf_counter()
     for _ in tqdm(range(first, run.batches.steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
                   initial=first, total=run.batches.steps, disable=None if run.rank == 0 else True):
         train_step(run, parts)
-        run.progress["seconds"] = time.perf_counter() - clock
         if run.stop or run.save_now:
             save(run, "last.pt")
         if run.stop:
-            return False
-    return True
+            return None
+    return sum_up(run, run.batches.steps - first, time.perf_counter() - begin)
+
+
+def sum_up(run, steps, seconds):
+    """What the log says of an epoch's training, a dict: of the last `steps` steps, summed over the processes."""
+    losses, routed = run.progress["losses"] / steps / run.world, run.progress["routed"]
+    unreadable = torch.tensor(len(run.unreadable), device=run.device)
+    if run.world > 1:
+        for numbers in (losses, routed, unreadable):
+            dist.all_reduce(numbers)
+    choices, dropped = routed[:, :-1].double(), routed[:, -1]
+    loss, balance = losses.tolist()
+    return dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
+                balance_loss=balance, images_per_s=steps * run.config["batch_size"] / seconds,
+                data_wait=run.progress["wait"] / seconds, seconds=seconds,
+                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
+                load=(choices / choices.sum(1, keepdim=True)).tolist())
 
 
 def validate_epoch(run):
-    """Evaluate after the epoch's last step; the epoch's line for the log, a dict."""
-    progress, steps = add_up(run), run.batches.steps
-    loss, balance = (total / steps / run.world for total in progress["losses"])
-    routed = torch.tensor(progress["routed"], dtype=torch.float64).view(-1, run.config["experts"] + 1)
-    choices, dropped = routed[:, :-1], routed[:, -1]
-    unreadable = torch.tensor(len(run.unreadable), device=run.device)
-    if run.world > 1:
-        dist.all_reduce(unreadable)
-    val = evaluate(run.model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
-    line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
-                balance_loss=balance, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
-                images_per_s=steps * run.config["batch_size"] / progress["seconds"],
-                data_wait=progress["wait"] / progress["seconds"], seconds=progress["seconds"],
-                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
-                load=(choices / choices.sum(1, keepdim=True)).tolist())
-    if run.ema:
-        val = evaluate(run.ema.module, run.val_loader, run.device, MEAN, STD, dtype=run.dtype)
-        line |= dict(ema_val_loss=val["loss"], ema_top1=val["top1"], ema_top5=val["top5"])
+    """Evaluate the weights, and the averaged ones: the other half of the epoch's line for the log, or None after a signal.
+
+    FloatingPointError if a loss is not finite: then last.pt is not a good checkpoint, and renamed.
+    """
+    line = {}
+    for prefix, model in (("", run.model), ("ema_", run.ema and run.ema.module)):
+        if model is None:
+            break
+        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, stop=lambda: run.signal)
+        if val is None:
+            run.stop = run.signal or signal.SIGTERM  # which another process got
+            return None
+        if not math.isfinite(val["loss"]):
+            last, bad = (os.path.join(run.folder, name) for name in ("last.pt", "not_finite.pt"))
+            if run.rank == 0 and os.path.exists(last):
+                os.replace(last, bad)
+            raise FloatingPointError(f"the validation loss after epoch {run.epoch} is {val['loss']}: last.pt is now {bad}; "
+                                     f"to continue from the best epoch, if there is one, copy best.pt to last.pt")
+        line |= {f"{prefix}val_loss": val["loss"], f"{prefix}top1": val["top1"], f"{prefix}top5": val["top5"]}
     return line
 
 
@@ -651,11 +783,15 @@ def print_summary(run):
 def print_result(run):
     """The last lines: how good it got, and what to do with it."""
     best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
-    held_out = "" if data.startswith(("shapes", "cifar")) or os.path.isdir(os.path.join(data, "val")) else " --split val"
-    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}\n"
-          f"evaluate    python eval.py {best} --data {data}{held_out}")
+    held_out = " --split val" if getattr(run.train_set, "root", None) == data else ""  # a folder that has no val/
+    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
+    if not os.path.exists(best):
+        return
+    print(f"evaluate    python eval.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out}")
     if run.model.moe_blocks:
-        print(f"inspect     python inspect_experts.py {best} --data {data} --out {os.path.join(run.folder, 'inspect')}")
+        out = os.path.join(run.folder, "inspect")
+        print(f"inspect     python inspect_experts.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out} "
+              f"--out {shlex.quote(out)}")
 
 
 def print_epoch(run, line):
@@ -672,41 +808,74 @@ def print_epoch(run, line):
               f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
 
 
+class Output:
+    """A stream to print to, line by line. If nobody reads it any more, or its disk is full, the run goes on in silence."""
+
+    def __init__(self, stream):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # for names that it cannot encode
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(args):
-    """The whole program: prepare, then epoch by epoch train, validate, log and save. Stopped, it exits with 128 + signal."""
+    """The whole program: prepare, then epoch by epoch train, save, validate, log. Stopped, it exits with 128 + signal."""
     run = prepare(args)
-    finished = run.epoch >= run.config["epochs"]
     if run.rank == 0:
         print_summary(run)
-        os.makedirs(run.folder, exist_ok=True)
         if run.step:
-            print(f"{'finished' if finished else 'continuing'} after epoch {run.epoch}, step {run.step}", flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: setattr(run, "signal", number))  # finish the step, save, exit
-    while run.epoch < run.config["epochs"]:
-        if not train_epoch(run):
-            run.loader = run.val_loader = None  # ends their processes, which have learned to ignore signals, too
-            raise SystemExit(128 + run.stop)
-        line = validate_epoch(run)
-        run.epoch, run.progress = run.epoch + 1, None
+            finished = run.epoch >= run.config["epochs"] and not run.line
+            print(f"{'finished' if finished else 'continuing'} after epoch {run.epoch}, step {run.step}")
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda name, frame: setattr(run, "signal", name))  # finish the step, save, exit
+    while run.line or run.epoch < run.config["epochs"]:
+        if not run.line:  # else the last epoch was trained, but not validated
+            run.line = train_epoch(run)
+            if run.stop:
+                break
+            run.epoch += 1
+            save(run, "last.pt")  # before anything else can go wrong
+        validation = validate_epoch(run)
+        if run.stop:
+            break
+        line, run.line = run.line | validation, None
         top1 = line.get("ema_top1", line["top1"])
         improved = run.best is None or top1 > run.best["top1"]
         if improved:
             run.best = dict(top1=top1, epoch=run.epoch)
         if run.rank == 0:
             write_log(run, line)
-            print_epoch(run, line)
         save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
+        if run.rank == 0:
+            print_epoch(run, line)
+    run.loader = run.val_loader = None  # ends their processes
+    if run.stop:
+        raise SystemExit(128 + run.stop)
     if run.rank == 0:
         print_result(run)
     if run.world > 1:
         dist.destroy_process_group()
+    if run.unsaved:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:  # of all processes, see together(), or of this one
+        print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:  # of all processes
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(3)
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(128 + signal.SIGINT)

@@ -122,7 +122,7 @@ MUTANTS = [
 
     ("eval.py", 'checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]', 'checkpoint["model"]',
      "checkpoints"),
-    ("eval.py", "torch.load(path, map_location=device, weights_only=True)", "torch.load(path, weights_only=False)",
+    ("eval.py", "torch.load(path, map_location=device, weights_only=True, mmap=True)", "torch.load(path, weights_only=False)",
      "checkpoints"),
 
     ("eval.py", "keys, known = [int(name) for name in names]", "keys, known = range(len(names))", "classes"),  # sorted 0, 1, 10
