@@ -111,7 +111,7 @@ def parse_args(argv=None):
     flag("--moe-layers", type=blocks, help="none, every2, last2, last3, stage, or block indices such as 3,5")
     flag("--experts", type=number("[1, inf)", int), help="experts E per MoE layer")
     flag("--k", type=number("[1, inf)", int), help="experts K per token")
-    flag("--expert-ratio", type=number("(0, inf)"), help="hidden width of an expert, in units of the model's width")
+    flag("--expert-ratio", type=number("[0.1, inf)"), help="hidden width of an expert, in units of the model's width")
     flag("--router", help="linear, cosine or l2")
     flag("--router-noise", type=number("[0, inf)"), help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
     flag("--capacity-factor", type=number("[0, inf)"), help="slots per expert in training, in units of the even share; 0: no limit")
@@ -486,7 +486,7 @@ def write_checkpoint(checkpoint, path):
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(path + ".tmp")
-        raise ValueError(f"cannot write {path} ({first_line(error)})") from None
+        raise ValueError(f"cannot write {path} ({first_line(error.__context__ or error)})") from None
 
 
 def save(run, *names):

@@ -78,7 +78,7 @@ CONCEPTS = (
     Concept("training", "train.prepare train.open_data train.start_from train.torchvision_weights train.claim_folder "
             "train.open_last train.compare_data train.make_checkpoint train.restore train.write_checkpoint "
             "train.save train.cut_log train.write_log train.find_folder train.count_routing train.train_step train.agree "
-            "train.train_epoch train.sum_up train.validate_epoch train.main", "optimizer batches checkpoints costs weights grouped",
+            "train.train_epoch train.sum_up train.validate_epoch train.Output.write train.main", "optimizer batches checkpoints costs weights grouped",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
     Concept("statistics", "inspect_experts.crosstab inspect_experts.mutual_information inspect_experts.similarity "
