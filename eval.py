@@ -16,23 +16,28 @@ A data set spec is
 """
 
 import argparse
+import collections
 import copy
 import hashlib
+import io
 import json
+import logging
 import math
 import os
-import pickle
-import re
 import statistics
 import sys
-from functools import partial
-from itertools import cycle, islice
+import time
+import unicodedata
+import warnings
+from functools import cache, partial
+from itertools import chain, cycle, islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -65,14 +70,15 @@ def load_checkpoint(path, device, raw=False):
     """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the checkpoint's dict).
 
     The model has the averaged weights (EMA) if the run kept them, unless raw. Read with weights_only=True: a file that
-    wants to run code when opened is refused. Raises ValueError, in one line, for whatever is not such a checkpoint.
+    wants to run code when opened is refused. With mmap=True all processes share the pages of the file, and what nobody
+    looks at, such as the optimizer's moments, takes no memory. Raises ValueError, in one line, for whatever is not such a checkpoint.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # of whatever kind: any bytes may be in the file
+        reason = first_line(error) if os.path.getsize(path) else "it is empty"
         raise ValueError(f"{path} cannot be opened as a checkpoint, it is truncated or not one of ours: {reason}") from None
     missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
@@ -131,14 +137,23 @@ def mute(router, inputs, logits, expert):
 # the last is -1, or the index of the file that could not be read and was replaced by the next one. Who gets the item
 # decides what that means: train.py reports and goes on, evaluate() stops.
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+              ".ppm", ".pgm", ".avif")
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")  # the first that exists
+NO_DATA = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
+RESULTS = {"last.pt", "report.html"}  # a folder with one of these was written by our programs
+EXPECTED_TREE = """: expected
+    FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg
+ or FOLDER/<class>/<image>.jpg"""
+warnings.filterwarnings("ignore", module="PIL")  # an odd file is read or reported, and that is all
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_dataset(spec, split, transform=None):
-    """Open split "train", "val" or "all" of a data set spec (see the top of this file). ValueError if that is impossible.
+    """Open split "train", "val" or "all" of a data set spec (see the top of this file). ValueError if impossible.
 
-    transform: uint8 tensor (3, H, W) -> uint8 tensor (3, S, S). A folder without train/ and val/ is split here: every
-    fifth image of a class is for validation. "all" is every image of it; elsewhere "all" means "val".
+    transform: uint8 tensor (3, H, W) -> uint8 tensor (3, S, S). Of a folder without one for validation, "val" is a
+    fifth of each class, "train" the rest and "all" everything. Elsewhere "all" means "val".
     """
     if spec.split(":")[0] in ("shapes", *SHIFTS):
         return shift(Shapes(*shapes_size(spec, split), transform), spec.split(":")[0])
@@ -150,30 +165,33 @@ def open_dataset(spec, split, transform=None):
 class FolderImages:
     """Images in class folders, of any size, any depth of subfolders and any colour mode (all become RGB).
 
-    root, split and transform as in open_dataset; an item by its index. The next image takes the place of an unreadable one.
-    File names are kept as one block of bytes and an array of offsets. A list of a million Python strings would take
+    root, split and transform as in open_dataset. flat: whether a fifth is held out, for want of a
+    folder for validation. An item by its index: the next image takes the place of an unreadable one.
+    File names are one block of bytes and an array of offsets. A list of a million Python strings would take
     ten times the memory, again in each worker: counting references writes to shared pages (pytorch issue 13246).
     """
 
     def __init__(self, root, split, transform=None):
-        root, held_out = split_folder(root, split)
-        self.root, self.transform = root, transform
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        if not self.classes:
-            raise ValueError(f"no class folders in {root}{EXPECTED_TREE}")
-        blocks, lengths, labels = [], [], []
-        for label, name in enumerate(self.classes):
-            files = [os.fsencode(f) for f in image_files(root, name)]
-            if held_out is not None:
-                files = [f for i, f in enumerate(files) if (i % 5 == 4) == held_out]
-            blocks.append(b"".join(files))
-            lengths.append(torch.tensor([len(f) for f in files], dtype=torch.int64))
-            labels.append(torch.full((len(files),), label, dtype=torch.int32))
-        self.names = b"".join(blocks)
-        self.ends = torch.cat(lengths).cumsum(0)
-        self.labels = torch.cat(labels)
-        if len(self.labels) == 0:
-            raise ValueError(f"no images in the {len(self.classes)} class folders of {root}{EXPECTED_TREE}")
+        self.root, self.flat = split_folder(root, split)
+        self.transform = transform
+        files = find_images(self.root)
+        if split == "train" and len(files) == 1:
+            raise ValueError(f"only one class folder, {', '.join(files)}, in {self.root}: give the folder "
+                             f"that holds the class folders{EXPECTED_TREE}")
+        if self.flat and split != "all":
+            files = {name: hold_out(files[name], split) for name in files}
+            few = [name for name in files if not files[name]]
+            if len(few) == len(files):
+                raise ValueError(f"each class of {root} has fewer than 5 images, too few to hold out a fifth")
+            if few:
+                warn(f"{', '.join(few[:5])}: {len(few)} of {len(files)} classes of {root} have fewer than "
+                     f"5 images, and so no validation image")
+        self.classes = list(files)
+        names = [os.fsencode(name) for name in chain(*files.values())]
+        self.names = b"".join(names)
+        self.ends = torch.tensor([len(name) for name in names]).cumsum(0)
+        counts = torch.tensor([len(files[name]) for name in files])
+        self.labels = torch.arange(len(files), dtype=torch.int32).repeat_interleave(counts)
 
     def __len__(self):
         return len(self.labels)
@@ -189,57 +207,194 @@ class FolderImages:
 
     def __getitem__(self, index):
         unreadable = -1
-        for i in range(index, index + 100):  # the file itself or, failing that, the next one that can be read
+        for i in range(index, index + 100):  # the file itself or, failing that, the next that can be read
             i %= len(self)
             image = read_image(self.path(i))
             if image is not None:
-                return self.transform(image) if self.transform else image, self.labels[i].long(), unreadable
+                break
             unreadable = index
-        raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
+        else:
+            raise ValueError(f"100 images in a row cannot be read, from {printable(self.path(index))} on")
+        try:
+            return self.transform(image) if self.transform else image, self.labels[i].long(), unreadable
+        except (RuntimeError, MemoryError) as error:  # a strip of 1 x 20,000 pixels, resized, takes gigabytes
+            size = " x ".join(map(str, image.shape[1:]))
+            raise ValueError(f"cannot prepare {printable(self.path(i))}, {size} pixels: {first_line(error)}") from error
 
 
-EXPECTED_TREE = """: expected
-    FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg
- or FOLDER/<class>/<image>.jpg"""
+@cache
+def warn(text):
+    """Print a warning, once, however many data sets and processes have it to say."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def printable(text):
+    """Escape what a terminal cannot show: line breaks in file names, bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(error):
+    """What an error says, in one line; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def split_folder(root, split):
-    """(the folder of root with the class folders of this split, None or whether to take the held-out fifth: a bool)."""
+    """Find the folder of root with the class folders of a split: (its path, whether a fifth is to be held out).
+
+    It is called by a word of TRAIN or VAL, in small letters or capitals; without any it is root.
+    """
     if not os.path.isdir(root):
         raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` "
                          f"or a folder{EXPECTED_TREE}")
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    if os.path.isdir(train) and os.path.isdir(val):
-        return (train if split == "train" else val), None
-    if os.path.isdir(val) and split != "train":
-        return val, None
-    return root, {"train": False, "val": True, "all": None}[split]
+    paths = {name.lower(): os.path.join(root, name) for name in next(walk(root))[1]}
+    if paths and set(paths) <= set("12345") and all(map(holds_folders, paths.values())):
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders {', '.join(sorted(paths))} "
+                         f"hold class folders, not images; give one of them, or the folder of all corruptions")
+    train, val = (next((paths[name] for name in names if name in paths), None) for names in (TRAIN, VAL))
+    if train and val:
+        return (train if split == "train" else val), False
+    if val and split != "train" and holds_folders(val):
+        return val, False
+    if train and holds_folders(train):
+        warn(f"no {root}/val: a fifth of {train} is held out, and what lies beside it is not read")
+        return train, True
+    return root, True
 
 
-def image_files(root, name):
-    """Paths of the images in class folder `name` and below, relative to root, in sorted order."""
-    found = []
-    for folder, _, files in os.walk(os.path.join(root, name), followlinks=True):
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+def holds_folders(path):
+    """Whether a folder holds folders and no image: that of a split does, that of a class does not."""
+    _, folders, files = next(walk(path))
+    return bool(folders) and not any(file.lower().endswith(EXTENSIONS) for file in files)
+
+
+def walk(root):
+    """os.walk() without hidden files, what systems leave behind, and folders that were met before.
+
+    A link to a folder above would lead round in a circle. ValueError if a folder cannot be opened.
+    """
+    def refuse(error):
+        raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
+
+    def is_data(name):
+        return name[0] != "." and name.lower() not in NO_DATA
+
+    def is_new(path):
+        real = Path(path).resolve()
+        if real in met:
+            warn(f"{path} leads to a folder above it, or to one that is read already: left out")
+        new = real not in met
+        met.add(real)
+        return new
+
+    met = {Path(root).resolve(), *Path(root).resolve().parents}
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_data(name) and is_new(os.path.join(folder, name))]
+        yield folder, folders, list(filter(is_data, files))
+
+
+def find_images(root):
+    """Find the images of each class below a folder: {class: file names relative to root}, both sorted.
+
+    A class is a folder with an image in it or below it. What is left out is said in warnings. Class names
+    are in Unicode's composed form (NFC), for macOS decomposes them. ValueError if there is no image.
+    """
+    found, others = {}, collections.Counter()
+    for folder, folders, files in walk(root):
+        place = os.path.relpath(folder, root).replace(os.sep, "/")
+        if RESULTS & set(files):
+            folders.clear()  # nothing below it is data either
+        elif folder != root:
+            images = [f"{place}/{file}" for file in files if file.lower().endswith(EXTENSIONS)]
+            found.setdefault(unicodedata.normalize("NFC", place.split("/")[0]), []).extend(images)
+            others.update(os.path.splitext(file)[1].lower() or file for file in files)
+    classes = {name: sorted(found[name]) for name in sorted(found) if found[name]}
+    types = ", ".join(f"{n} {type}" for type, n in others.most_common(9) if type not in EXTENSIONS)
+    left_out = f"; files of other types: {types}" if types else ""
+    if not classes:
+        raise ValueError((f"no images in the {len(found)} class folders of {root}{left_out}" if found
+                          else f"no class folders in {root}") + EXPECTED_TREE)
+    empty = [name for name in sorted(found) if not found[name]]
+    if empty:
+        warn(f"no images in {len(empty)} class folders of {root}, which are left out: {', '.join(empty[:5])}{left_out}")
+    elif types:
+        warn(f"files of {root} that are no images are left out: {types}")
+    deep = [name for name in chain(*classes.values()) if name.count("/") > 1]
+    if deep:
+        warn(f"{len(deep)} images of {root} lie deeper than in a class folder ({deep[0]}, ...): the upper "
+             f"folder is their class")
+    return classes
+
+
+def hold_out(files, split):
+    """What of a class's files is for split "train" or "val": the fifth with the smallest hashes validates.
+
+    A name keeps its hash, so that one image more or less moves at most one other.
+    """
+    def hash_of(name):
+        below = unicodedata.normalize("NFC", name.partition("/")[2])  # within the class folder
+        return hashlib.sha256(os.fsencode(below)).digest()
+
+    held_out = set(sorted(files, key=hash_of)[:len(files) // 5])
+    return [name for name in files if (name in held_out) == (split == "val")]
 
 
 def read_image(path):
-    """The file at path as (3, H, W) uint8 RGB, or None if it cannot be decoded.
+    """Read the file at path: (3, H, W) uint8 RGB, or None if no decoder can. Of an animation the first picture.
 
-    torchvision decodes JPEG and PNG to a tensor directly, faster than Pillow, which reads the rest. (Since 0.29 torchvision
-    announces that its decoders will go, in favour of another package: then Pillow reads everything.)
+    Pictures are turned as their EXIF data say, as every viewer shows them. (Published ImageNet protocols
+    do not turn them.) Pillow reads what is no JPEG: torchvision's decoder of PNG ends the process at a
+    wrong bit. More than 179 million pixels, Pillow's limit, are unreadable. So is a file that was cut off.
     """
     try:
-        image = torchvision.io.decode_image(path, mode="RGB")
-        return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
-    except (RuntimeError, AttributeError):
-        pass
-    try:
-        with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError):  # Pillow's words for a broken file
+        with open(path, "rb") as file:
+            content = bytearray(file.read())
+    except (OSError, MemoryError):
         return None
+    for decode in (read_jpeg, read_other):
+        try:
+            return decode(content)
+        except Exception:  # a decoder may raise anything
+            pass
+    return None
+
+
+JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers before height and width
+
+
+def read_jpeg(content):
+    """Decode a JPEG file, a bytearray, with torchvision, which is faster than Pillow. Raise if that fails.
+
+    The size is looked up first: for one that a damaged header claims, libjpeg may take all of the memory.
+    """
+    if content[:3] != b"\xff\xd8\xff":
+        raise ValueError("no JPEG")
+    place = 2  # of a marker: FF, its number, and the length of what belongs to it
+    while content[place + 1] not in JPEG_FRAMES:
+        place += 2 + int.from_bytes(content[place + 2:place + 4], "big")
+    height, width = (int.from_bytes(content[place + i:place + i + 2], "big") for i in (5, 7))
+    if content[place] != 0xFF or height * width > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError("a damaged header")
+    content = torch.frombuffer(content, dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
+
+
+def read_other(content):
+    """Decode an image file, a bytearray, with Pillow. Raise if that fails, or if nothing says what is white.
+
+    Grey of 12 or 16 bits is scaled to 8, as are floats from 0 to 1. Other floats and 32 bits have no known range.
+    """
+    image = Image.open(io.BytesIO(content))
+    upright = ImageOps.exif_transpose(image)
+    if not image.mode.startswith(("I", "F")):
+        return v2.functional.pil_to_tensor(upright.convert("RGB"))
+    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 bits, 262 is 0 if 0 is white; Pillow scales PNG and PGM
+    white = 1 if image.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1
+    grey = v2.functional.pil_to_tensor(upright.convert("F")) * (255 / white)  # (1, H, W)
+    if white > 65535 or not 0 <= grey.min() <= grey.max() <= 255:
+        raise ValueError("no known range")
+    grey = 255 - grey if tags.get(262) == 0 else grey
+    return grey.round().to(torch.uint8).repeat(3, 1, 1)
 
 
 class TensorImages:
@@ -283,7 +438,7 @@ def open_cifar(spec, split, transform):
     try:
         cifar = kind("data", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{spec} could not be downloaded ({str(error).splitlines()[0]}): without a network, place "
+        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a network, place "
                          f"{kind.filename} in data/ by hand") from None
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
@@ -462,7 +617,7 @@ def read_real(path, dataset, num_classes):
         if labels.dtype != torch.int64 or not -1 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes in order")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--real {path} does not fit: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--real {path} does not fit: {first_line(error)}") from None
     return labels
 
 
@@ -496,6 +651,7 @@ def best_dtype(device):
 
 def auto_workers(dataset, world=1):
     """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun knows how many are on this machine
     return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
 
 
@@ -550,7 +706,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         dist.all_reduce(sums)
         dist.all_reduce(broken, dist.ReduceOp.MAX)
     if broken >= 0:
-        raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without this image would not be "
+        raise ValueError(f"cannot read {printable(loader.dataset.path(int(broken)))}: an accuracy without this image would not be "
                          f"comparable; repair or remove the file")
     images, correct1, correct5, loss = sums.tolist()
     model.train(was_training)
@@ -697,7 +853,7 @@ def prepare(path, data, args):
     for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
         resized = eval_transform(row["image_size"], row["crop_ratio"])
         trained_on = row["args"].get("data") and os.path.abspath(row["args"]["data"])
-        if getattr(dataset, "root", None) == spec and os.path.abspath(spec) == trained_on and args.split == "all":
+        if getattr(dataset, "flat", False) and os.path.abspath(spec) == trained_on and args.split == "all":
             dataset.note += ", those of the training among them: --split val leaves them out"
         if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
             raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
@@ -808,10 +964,19 @@ def main(args):
         dist.destroy_process_group()
 
 
+def fail(error):
+    """Print an error in one line, without the traceback of a loader's worker, and exit with status 2.
+
+    Under torchrun rank 0 comes first: an error of all processes ends them before the others speak, too.
+    """
+    time.sleep(os.environ.get("RANK", "0") != "0")
+    print(f"error: {str(error).rpartition('Error: ')[2].strip()}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the characters of a name
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)  # no traceback of a worker
-        sys.exit(2)
+        fail(error)
