@@ -11,7 +11,8 @@ A data set spec is
 - `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same pictures as training
   never shows them: `shapes-noise`, `shapes-blur`, `shapes-rotated`, `shapes-inverted`;
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
-- a folder with train/ and val/ in it, or directly with class folders: also ImageNet-V2, -A, -R, -Sketch;
+- a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
+  also ImageNet-V2, -A, -R, -Sketch;
 - a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>.
 """
 
@@ -67,19 +68,23 @@ def build_model(config):
 
 
 def load_checkpoint(path, device, raw=False):
-    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the checkpoint's dict).
+    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the
+    checkpoint's dict).
 
-    The model has the averaged weights (EMA) if the run kept them, unless raw. Read with weights_only=True: a file that
-    wants to run code when opened is refused. With mmap=True all processes share the pages of the file, and what nobody
-    looks at, such as the optimizer's moments, takes no memory. Raises ValueError, in one line, for whatever is not such a checkpoint.
+    The model has the averaged weights (EMA) if the run kept them, unless raw. Read with
+    weights_only=True: a file that wants to run code when opened is refused. With mmap=True the
+    processes share the file's pages, and what nobody looks at, such as the optimizer's moments,
+    takes no memory. Raises ValueError, in one line, for whatever is not such a checkpoint.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # of whatever kind: any bytes may be in the file
-        reason = first_line(error) if os.path.getsize(path) else "it is empty"
-        raise ValueError(f"{path} cannot be opened as a checkpoint, it is truncated or not one of ours: {reason}") from None
+        reason = f"it is truncated or not one of ours: {first_line(error)}"
+        if os.path.getsize(path) == 0:
+            reason = "it is empty"
+        raise ValueError(f"{path} cannot be opened as a checkpoint, {reason}") from None
     missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
@@ -150,10 +155,11 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_dataset(spec, split, transform=None):
-    """Open split "train", "val" or "all" of a data set spec (see the top of this file). ValueError if impossible.
+    """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
 
-    transform: uint8 tensor (3, H, W) -> uint8 tensor (3, S, S). Of a folder without one for validation, "val" is a
-    fifth of each class, "train" the rest and "all" everything. Elsewhere "all" means "val".
+    Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
+    "all" everything. Elsewhere "all" means "val". transform: uint8 tensor (3, H, W) -> uint8 tensor
+    (3, S, S). Raise ValueError if there is no such data set.
     """
     if spec.split(":")[0] in ("shapes", *SHIFTS):
         return shift(Shapes(*shapes_size(spec, split), transform), spec.split(":")[0])
@@ -163,12 +169,13 @@ def open_dataset(spec, split, transform=None):
 
 
 class FolderImages:
-    """Images in class folders, of any size, any depth of subfolders and any colour mode (all become RGB).
+    """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
 
-    root, split and transform as in open_dataset. flat: whether a fifth is held out, for want of a
-    folder for validation. An item by its index: the next image takes the place of an unreadable one.
-    File names are one block of bytes and an array of offsets. A list of a million Python strings would take
-    ten times the memory, again in each worker: counting references writes to shared pages (pytorch issue 13246).
+    root, split and transform as in open_dataset. flat: whether root had no folder for validation.
+    Items come by their index; the next image takes the place of an unreadable one. File names are
+    one block of bytes and an array of offsets: a list of a million strings takes ten times the
+    memory, again in each worker, as counting references writes to shared pages (pytorch issue
+    13246).
     """
 
     def __init__(self, root, split, transform=None):
@@ -176,16 +183,10 @@ class FolderImages:
         self.transform = transform
         files = find_images(self.root)
         if split == "train" and len(files) == 1:
-            raise ValueError(f"only one class folder, {', '.join(files)}, in {self.root}: give the folder "
-                             f"that holds the class folders{EXPECTED_TREE}")
+            raise ValueError(f"only one class folder, {', '.join(files)}, in {self.root}: give the "
+                             f"folder that holds the class folders{EXPECTED_TREE}")
         if self.flat and split != "all":
-            files = {name: hold_out(files[name], split) for name in files}
-            few = [name for name in files if not files[name]]
-            if len(few) == len(files):
-                raise ValueError(f"each class of {root} has fewer than 5 images, too few to hold out a fifth")
-            if few:
-                warn(f"{', '.join(few[:5])}: {len(few)} of {len(files)} classes of {root} have fewer than "
-                     f"5 images, and so no validation image")
+            files = hold_out(files, split, root)
         self.classes = list(files)
         names = [os.fsencode(name) for name in chain(*files.values())]
         self.names = b"".join(names)
@@ -207,31 +208,28 @@ class FolderImages:
 
     def __getitem__(self, index):
         unreadable = -1
-        for i in range(index, index + 100):  # the file itself or, failing that, the next that can be read
+        for i in range(index, index + 100):  # the file itself or the next that can be read
             i %= len(self)
             image = read_image(self.path(i))
             if image is not None:
                 break
             unreadable = index
         else:
-            raise ValueError(f"100 images in a row cannot be read, from {printable(self.path(index))} on")
+            raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
         try:
-            return self.transform(image) if self.transform else image, self.labels[i].long(), unreadable
-        except (RuntimeError, MemoryError) as error:  # a strip of 1 x 20,000 pixels, resized, takes gigabytes
-            size = " x ".join(map(str, image.shape[1:]))
-            raise ValueError(f"cannot prepare {printable(self.path(i))}, {size} pixels: {first_line(error)}") from error
+            image = self.transform(image) if self.transform else image
+        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels, resized, take gigabytes
+            raise ValueError(f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels: "
+                             f"{first_line(error)}") from error
+        return image, self.labels[i].long(), unreadable
 
 
 @cache
 def warn(text):
     """Print a warning, once, however many data sets and processes have it to say."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {printable(text)}", file=sys.stderr)
-
-
-def printable(text):
-    """Escape what a terminal cannot show: line breaks in file names, bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # odd names, escaped
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def first_line(error):
@@ -240,18 +238,20 @@ def first_line(error):
 
 
 def split_folder(root, split):
-    """Find the folder of root with the class folders of a split: (its path, whether a fifth is to be held out).
+    """Find the folder with the class folders of a split: (its path, whether to hold out a fifth).
 
     It is called by a word of TRAIN or VAL, in small letters or capitals; without any it is root.
     """
     if not os.path.isdir(root):
-        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` "
-                         f"or a folder{EXPECTED_TREE}")
+        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, "
+                         f"`cifar10`, `cifar100` or a folder{EXPECTED_TREE}")
     paths = {name.lower(): os.path.join(root, name) for name in next(walk(root))[1]}
     if paths and set(paths) <= set("12345") and all(map(holds_folders, paths.values())):
-        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders {', '.join(sorted(paths))} "
-                         f"hold class folders, not images; give one of them, or the folder of all corruptions")
-    train, val = (next((paths[name] for name in names if name in paths), None) for names in (TRAIN, VAL))
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
+                         f"{', '.join(sorted(paths))} hold class folders, not images; give one of "
+                         f"them, or the folder of all corruptions")
+    train = next((paths[name] for name in TRAIN if name in paths), None)
+    val = next((paths[name] for name in VAL if name in paths), None)
     if train and val:
         return (train if split == "train" else val), False
     if val and split != "train" and holds_folders(val):
@@ -263,7 +263,7 @@ def split_folder(root, split):
 
 
 def holds_folders(path):
-    """Whether a folder holds folders and no image: that of a split does, that of a class does not."""
+    """Whether a folder holds folders and no image, as that of a split does, but none of a class."""
     _, folders, files = next(walk(path))
     return bool(folders) and not any(file.lower().endswith(EXTENSIONS) for file in files)
 
@@ -271,7 +271,8 @@ def holds_folders(path):
 def walk(root):
     """os.walk() without hidden files, what systems leave behind, and folders that were met before.
 
-    A link to a folder above would lead round in a circle. ValueError if a folder cannot be opened.
+    So a link to a folder above does not lead round in a circle. ValueError for a folder without
+    permission.
     """
     def refuse(error):
         raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
@@ -282,22 +283,24 @@ def walk(root):
     def is_new(path):
         real = Path(path).resolve()
         if real in met:
-            warn(f"{path} leads to a folder above it, or to one that is read already: left out")
+            warn(f"{path} leads to a folder above it or read already: left out")
         new = real not in met
         met.add(real)
         return new
 
     met = {Path(root).resolve(), *Path(root).resolve().parents}
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if is_data(name) and is_new(os.path.join(folder, name))]
+        folders[:] = [name for name in sorted(folders)
+                      if is_data(name) and is_new(os.path.join(folder, name))]
         yield folder, folders, list(filter(is_data, files))
 
 
 def find_images(root):
-    """Find the images of each class below a folder: {class: file names relative to root}, both sorted.
+    """Find the images of each class: {class: file names relative to root}, both sorted.
 
-    A class is a folder with an image in it or below it. What is left out is said in warnings. Class names
-    are in Unicode's composed form (NFC), for macOS decomposes them. ValueError if there is no image.
+    A class is a folder with an image in it or below it. Warnings say what is left out. Class names
+    are in Unicode's composed form (NFC), for macOS may decompose them. ValueError if there is no
+    image.
     """
     found, others = {}, collections.Counter()
     for folder, folders, files in walk(root):
@@ -309,42 +312,55 @@ def find_images(root):
             found.setdefault(unicodedata.normalize("NFC", place.split("/")[0]), []).extend(images)
             others.update(os.path.splitext(file)[1].lower() or file for file in files)
     classes = {name: sorted(found[name]) for name in sorted(found) if found[name]}
-    types = ", ".join(f"{n} {type}" for type, n in others.most_common(9) if type not in EXTENSIONS)
-    left_out = f"; files of other types: {types}" if types else ""
-    if not classes:
-        raise ValueError((f"no images in the {len(found)} class folders of {root}{left_out}" if found
-                          else f"no class folders in {root}") + EXPECTED_TREE)
     empty = [name for name in sorted(found) if not found[name]]
+    types = [f"{n} {kind}" for kind, n in others.most_common(9) if kind not in EXTENSIONS]
+    left_out = f"left out of {root}"
     if empty:
-        warn(f"no images in {len(empty)} class folders of {root}, which are left out: {', '.join(empty[:5])}{left_out}")
-    elif types:
-        warn(f"files of {root} that are no images are left out: {types}")
+        left_out += f", class folders without images: {', '.join(empty[:5])}"
+    if types:
+        left_out += f", files of other types: {', '.join(types)}"
+    if not classes:
+        what = "images in the class folders of" if found else "class folders in"
+        raise ValueError(f"no {what} {root}; {left_out}{EXPECTED_TREE}")
+    if empty or types:
+        warn(left_out)
     deep = [name for name in chain(*classes.values()) if name.count("/") > 1]
     if deep:
-        warn(f"{len(deep)} images of {root} lie deeper than in a class folder ({deep[0]}, ...): the upper "
-             f"folder is their class")
+        warn(f"{len(deep)} images of {root} lie deeper than in a class folder ({deep[0]}, ...): "
+             f"they belong to the upper one")
     return classes
 
 
-def hold_out(files, split):
-    """What of a class's files is for split "train" or "val": the fifth with the smallest hashes validates.
+def hold_out(classes, split, root):
+    """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
 
-    A name keeps its hash, so that one image more or less moves at most one other.
+    The fifth whose names have the smallest hashes validates: one image less moves at most one
+    other. Warn of classes of root without a validation image. ValueError if that is all of them.
     """
-    def hash_of(name):
-        below = unicodedata.normalize("NFC", name.partition("/")[2])  # within the class folder
+    def hash_of(file):
+        below = unicodedata.normalize("NFC", file.partition("/")[2])  # within the class folder
         return hashlib.sha256(os.fsencode(below)).digest()
 
-    held_out = set(sorted(files, key=hash_of)[:len(files) // 5])
-    return [name for name in files if (name in held_out) == (split == "val")]
+    kept, few = {}, []
+    for name, files in classes.items():
+        fifth = set(sorted(files, key=hash_of)[:len(files) // 5])
+        kept[name] = [file for file in files if (file in fifth) == (split == "val")]
+        few += [] if fifth else [name]
+    told = f"{len(few)} of {len(classes)} classes of {root} have fewer than 5 images"
+    if len(few) == len(classes):
+        raise ValueError(f"{told}: too few to hold out a fifth for validation")
+    if few:
+        warn(f"{told}, and so no validation image: {', '.join(few[:5])}")
+    return kept
 
 
 def read_image(path):
-    """Read the file at path: (3, H, W) uint8 RGB, or None if no decoder can. Of an animation the first picture.
+    """Read the file at path: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
 
-    Pictures are turned as their EXIF data say, as every viewer shows them. (Published ImageNet protocols
-    do not turn them.) Pillow reads what is no JPEG: torchvision's decoder of PNG ends the process at a
-    wrong bit. More than 179 million pixels, Pillow's limit, are unreadable. So is a file that was cut off.
+    Pictures are turned as their EXIF data say, as every viewer shows them. Published ImageNet
+    protocols do not turn them. Pillow reads what is no JPEG: one wrong bit of a PNG can crash
+    torchvision. Cut off, or of more than Pillow's limit of 179 million pixels, a JPEG is unreadable
+    to either.
     """
     try:
         with open(path, "rb") as file:
@@ -363,9 +379,10 @@ JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers before 
 
 
 def read_jpeg(content):
-    """Decode a JPEG file, a bytearray, with torchvision, which is faster than Pillow. Raise if that fails.
+    """Decode a JPEG file, a bytearray, with torchvision, which is faster than Pillow, or raise.
 
-    The size is looked up first: for one that a damaged header claims, libjpeg may take all of the memory.
+    The size is looked up first: for what a damaged header claims, libjpeg may take all of the
+    memory.
     """
     if content[:3] != b"\xff\xd8\xff":
         raise ValueError("no JPEG")
@@ -376,23 +393,24 @@ def read_jpeg(content):
     if content[place] != 0xFF or height * width > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError("a damaged header")
     content = torch.frombuffer(content, dtype=torch.uint8)
-    return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True)
+    return torchvision.io.decode_jpeg(content, mode="RGB", apply_exif_orientation=True)
 
 
 def read_other(content):
-    """Decode an image file, a bytearray, with Pillow. Raise if that fails, or if nothing says what is white.
+    """Decode an image file, a bytearray, with Pillow, or raise.
 
-    Grey of 12 or 16 bits is scaled to 8, as are floats from 0 to 1. Other floats and 32 bits have no known range.
+    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255. Other numbers have no known
+    range.
     """
     image = Image.open(io.BytesIO(content))
     upright = ImageOps.exif_transpose(image)
     if not image.mode.startswith(("I", "F")):
         return v2.functional.pil_to_tensor(upright.convert("RGB"))
-    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 bits, 262 is 0 if 0 is white; Pillow scales PNG and PGM
-    white = 1 if image.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1
+    tags = getattr(image, "tag_v2", {})  # TIFF's: 258 is the bits, 262 is 0 if 0 is white
+    white = 1 if image.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1  # PNG and PGM have 16 here
     grey = v2.functional.pil_to_tensor(upright.convert("F")) * (255 / white)  # (1, H, W)
-    if white > 65535 or not 0 <= grey.min() <= grey.max() <= 255:
-        raise ValueError("no known range")
+    if image.mode == "I" and tags or not 0 <= grey.min() <= grey.max() <= 255:
+        raise ValueError("signed, of 32 bits, or floats beyond 0 to 1")
     grey = 255 - grey if tags.get(262) == 0 else grey
     return grey.round().to(torch.uint8).repeat(3, 1, 1)
 
@@ -423,10 +441,11 @@ class TensorImages:
 
 
 def fingerprint(dataset, names):
-    """Describe a data set in plain values, to compare it with another: dict(classes, images, digest).
+    """Describe a data set in plain values, for comparing it: dict(classes, images, digest).
 
-    classes: the names, in label order. images: how many each class has. digest: a hash of `names`, the bytes of the
-    file names relative to the data set's folder. Neither the place of the folder nor the files' content counts.
+    classes: the names, in label order. images: how many each class has. digest: a hash of `names`,
+    the bytes of the file names relative to the folder, which may lie elsewhere. Contents do not
+    count.
     """
     counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
     return dict(classes=dataset.classes, images=counts, digest=hashlib.sha256(names).hexdigest())
@@ -438,8 +457,8 @@ def open_cifar(spec, split, transform):
     try:
         cifar = kind("data", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a network, place "
-                         f"{kind.filename} in data/ by hand") from None
+        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a "
+                         f"network, place {kind.filename} in data/ by hand") from None
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
 
@@ -651,7 +670,7 @@ def best_dtype(device):
 
 def auto_workers(dataset, world=1):
     """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun knows how many are on this machine
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine alone
     return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
 
 
@@ -706,8 +725,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         dist.all_reduce(sums)
         dist.all_reduce(broken, dist.ReduceOp.MAX)
     if broken >= 0:
-        raise ValueError(f"cannot read {printable(loader.dataset.path(int(broken)))}: an accuracy without this image would not be "
-                         f"comparable; repair or remove the file")
+        raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without "
+                         f"this image would not be comparable; repair or remove the file")
     images, correct1, correct5, loss = sums.tolist()
     model.train(was_training)
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
@@ -789,8 +808,9 @@ def number(interval, kind=float):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.",
-                                     usage="%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)")
+    parser = argparse.ArgumentParser(
+        description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.",
+        usage="%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)")
     flag = parser.add_argument
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
@@ -800,12 +820,14 @@ def parse_args(argv=None):
     flag("--real", metavar="FILE", help="score ImageNet's validation images by the ReaL labels in this JSON file")
     flag("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
     flag("--k", type=number("[1, inf)", int), help="experts per token, other than in training")
-    flag("--capacity-factor", type=number("(0, inf)"), help="slots per expert, in units of the even share (default: no limit)")
+    flag("--capacity-factor", type=number("(0, inf)"),
+         help="slots per expert, in units of the even share (default: no limit)")
     flag("--drop-expert", type=layer_and_expert, action="append", default=[], metavar="LAYER:EXPERT",
          help="never choose this expert; MoE layers and experts count from 0; repeatable")
     flag("--batch-size", type=number("[1, inf)", int), default=128,
          help="images at a time in each process (default: 128)")
-    flag("--workers", type=number("[0, inf)", int), help="processes that load images (default: 0 if in memory, else up to 12)")
+    flag("--workers", type=number("[0, inf)", int),
+         help="processes that load images (default: 0 if in memory, else up to 12)")
     flag("--json", metavar="FILE", help="also write the results there, with counts and how they were obtained")
     return parser.parse_args(argv)
 
@@ -853,7 +875,8 @@ def prepare(path, data, args):
     for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
         resized = eval_transform(row["image_size"], row["crop_ratio"])
         trained_on = row["args"].get("data") and os.path.abspath(row["args"]["data"])
-        if getattr(dataset, "flat", False) and os.path.abspath(spec) == trained_on and args.split == "all":
+        flat = getattr(dataset, "flat", False)
+        if flat and os.path.abspath(spec) == trained_on and args.split == "all":
             dataset.note += ", those of the training among them: --split val leaves them out"
         if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
             raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
@@ -965,17 +988,17 @@ def main(args):
 
 
 def fail(error):
-    """Print an error in one line, without the traceback of a loader's worker, and exit with status 2.
+    """Print an error without the traceback of a loader's worker, and exit with status 2.
 
-    Under torchrun rank 0 comes first: an error of all processes ends them before the others speak, too.
+    Under torchrun rank 0 comes first: when it ends, the others are ended before they say the same.
     """
     time.sleep(os.environ.get("RANK", "0") != "0")
-    print(f"error: {str(error).rpartition('Error: ')[2].strip()}", file=sys.stderr)
+    print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the characters of a name
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
