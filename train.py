@@ -45,7 +45,7 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform,
-                  evaluate, first_line, leave_signals, load_checkpoint, normalize, number, open_dataset, read_checkpoint,
+                  evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number, open_dataset, read_checkpoint,
                   setup_processes, start_loader, together)
 from moe import count_parameters, mean_balance_loss, upcycle
 
@@ -870,9 +870,8 @@ if __name__ == "__main__":
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:  # of all processes, see together(), or of this one
-        print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError) as error:
+        fail(error)
     except FloatingPointError as error:  # of all processes
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

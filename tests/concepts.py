@@ -56,7 +56,8 @@ CONCEPTS = (
             "eval.shift", "",
             "Pictures whose every factor is known: the same on every machine, and shifted to where training never was."),
     Concept("folders", "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ eval.split_folder "
-            "eval.image_files eval.read_image eval.fingerprint eval.open_cifar", "shapes",
+            "eval.walk eval.find_images eval.hold_out eval.read_image eval.read_jpeg "
+            "eval.read_other eval.fingerprint eval.open_cifar", "shapes",
             "A million files, odd names, broken images: what is on disk is read, or named."),
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
             "eval.eval_loader eval.start_loader eval.together eval.evaluate", "folders",
