@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 import unicodedata
 import warnings
 from contextlib import contextmanager
@@ -44,12 +45,13 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import convnext
 import vit
-from moe import MoE, clock, count_flops, count_parameters
+from moe import MoE, count_parameters
 
 # ---------------------------------------------------------------- models and checkpoints
 
@@ -102,7 +104,8 @@ def read_checkpoint(path, device):
     optimizer's moments, takes no memory.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
+        raise ValueError(f"no checkpoint at {path}: expected a file like "
+                         f"runs/<model>-<data>-1/best.pt")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # of whatever kind: any bytes may be in the file
@@ -114,6 +117,9 @@ def read_checkpoint(path, device):
     if missing:
         lacking = ", ".join(sorted(missing))
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {lacking}")
+    if any(name.endswith(".experts.w1") for name in checkpoint["model"]):
+        raise ValueError(f"{path} is from an older version, whose experts were stacked weights and "
+                         f"not MLPs: train it again")
     return checkpoint
 
 
@@ -817,6 +823,39 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     images, correct1, correct5, loss = sums.tolist()
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
                 top5=100 * correct5 / images, loss=loss / images)
+
+
+@torch.no_grad()
+def count_flops(model, image_size):
+    """Return the multiply-adds of one image in evaluation, an int: what the papers call FLOPs.
+
+    torch counts the products and convolutions of a copy of the model that has shapes, but no data.
+    Norms, activations and additions are left out, as is usual.
+    """
+    shapes = copy.deepcopy(model).to("meta").eval()
+    for layer in shapes.modules():
+        if isinstance(layer, MoE):
+            layer.forward = partial(cost_of_a_moe, layer)
+    with FlopCounterMode(display=False) as counter:
+        shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops() // 2  # torch counts a product and a sum
+
+
+def cost_of_a_moe(layer, x):
+    """Stand in for MoE.forward in count_flops: each token of x meets the router and k experts."""
+    scores = x
+    for weight in layer.router.parameters():
+        if weight.ndim == 2:  # the codes, after the projection if there is one
+            scores = F.linear(scores, weight)
+    answers = [layer.experts[e](x) for e in range(layer.k)]
+    return answers[0], None
+
+
+def clock(device):
+    """Return seconds, read when a device ("cpu", "cuda") has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
