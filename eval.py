@@ -709,14 +709,14 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
                       persistent_workers=workers > 0, worker_init_fn=leave_signals)
 
 
-# Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see to
-# that. The main process decides what to do, and may still need images for it. So the processes of
-# its loaders must not end by themselves.
+# Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see
+# to that. The main process decides what to do, and may still need images for it. So the processes
+# of its loaders must not end by themselves.
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def leave_signals(worker):
-    """Leave SIGINT and SIGTERM to the main process. A loader's process calls this when it starts."""
+    """Leave SIGINT and SIGTERM to the main process. A loader's new process calls this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -729,7 +729,7 @@ def leave_signals(worker):
 
 
 def obey_parent():
-    """End this process at a SIGTERM of the main process: so PyTorch ends it. Ignore those of others."""
+    """End this process at a SIGTERM of the main process, but not at those of others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)

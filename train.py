@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import signal
 import sys
@@ -28,10 +29,6 @@ from contextlib import nullcontext, suppress
 from itertools import count
 from types import SimpleNamespace
 
-try:
-    import fcntl  # locks, which Windows does not have
-except ImportError:
-    fcntl = None
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -102,50 +99,65 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
                                      "the value of the model's recipe (top of train.py).")
     flag = parser.add_argument
+    whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
     flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
     flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
     flag("--init-from", help="start from `torchvision`'s ImageNet weights or a checkpoint of ours; a dense one is upcycled")
     flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
-    flag("--seed", type=number("[0, 4294967296)", int), default=0, help="start of all random draws (default: 0)")
+    flag("--seed", type=number("[0, 4294967296)", int), default=0,
+         help="start of all random draws (default: 0)")
 
-    flag("--moe-layers", type=blocks, help="none, every2, last2, last3, stage, or block indices such as 3,5")
-    flag("--experts", type=number("[1, inf)", int), help="experts E per MoE layer")
-    flag("--k", type=number("[1, inf)", int), help="experts K per token")
-    flag("--expert-ratio", type=number("[0.1, inf)"), help="hidden width of an expert, in units of the model's width")
+    flag("--moe-layers", type=blocks,
+         help="none, every2, last2, last3, stage, or block indices such as 3,5")
+    flag("--experts", type=whole, help="experts E per MoE layer")
+    flag("--k", type=whole, help="experts K per token")
+    flag("--expert-ratio", type=number("[0.1, inf)"),
+         help="hidden width of an expert, in units of the model's width")
     flag("--router", help="linear, cosine or l2")
-    flag("--router-noise", type=number("[0, inf)"), help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
-    flag("--capacity-factor", type=number("[0, inf)"), help="slots per expert in training, in units of the even share; 0: no limit")
-    flag("--balance-weight", type=number("[0, inf)"), help="weight of the balance loss")
+    flag("--router-noise", type=amount,
+         help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
+    flag("--capacity-factor", type=amount,
+         help="slots per expert in training, in units of the even share; 0: no limit")
+    flag("--balance-weight", type=amount, help="weight of the balance loss")
 
-    flag("--epochs", type=number("[1, inf)", int))
-    flag("--batch-size", type=number("[1, inf)", int), help="global: images per step over all processes")
-    flag("--accumulate", type=number("[1, inf)", int), default=1, help="split each step's batch into this many passes (default: 1)")
-    flag("--lr", type=number("[0, inf)"), help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
-    flag("--min-lr", type=number("[0, inf)"), help="learning rate at the end")
+    flag("--epochs", type=whole)
+    flag("--batch-size", type=whole, help="global: images per step over all processes")
+    flag("--accumulate", type=whole, default=1,
+         help="split each step's batch into this many passes (default: 1)")
+    flag("--lr", type=amount,
+         help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--min-lr", type=amount, help="learning rate at the end")
     flag("--decay", choices=("cosine", "linear"), help="from the peak to the end")
-    flag("--warmup-epochs", type=number("[0, inf)"))
-    flag("--weight-decay", type=number("[0, inf)"))
-    flag("--expert-weight-decay", type=number("[0, inf)"), help="of the experts' weights (default: --weight-decay)")
-    flag("--clip-grad", type=number("[0, inf)"), help="largest norm of the gradient; 0 is off")
-    flag("--ema", type=number("[0, 1)"), help="decay per step of the averaged weights, less at the start; 0 is off")
+    flag("--warmup-epochs", type=amount)
+    flag("--weight-decay", type=amount)
+    flag("--expert-weight-decay", type=amount,
+         help="of the experts' weights (default: --weight-decay)")
+    flag("--clip-grad", type=amount, help="largest norm of the gradient; 0 is off")
+    flag("--ema", type=number("[0, 1)"),
+         help="decay per step of the averaged weights, less at the start; 0 is off")
     flag("--drop-path", type=number("[0, 1)"), help="rate at the last block")
     flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
-    flag("--label-smoothing", type=number("[0, 1]"))
-    flag("--mixup", type=number("[0, inf)"), help="alpha; 0 is off")
-    flag("--cutmix", type=number("[0, inf)"), help="alpha; 0 is off")
-    flag("--randaug", type=number("[0, 10]", int), help="magnitude of RandAugment, 1 to 10; 0 is off")
-    flag("--erasing", type=number("[0, 1]"), help="probability of erasing a rectangle")
-    flag("--crop-scale", type=number("(0, 1]"), help="smallest part of an image's area that a training crop shows; 1: no random crop")
+    flag("--label-smoothing", type=share)
+    flag("--mixup", type=amount, help="alpha; 0 is off")
+    flag("--cutmix", type=amount, help="alpha; 0 is off")
+    flag("--randaug", type=number("[0, 10]", int),
+         help="magnitude of RandAugment, 1 to 10; 0 is off")
+    flag("--erasing", type=share, help="probability of erasing a rectangle")
+    flag("--crop-scale", type=number("(0, 1]"),
+         help="smallest part of an image's area that a training crop shows; 1: no random crop")
     flag("--flip", type=int, choices=(0, 1), help="1: mirror every other training image")
-    flag("--image-size", type=number("[1, inf)", int), help="pixels")
-    flag("--crop-ratio", type=number("(0, 1]"), help="image size over the size to which evaluation resizes before its centre crop")
+    flag("--image-size", type=whole, help="pixels")
+    flag("--crop-ratio", type=number("(0, 1]"),
+         help="image size over the size to which evaluation resizes before its centre crop")
 
-    flag("--workers", type=number("[0, inf)", int), help="processes that load images, for each training process (default: 0 if the images are "
-         "in memory, else its share of the processors, at most 12)")
+    flag("--workers", type=number("[0, inf)", int),
+         help="processes that load images, for each training process (default: 0 if the images "
+         "are in memory, else its share of the processors, at most 12)")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0, help="also save within an epoch, this often (default: 30)")
+    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0,
+         help="also save within an epoch, this often (default: 30)")
     return parser.parse_args(argv)
 
 
@@ -417,82 +429,72 @@ def ema_decay(step, decay):
 # ---------------------------------------------------------------- runs and checkpoints
 
 
-FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # options that a continued run may have otherwise
+FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # when a run is continued
 
 
 def claim_folder(config):
-    """Make the folder of this run, and open its log.jsonl: (path, file). ValueError if that is impossible.
+    """Make the folder of this run and open its log.jsonl: (path, file). ValueError if impossible.
 
-    As long as this process lives the log is locked, so that no second run can write here. Without --out each run gets a
-    folder of its own, also when several start at once: only one of them can make it.
+    While this process lives the log is locked: no second run can write here. Without --out each run
+    makes a folder of its own; of several that start at once only one can make the same.
     """
-    folder = config["out"]
+    name = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
+    numbered = (f"runs/{config['model']}-{name}-{i}" for i in count(1))
     try:
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        else:
-            folder = make_numbered(f"runs/{config['model']}-{data_name(config['data'])}")
+        for folder in [config["out"]] if config["out"] else numbered:
+            with suppress(FileExistsError):
+                os.makedirs(folder, exist_ok=folder == config["out"])
+                break
         log = open(os.path.join(folder, "log.jsonl"), "a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"the run cannot be written to {folder or 'runs'} ({error}): give another --out") from None
+        raise ValueError(f"cannot write to {folder} ({error}): give another --out") from None
     try:
-        if fcntl:  # POSIX locks: they end with this process, even if it is killed, and its loaders do not inherit them
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        # A POSIX lock ends with this process, even if it is killed. Loaders do not inherit it.
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{folder} is in use by another run: wait for its end, or give another --out") from None
-    except OSError:
-        pass  # a file system without locks
+        raise ValueError(f"{folder} is in use by another run: give another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
     return folder, log
 
 
-def make_numbered(name):
-    """Make the first folder of name-1, name-2, ... that does not exist yet: its path."""
-    for i in count(1):
-        with suppress(FileExistsError):
-            os.makedirs(f"{name}-{i}")
-            return f"{name}-{i}"
-
-
-def data_name(data):
-    """The part of a run's name that says what it was trained on."""
-    return os.path.basename(os.path.normpath(data)).replace(":", "-")
-
-
 def open_last(run):
-    """The checkpoint with which the run in run.folder continues, or None if there is none.
+    """Read the checkpoint with which the run in run.folder continues. None if it is a new run.
 
-    ValueError if it cannot be opened, or belongs to a run of another configuration or on other data.
+    ValueError if the file cannot be read, or is from another configuration or other images.
     """
     last, best = (os.path.join(run.folder, name) for name in ("last.pt", "best.pt"))
-    offer = f"; to continue from the best epoch, copy {best} to {last}" if os.path.exists(best) else ""
-    if not os.path.exists(last):
-        if offer:
-            raise ValueError(f"there is no {last}{offer}; or give another --out")
+    if not os.path.exists(last) and not os.path.exists(best):
         return None
     try:
         checkpoint = read_checkpoint(last, "cpu")
     except ValueError as error:
-        raise ValueError(f"{error}{offer}; or give another --out") from None
-    there = checkpoint["args"]
-    free = FREE_TO_CHANGE | ({"data"} if isinstance(run.train_set, FolderImages) else set())  # a folder may move
+        raise ValueError(f"{error}; to continue from the best epoch copy {best} to {last}, "
+                         f"if it is there, or give another --out") from None
+    there, free = checkpoint["args"], FREE_TO_CHANGE
+    if isinstance(run.train_set, FolderImages):
+        free = free | {"data"}  # it may have moved: the images count
     differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {now} now"
                  for name, now in run.config.items() if name not in free and there.get(name) != now]
     if differing:
-        raise ValueError(f"{run.folder} holds a run of another configuration ({'; '.join(differing)}): give the same "
-                         f"options to continue it, or another --out")
+        raise ValueError(f"{run.folder} holds a run of another configuration "
+                         f"({'; '.join(differing)}): give the same options to continue it, or "
+                         f"another --out")
     differing = compare_data(checkpoint.get("data"), run.train_set.fingerprint())
     if differing:
-        raise ValueError(f"the training images are not those of the run in {run.folder} ({differing}): "
-                         f"restore them to continue it, or give another --out")
+        raise ValueError(f"the training images are not those of the run in {run.folder} "
+                         f"({differing}): restore them to continue it, or give another --out")
     return checkpoint
 
 
 def compare_data(then, now):
-    """Say how two fingerprints of data sets differ, in words; "" if they do not, or if one is unknown (None)."""
+    """Say in words how two fingerprints of data sets differ. "" if they do not, or one is None."""
     if not then or then == now:
         return ""
-    gone, new = set(then["classes"]) - set(now["classes"]), set(now["classes"]) - set(then["classes"])
-    words = [f"class {name} is gone" for name in sorted(gone)[:3]] + [f"class {name} is new" for name in sorted(new)[:3]]
+    before, after = set(then["classes"]), set(now["classes"])
+    words = [f"class {name} is gone" for name in sorted(before - after)[:3]]
+    words += [f"class {name} is new" for name in sorted(after - before)[:3]]
     counts = sum(then["images"]), sum(now["images"])
     if counts[0] != counts[1]:
         words.append(f"{counts[0]} images then, {counts[1]} now")
@@ -500,26 +502,29 @@ def compare_data(then, now):
 
 
 def make_checkpoint(run):
-    """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True.
+    """Return the run as a dict of plain values and tensors.
 
-    epoch: those that are trained. line: what the log will say of the last one, if it was not validated yet.
+    epoch: how many are trained. line: what sum_up() said of the last, if it is not validated yet.
     """
     config = run.config
     return dict(
         config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
         image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
         model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
-        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, line=run.line, args=config,
-        data=run.train_set.fingerprint())
+        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best,
+        args=config, line=run.line, data=run.train_set.fingerprint())
 
 
 def restore(run, checkpoint):
-    """Put a run where its checkpoint was made. Nothing of the checkpoint's file stays in use."""
+    """Put a run where its checkpoint was made. Everything is copied: its file can be closed."""
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
-    for parameter, state in run.optimizer.state.items():  # a copy in the memory layout of the parameter, as AdamW expects:
-        for name, value in state.items():  # the run may have been on a GPU (channels_last) and go on on a CPU
-            state[name] = torch.empty_like(parameter if value.shape == parameter.shape else value).copy_(value)
+    for parameter, state in run.optimizer.state.items():
+        for name, value in state.items():
+            # In the memory layout of the parameter, as AdamW expects. The checkpoint may have
+            # another: a ConvNeXt is channels_last on a GPU only.
+            like = parameter if value.shape == parameter.shape else value
+            state[name] = torch.empty_like(like).copy_(value)
     if run.ema:
         run.ema.module.load_state_dict(checkpoint["ema"])
         run.ema.n_averaged.fill_(checkpoint["step"])
@@ -530,7 +535,7 @@ def restore(run, checkpoint):
 def write_checkpoint(checkpoint, path):
     """Write a checkpoint to path. Raise ValueError if that is impossible.
 
-    Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
+    It goes into a temporary file, to the disk, and is renamed: the old or the new file is complete.
     """
     try:
         with open(path + ".tmp", "wb") as file:
@@ -541,55 +546,51 @@ def write_checkpoint(checkpoint, path):
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(path + ".tmp")
-        raise ValueError(f"cannot write {path} ({first_line(error.__context__ or error)})") from None
+        reason = first_line(error.__context__ or error)
+        raise ValueError(f"cannot write {path} ({reason})") from None
 
 
 def save(run, *names):
-    """Write the run's checkpoint to the files of these names in its folder, by rank 0, while the others wait.
+    """Write the run's checkpoint to the files of these names, by rank 0, while the others wait.
 
-    If the disk is full the old file stays and the run goes on: the next save may have more luck. Sets run.unsaved.
-    FloatingPointError if a weight is not finite: then nothing is written.
+    If the disk is full the old file stays, run.unsaved is set, and the run goes on: the next save
+    may have more luck. FloatingPointError if a weight is not finite: then nothing is written.
     """
     weights = [*run.model.parameters(), *(run.ema.parameters() if run.ema else [])]
     if not torch.nn.utils.get_total_norm(weights).isfinite():
-        raise FloatingPointError(f"weights are not finite after step {run.step} (epoch {run.epoch + 1}); {advise(run)}")
+        raise FloatingPointError(f"weights are not finite after step {run.step}; {advise(run)}")
     if run.rank == 0:
-        run.unsaved, checkpoint = False, make_checkpoint(run)
-        for path in (os.path.join(run.folder, name) for name in names):
+        run.unsaved = False
+        for name in names:
             try:
-                write_checkpoint(checkpoint, path)
+                write_checkpoint(make_checkpoint(run), os.path.join(run.folder, name))
             except ValueError as error:
                 run.unsaved = True
-                tqdm.write(f"warning: {error}; the file of the last successful save is untouched", file=sys.stderr)
+                tqdm.write(f"warning: {error}; the old file is untouched", file=sys.stderr)
     run.saved_at = time.monotonic()
     if run.world > 1:
         dist.barrier()
 
 
 def advise(run):
-    """What to do when something is not finite, the end of an error message."""
-    return (f"nothing of this step was saved, the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; "
+    """Say what to do when something is not finite: the end of an error message."""
+    last = os.path.join(run.folder, "last.pt")
+    return (f"nothing of this step was saved, the last good checkpoint is {last}; "
             f"try a smaller --lr, --clip-grad 1 or --dtype float32")
 
 
 def cut_log(log, epoch):
-    """Leave in an open log.jsonl the lines up to this epoch: what a killed run wrote later will be written again."""
+    """Leave in an open log.jsonl the whole lines up to an epoch. Later ones will come again."""
     log.seek(0)
-    lines = log.readlines()
-    kept = [line for line in lines if epoch_of(line) <= epoch]
+    lines, kept = log.readlines(), []
+    for line in lines:
+        whole = re.fullmatch(r'{"epoch": (\d+),.*}\n', line)  # as write_log() makes them
+        if whole and int(whole[1]) <= epoch:
+            kept.append(line)
     if kept != lines:
-        log.seek(0)
-        log.truncate()
+        log.truncate(0)
         log.writelines(kept)
         log.flush()
-
-
-def epoch_of(line):
-    """The epoch of a line of log.jsonl, infinity if it is blank, or cut because the disk was full."""
-    try:
-        return json.loads(line)["epoch"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def write_log(run, line):
@@ -623,22 +624,26 @@ def count_routing(routings, num_experts):
 
 
 def prepare(args):
-    """Everything a run needs, settled before it begins: a namespace. Raises ValueError for whatever is wrong.
+    """Settle everything a run needs: a namespace. Raises ValueError for whatever is wrong.
 
     No file is written before all options and data were found to be right.
     """
     rank, world, device = setup_processes()
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's word on depthwise convolutions: harmless
-    run = SimpleNamespace(rank=rank, world=world, device=device, epoch=0, step=0, best=None, line=None, unreadable=set(),
-                          signal=0, stop=0, unsaved=False, saved_at=time.monotonic())
+    run = SimpleNamespace(rank=rank, world=world, device=device, epoch=0, step=0, best=None,
+                          line=None, unreadable=set(), signal=0, stop=0, unsaved=False,
+                          saved_at=time.monotonic())
     with together():
         config = run.config = resolve(args)
-        run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
+        run.dtype = best_dtype(device)
+        if config["dtype"] != "auto":
+            run.dtype = getattr(torch, config["dtype"])
         run.train_set, run.val_set = open_data(config)
         fit_to_data(config, len(run.train_set), world)
         torch.manual_seed(config["seed"])
         run.model = build_model(model_config(config, len(run.train_set.classes)))
-        nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
+        # On a GPU, in this layout, a ConvNeXt's permutes cost nothing.
+        nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)
         run.layout = torch.channels_last if nhwc else torch.contiguous_format
         run.model.to(device, memory_format=run.layout)
         continued = config["out"] and os.path.exists(os.path.join(config["out"], "last.pt"))
@@ -667,7 +672,7 @@ def prepare(args):
 
 
 def find_folder(run):
-    """Settle where the run is written, the same for all processes, and continue the run that is there."""
+    """Settle where all processes write the run, and continue the run that is there."""
     data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
     found = [None, data]
     with together():
@@ -679,13 +684,14 @@ def find_folder(run):
     with together():
         differing = [compare_data(*pair) for pair in zip(found[1], data)]
         if any(differing):
-            raise ValueError(f"{run.config['data']} is not the same as that of process 0 ({max(differing)})")
+            raise ValueError(f"{run.config['data']} is not the same as that of process 0 "
+                             f"({max(differing)})")
         checkpoint = open_last(run)
         if checkpoint:
             restore(run, checkpoint)
         if run.rank == 0:
             cut_log(run.log, run.epoch - bool(run.line))
-            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now, not after the first epoch
+            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now
             write_checkpoint(make_checkpoint(run), trial)
             os.remove(trial)
 
@@ -727,9 +733,11 @@ def train_step(run, parts):
 
 
 def agree(run, losses, norm):
-    """Share three flags across all processes: losses (2,) or a norm of the gradient that are not finite, a signal to stop,
-    and whether it is time to save. Called before the optimizer step, so that all act alike. Sets run.stop and run.save_now;
-    raises FloatingPointError on all."""
+    """Share three flags across all processes: a loss or gradient that is not finite, a signal to
+    stop, and whether it is time to save. Called before the optimizer step, so that all act alike.
+
+    losses (2,), norm: of the gradient. Sets run.stop and run.save_now. Raises FloatingPointError.
+    """
     minutes = (time.monotonic() - run.saved_at) / 60
     flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
     flags[0] = ~(losses.isfinite().all() & norm.isfinite())
@@ -739,14 +747,15 @@ def agree(run, losses, norm):
     if broken:
         raise FloatingPointError(
             f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): "
-            f"cross-entropy {losses[0].item():.4g}, balance {losses[1].item():.4g}, norm of the gradient "
-            f"{norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; {advise(run)}")
+            f"cross-entropy {losses[0].item():.4g}, balance {losses[1].item():.4g}, "
+            f"norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; "
+            f"{advise(run)}")
 
 
 def train_epoch(run):
-    """Train to the end of the epoch, from where it was left. Returns the first half of the epoch's line for the log, a dict.
+    """Train to the end of the epoch, from where it was left. Return what sum_up() says of it.
 
-    If a signal ended it early, it returns None, after a save. The losses are means over the steps since the run was
+    After a signal it saves and returns None. The losses are means over the steps since the run was
     started or continued.
     """
     layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
@@ -768,7 +777,7 @@ def train_epoch(run):
 
 
 def sum_up(run, steps, seconds):
-    """What the log says of an epoch's training, a dict: of the last `steps` steps, summed over the processes."""
+    """Return the training half of an epoch's line for the log: a dict, means over `steps` steps."""
     losses, routed = run.progress["losses"] / steps / run.world, run.progress["routed"]
     unreadable = torch.tensor(len(run.unreadable), device=run.device)
     if run.world > 1:
@@ -776,23 +785,25 @@ def sum_up(run, steps, seconds):
             dist.all_reduce(numbers)
     choices, dropped = routed[:, :-1].double(), routed[:, -1]
     loss, balance = losses.tolist()
-    return dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
-                balance_loss=balance, images_per_s=steps * run.config["batch_size"] / seconds,
+    lr = run.optimizer.param_groups[0]["lr"]
+    return dict(epoch=run.epoch + 1, step=run.step, lr=lr, train_loss=loss, balance_loss=balance,
+                images_per_s=steps * run.config["batch_size"] / seconds,
                 data_wait=run.progress["wait"] / seconds, seconds=seconds,
                 dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
                 load=(choices / choices.sum(1, keepdim=True)).tolist())
 
 
 def validate_epoch(run):
-    """Evaluate the weights, and the averaged ones: the other half of the epoch's line for the log, or None after a signal.
+    """Evaluate the weights, and the averaged ones. Return the other half of the epoch's line.
 
-    FloatingPointError if a loss is not finite: then last.pt is not a good checkpoint, and renamed.
+    After a signal it is None. FloatingPointError if a loss is not finite; last.pt is then renamed.
     """
     line = {}
     for prefix, model in (("", run.model), ("ema_", run.ema and run.ema.module)):
         if model is None:
             break
-        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype, stop=lambda: run.signal)
+        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype,
+                       stop=lambda: run.signal)
         if val is None:
             run.stop = run.signal or signal.SIGTERM  # which another process got
             return None
@@ -800,9 +811,11 @@ def validate_epoch(run):
             last, bad = (os.path.join(run.folder, name) for name in ("last.pt", "not_finite.pt"))
             if run.rank == 0 and os.path.exists(last):
                 os.replace(last, bad)
-            raise FloatingPointError(f"the validation loss after epoch {run.epoch} is {val['loss']}: last.pt is now {bad}; "
-                                     f"to continue from the best epoch, if there is one, copy best.pt to last.pt")
-        line |= {f"{prefix}val_loss": val["loss"], f"{prefix}top1": val["top1"], f"{prefix}top5": val["top5"]}
+            raise FloatingPointError(
+                f"the validation loss after epoch {run.epoch} is {val['loss']}: "
+                f"last.pt is now {bad}; to continue from the best epoch, if there is one, copy best.pt to last.pt")
+        line[f"{prefix}val_loss"] = val["loss"]
+        line[f"{prefix}top1"], line[f"{prefix}top5"] = val["top1"], val["top5"]
     return line
 
 
@@ -835,15 +848,16 @@ def print_summary(run):
 def print_result(run):
     """The last lines: how good it got, and what to do with it."""
     best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
-    held_out = " --split val" if getattr(run.train_set, "root", None) == data else ""  # a folder that has no val/
+    no_val = getattr(run.train_set, "root", None) == data  # a folder of class folders
+    held_out = " --split val" if no_val else ""
     print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
     if not os.path.exists(best):
         return
     print(f"evaluate    python eval.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out}")
     if run.model.moe_blocks:
         out = os.path.join(run.folder, "inspect")
-        print(f"inspect     python inspect_experts.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out} "
-              f"--out {shlex.quote(out)}")
+        print(f"inspect     python inspect_experts.py {shlex.quote(best)} "
+              f"--data {shlex.quote(data)}{held_out} --out {shlex.quote(out)}")
 
 
 def print_epoch(run, line):
@@ -861,10 +875,14 @@ def print_epoch(run, line):
 
 
 class Output:
-    """A stream to print to, line by line. If nobody reads it any more, or its disk is full, the run goes on in silence."""
+    """A stream to print to, line by line.
+
+    If nobody reads it any more, or its disk is full, the run goes on in silence.
+    """
 
     def __init__(self, stream):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # for names that it cannot encode
+        # backslashes: for names that the stream cannot encode
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self.stream = stream
 
     def write(self, text):
@@ -878,15 +896,17 @@ class Output:
 
 
 def main(args):
-    """The whole program: prepare, then epoch by epoch train, save, validate, log. Stopped, it exits with 128 + signal."""
+    """Prepare, then for each epoch train, save, validate, log. A signal exits with 128 + signal."""
     run = prepare(args)
     if run.rank == 0:
         print_summary(run)
         if run.step:
             finished = run.epoch >= run.config["epochs"] and not run.line
-            print(f"{'finished' if finished else 'continuing'} after epoch {run.epoch}, step {run.step}")
+            state = "finished" if finished else "continuing"
+            print(f"{state} after epoch {run.epoch}, step {run.step}")
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda name, frame: setattr(run, "signal", name))  # finish the step, save, exit
+        # Finish the step, save, exit.
+        signal.signal(name, lambda name, frame: setattr(run, "signal", name))
     while run.line or run.epoch < run.config["epochs"]:
         if not run.line:  # else the last epoch was trained, but not validated
             run.line = train_epoch(run)

@@ -64,8 +64,8 @@ LONG = ("--data shapes:160 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9
 
 
 def interrupt(processes, run, number):
-    """Send a signal to all processes, and to all that load images for them, in the middle of epoch 2, after a save: the
-    step of the last checkpoint."""
+    """Send a signal to all processes, and to those that load images for them, in the middle of
+    epoch 2, after a save. Return the step of the last checkpoint."""
     deadline = time.monotonic() + 60
     step = 0
     while not (step > 10 and step % 10):  # 10 steps per epoch
@@ -104,7 +104,7 @@ def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_pa
     logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (tmp_path / "whole", tmp_path / "broken")]
     for line, other in zip(*logs, strict=True):
         for field in ("epoch", "step", "lr", "val_loss", "top1", "ema_val_loss", "ema_top1"):
-            assert line[field] == other[field], field  # the training loss is that since the interruption
+            assert line[field] == other[field], field  # training losses: since the interruption
 
 
 def test_ctrl_c_exits_with_130(tmp_path):
@@ -123,14 +123,17 @@ def programs(folder, flags, data):
 
 @pytest.mark.parametrize("second, expected", [
     ("nowhere", "error: process 1: no data at 'nowhere'"),
-    ("other", "error: process 1: other is not the same as that of process 0 (class emu is gone, class dog is new)")])
+    ("other", "error: process 1: other is not the same as that of process 0 "
+              "(class emu is gone, class dog is new)")])
 def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
-    """Process 1 lacks the data, or has others (copies on two machines): both end with status 2, and one line says why."""
+    """Process 1 lacks the data, or has others (copies on two machines): both end with status 2, and
+    one line says why."""
     for folder, classes in (("data", ("cat", "emu")), ("other", ("cat", "dog"))):
         for name in classes:
             (tmp_path / folder / name).mkdir(parents=True)
             for i in range(10):
-                write_png(torch.full((3, 32, 32), i, dtype=torch.uint8), str(tmp_path / folder / name / f"{i}.png"))
+                image = torch.full((3, 32, 32), i, dtype=torch.uint8)
+                write_png(image, str(tmp_path / folder / name / f"{i}.png"))
     flags = "--model vit_nano --batch-size 8 --epochs 1 --workers 0 --out r".split()
     assert finish(forked.start(programs, tmp_path, flags, ["data", second], world=2)) == [2, 2]
     [error] = [line for line in (tmp_path / "r.err").read_text().splitlines() if "rror" in line]
