@@ -472,6 +472,10 @@ def open_last(run):
     except ValueError as error:
         raise ValueError(f"{error}; to continue from the best epoch copy {best} to {last}, "
                          f"if it is there, or give another --out") from None
+    differing = compare_data(checkpoint.get("data"), run.train_set.fingerprint())
+    if differing:
+        raise ValueError(f"the training images are not those of the run in {run.folder} "
+                         f"({differing}): restore them to continue it, or give another --out")
     there, free = checkpoint["args"], FREE_TO_CHANGE
     if isinstance(run.train_set, FolderImages):
         free = free | {"data"}  # it may have moved: the images count
@@ -481,10 +485,6 @@ def open_last(run):
         raise ValueError(f"{run.folder} holds a run of another configuration "
                          f"({'; '.join(differing)}): give the same options to continue it, or "
                          f"another --out")
-    differing = compare_data(checkpoint.get("data"), run.train_set.fingerprint())
-    if differing:
-        raise ValueError(f"the training images are not those of the run in {run.folder} "
-                         f"({differing}): restore them to continue it, or give another --out")
     return checkpoint
 
 
@@ -944,6 +944,10 @@ if __name__ == "__main__":
         main(parse_args())
     except (ValueError, OSError) as error:
         fail(error)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("DataLoader worker", "Connection closed")):
+            raise
+        fail(first_line(error))  # a loader's process or another rank was killed: no fault of ours
     except FloatingPointError as error:  # of all processes
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

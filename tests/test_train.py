@@ -610,6 +610,17 @@ def test_a_run_is_not_continued_on_other_images(change, expected):
 
 
 @pytest.mark.training
+def test_other_images_are_named_before_what_follows_from_them():
+    """Without --batch-size 16 images make a batch of 16, and 14 one of 14: the images are to blame."""
+    make_folder(Path("d"), images=10)
+    flags = "--data d --model vit_nano --workers 0 --epochs 1 --out r".split()
+    train.main(train.parse_args(flags))
+    subprocess.run("rm d/dog/0.png d/dog/1.png d/dog/2.png", shell=True, check=True)
+    with pytest.raises(ValueError, match="16 images then, 14 now"):
+        train.main(train.parse_args(flags))
+
+
+@pytest.mark.training
 def test_a_run_is_continued_when_its_images_moved(capsys):
     """The same images under another path are the same data."""
     make_folder(Path("d"), images=10)
