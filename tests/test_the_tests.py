@@ -154,6 +154,8 @@ MUTANTS = [
 
     ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
     ("train.py", "~(losses.isfinite().all() & norm.isfinite())", "~losses.isfinite().all()", "training"),  # NaN weights
+    ("train.py", 'save(run, "last.pt")  # before', 'run.stop  # before', "training"),  # lost if it cannot be validated
+    ("train.py", "torch.empty_like(like).copy_(value)", "value.clone()", "training"),  # permuted moments
     ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),

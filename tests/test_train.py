@@ -63,7 +63,7 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     ("--moe-layers stage", "'stage' does not exist in a ViT"),
     ("--moe-layers 1,9", "names block 9"),
     ("--router quadratic", "linear, cosine, l2"),
-    ("--experts 4 --k 5", "k = 5.* 1 to 4"),
+    ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
     ("--data nowhere", "no data at 'nowhere'"),
     ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
     ("--batch-size 1000", "more than the 96 training images"),
