@@ -11,28 +11,39 @@ A data set spec is
 - `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same pictures as training
   never shows them: `shapes-noise`, `shapes-blur`, `shapes-rotated`, `shapes-inverted`;
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
-- a folder with train/ and val/ in it, or directly with class folders: also ImageNet-V2, -A, -R, -Sketch;
+- a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
+  also ImageNet-V2, -A, -R, -Sketch;
 - a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>.
 """
 
 import argparse
+import collections
 import copy
+import hashlib
+import io
 import json
+import logging
 import math
+import multiprocessing
 import os
-import pickle
-import re
+import signal
 import statistics
 import sys
+import threading
 import time
-from functools import partial
-from itertools import cycle, islice
+import unicodedata
+import warnings
+from contextlib import contextmanager
+from functools import cache, partial
+from itertools import chain, cycle, islice
+from multiprocessing import resource_tracker
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -63,22 +74,13 @@ def build_model(config):
 
 
 def load_checkpoint(path, device, raw=False):
-    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the checkpoint's dict).
+    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the
+    checkpoint's dict).
 
-    The model has the averaged weights (EMA) if the run kept them, unless raw. Read with weights_only=True: a file that
-    wants to run code when opened is refused. Raises ValueError, in one line, for whatever is not such a checkpoint.
+    The model has the averaged weights (EMA) if the run kept them, unless raw. Raises ValueError, in
+    one line, for whatever is not such a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be opened as a checkpoint, it is truncated or not one of ours: {reason}") from None
-    missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
-    refuse_stacked_experts(path, checkpoint["model"])
+    checkpoint = read_checkpoint(path, device)
     try:
         model = build_model(checkpoint["config"])
     except (TypeError, KeyError) as error:
@@ -94,11 +96,31 @@ def load_checkpoint(path, device, raw=False):
     return model.to(device).eval(), checkpoint
 
 
-def refuse_stacked_experts(path, weights):
-    """Raise ValueError if a checkpoint's weights are from before the experts were MLPs."""
-    if any(name.endswith(".experts.w1") for name in weights):
+def read_checkpoint(path, device):
+    """Read the dict of a checkpoint at path. Raise ValueError, in one line, if the file is not one.
+
+    Read with weights_only=True: a file that wants to run code when opened is refused. With
+    mmap=True the processes share the file's pages, and what nobody looks at, such as the
+    optimizer's moments, takes no memory.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: expected a file like "
+                         f"runs/<model>-<data>-1/best.pt")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # of whatever kind: any bytes may be in the file
+        reason = f"it is truncated or not one of ours: {first_line(error)}"
+        if os.path.getsize(path) == 0:
+            reason = "it is empty"
+        raise ValueError(f"{path} cannot be opened as a checkpoint, {reason}") from None
+    missing = CHECKPOINT_KEYS - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        lacking = ", ".join(sorted(missing))
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {lacking}")
+    if any(name.endswith(".experts.w1") for name in checkpoint["model"]):
         raise ValueError(f"{path} is from an older version, whose experts were stacked weights and "
                          f"not MLPs: train it again")
+    return checkpoint
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
@@ -140,14 +162,24 @@ def mute(router, inputs, logits, expert):
 # the last is -1, or the index of the file that could not be read and was replaced by the next one. Who gets the item
 # decides what that means: train.py reports and goes on, evaluate() stops.
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+              ".ppm", ".pgm", ".avif")
+TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")  # the first that exists
+NO_DATA = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
+RESULTS = {"last.pt", "report.html"}  # a folder with one of these was written by our programs
+EXPECTED_TREE = """: expected
+    FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg
+ or FOLDER/<class>/<image>.jpg"""
+warnings.filterwarnings("ignore", module="PIL")  # an odd file is read or reported, and that is all
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_dataset(spec, split, transform=None):
-    """Open split "train", "val" or "all" of a data set spec (see the top of this file). ValueError if that is impossible.
+    """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
 
-    transform: uint8 tensor (3, H, W) -> uint8 tensor (3, S, S). A folder without train/ and val/ is split here: every
-    fifth image of a class is for validation. "all" is every image of it; elsewhere "all" means "val".
+    Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
+    "all" everything. Elsewhere "all" means "val". transform: uint8 tensor (3, H, W) -> uint8 tensor
+    (3, S, S). Raise ValueError if there is no such data set.
     """
     if spec.split(":")[0] in ("shapes", *SHIFTS):
         return shift(Shapes(*shapes_size(spec, split), transform), spec.split(":")[0])
@@ -157,32 +189,30 @@ def open_dataset(spec, split, transform=None):
 
 
 class FolderImages:
-    """Images in class folders, of any size, any depth of subfolders and any colour mode (all become RGB).
+    """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
 
-    root, split and transform as in open_dataset; an item by its index. The next image takes the place of an unreadable one.
-    File names are kept as one block of bytes and an array of offsets. A list of a million Python strings would take
-    ten times the memory, again in each worker: counting references writes to shared pages (pytorch issue 13246).
+    root, split and transform as in open_dataset. flat: whether root had no folder for validation.
+    Items come by their index; the next image takes the place of an unreadable one. File names are
+    one block of bytes and an array of offsets: a list of a million strings takes ten times the
+    memory, again in each worker, as counting references writes to shared pages (pytorch issue
+    13246).
     """
 
     def __init__(self, root, split, transform=None):
-        root, held_out = split_folder(root, split)
-        self.root, self.transform = root, transform
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        if not self.classes:
-            raise ValueError(f"no class folders in {root}{EXPECTED_TREE}")
-        blocks, lengths, labels = [], [], []
-        for label, name in enumerate(self.classes):
-            files = [os.fsencode(f) for f in image_files(root, name)]
-            if held_out is not None:
-                files = [f for i, f in enumerate(files) if (i % 5 == 4) == held_out]
-            blocks.append(b"".join(files))
-            lengths.append(torch.tensor([len(f) for f in files], dtype=torch.int64))
-            labels.append(torch.full((len(files),), label, dtype=torch.int32))
-        self.names = b"".join(blocks)
-        self.ends = torch.cat(lengths).cumsum(0)
-        self.labels = torch.cat(labels)
-        if len(self.labels) == 0:
-            raise ValueError(f"no images in the {len(self.classes)} class folders of {root}{EXPECTED_TREE}")
+        self.root, self.flat = split_folder(root, split)
+        self.transform = transform
+        files = find_images(self.root)
+        if split == "train" and len(files) == 1:
+            raise ValueError(f"only one class folder, {', '.join(files)}, in {self.root}: give the "
+                             f"folder that holds the class folders{EXPECTED_TREE}")
+        if self.flat and split != "all":
+            files = hold_out(files, split, root)
+        self.classes = list(files)
+        names = [os.fsencode(name) for name in chain(*files.values())]
+        self.names = b"".join(names)
+        self.ends = torch.tensor([len(name) for name in names]).cumsum(0)
+        counts = torch.tensor([len(files[name]) for name in files])
+        self.labels = torch.arange(len(files), dtype=torch.int32).repeat_interleave(counts)
 
     def __len__(self):
         return len(self.labels)
@@ -192,59 +222,217 @@ class FolderImages:
         start = int(self.ends[index - 1]) if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start:int(self.ends[index])]))
 
+    def fingerprint(self):
+        """Describe the images by their names; see fingerprint()."""
+        return fingerprint(self, self.names + self.ends.numpy().tobytes())
+
     def __getitem__(self, index):
         unreadable = -1
-        for i in range(index, index + 100):  # the file itself or, failing that, the next one that can be read
+        for i in range(index, index + 100):  # the file itself or the next that can be read
             i %= len(self)
             image = read_image(self.path(i))
             if image is not None:
-                return self.transform(image) if self.transform else image, self.labels[i].long(), unreadable
+                break
             unreadable = index
-        raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
+        else:
+            raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
+        try:
+            image = self.transform(image) if self.transform else image
+        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels, resized, take gigabytes
+            raise ValueError(f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels: "
+                             f"{first_line(error)}") from error
+        return image, self.labels[i].long(), unreadable
 
 
-EXPECTED_TREE = """: expected
-    FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg
- or FOLDER/<class>/<image>.jpg"""
+@cache
+def warn(text):
+    """Print a warning, once, however many data sets and processes have it to say."""
+    if os.environ.get("RANK", "0") == "0":
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # odd names, escaped
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def first_line(error):
+    """What an error says, in one line; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def split_folder(root, split):
-    """(the folder of root with the class folders of this split, None or whether to take the held-out fifth: a bool)."""
+    """Find the folder with the class folders of a split: (its path, whether to hold out a fifth).
+
+    It is called by a word of TRAIN or VAL, in small letters or capitals; without any it is root.
+    """
     if not os.path.isdir(root):
-        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` "
-                         f"or a folder{EXPECTED_TREE}")
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    if os.path.isdir(train) and os.path.isdir(val):
-        return (train if split == "train" else val), None
-    if os.path.isdir(val) and split != "train":
-        return val, None
-    return root, {"train": False, "val": True, "all": None}[split]
+        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, "
+                         f"`cifar10`, `cifar100` or a folder{EXPECTED_TREE}")
+    paths = {name.lower(): os.path.join(root, name) for name in next(walk(root))[1]}
+    if paths and set(paths) <= set("12345") and all(map(holds_folders, paths.values())):
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
+                         f"{', '.join(sorted(paths))} hold class folders, not images; give one of "
+                         f"them, or the folder of all corruptions")
+    train = next((paths[name] for name in TRAIN if name in paths), None)
+    val = next((paths[name] for name in VAL if name in paths), None)
+    if train and val:
+        return (train if split == "train" else val), False
+    if val and split != "train" and holds_folders(val):
+        return val, False
+    if train and holds_folders(train):
+        warn(f"no {root}/val: a fifth of {train} is held out, and what lies beside it is not read")
+        return train, True
+    return root, True
 
 
-def image_files(root, name):
-    """Paths of the images in class folder `name` and below, relative to root, in sorted order."""
-    found = []
-    for folder, _, files in os.walk(os.path.join(root, name), followlinks=True):
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+def holds_folders(path):
+    """Whether a folder holds folders and no image, as that of a split does, but none of a class."""
+    _, folders, files = next(walk(path))
+    return bool(folders) and not any(file.lower().endswith(EXTENSIONS) for file in files)
+
+
+def walk(root):
+    """os.walk() without hidden files, what systems leave behind, and folders that were met before.
+
+    So a link to a folder above does not lead round in a circle. ValueError for a folder without
+    permission.
+    """
+    def refuse(error):
+        raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
+
+    def is_data(name):
+        return name[0] != "." and name.lower() not in NO_DATA
+
+    def is_new(path):
+        real = Path(path).resolve()
+        if real in met:
+            warn(f"{path} leads to a folder above it or read already: left out")
+        new = real not in met
+        met.add(real)
+        return new
+
+    met = {Path(root).resolve(), *Path(root).resolve().parents}
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in sorted(folders)
+                      if is_data(name) and is_new(os.path.join(folder, name))]
+        yield folder, folders, list(filter(is_data, files))
+
+
+def find_images(root):
+    """Find the images of each class: {class: file names relative to root}, both sorted.
+
+    A class is a folder with an image in it or below it. Warnings say what is left out. Class names
+    are in Unicode's composed form (NFC), for macOS may decompose them. ValueError if there is no
+    image.
+    """
+    found, others = {}, collections.Counter()
+    for folder, folders, files in walk(root):
+        place = os.path.relpath(folder, root).replace(os.sep, "/")
+        if RESULTS & set(files):
+            folders.clear()  # nothing below it is data either
+        elif folder != root:
+            images = [f"{place}/{file}" for file in files if file.lower().endswith(EXTENSIONS)]
+            found.setdefault(unicodedata.normalize("NFC", place.split("/")[0]), []).extend(images)
+            others.update(os.path.splitext(file)[1].lower() or file for file in files)
+    classes = {name: sorted(found[name]) for name in sorted(found) if found[name]}
+    empty = [name for name in sorted(found) if not found[name]]
+    types = [f"{n} {kind}" for kind, n in others.most_common(9) if kind not in EXTENSIONS]
+    left_out = f"left out of {root}"
+    if empty:
+        left_out += f", class folders without images: {', '.join(empty[:5])}"
+    if types:
+        left_out += f", files of other types: {', '.join(types)}"
+    if not classes:
+        what = "images in the class folders of" if found else "class folders in"
+        raise ValueError(f"no {what} {root}; {left_out}{EXPECTED_TREE}")
+    if empty or types:
+        warn(left_out)
+    deep = [name for name in chain(*classes.values()) if name.count("/") > 1]
+    if deep:
+        warn(f"{len(deep)} images of {root} lie deeper than in a class folder ({deep[0]}, ...): "
+             f"they belong to the upper one")
+    return classes
+
+
+def hold_out(classes, split, root):
+    """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
+
+    The fifth whose names have the smallest hashes validates: one image less moves at most one
+    other. Warn of classes of root without a validation image. ValueError if that is all of them.
+    """
+    def hash_of(file):
+        below = unicodedata.normalize("NFC", file.partition("/")[2])  # within the class folder
+        return hashlib.sha256(os.fsencode(below)).digest()
+
+    kept, few = {}, []
+    for name, files in classes.items():
+        fifth = set(sorted(files, key=hash_of)[:len(files) // 5])
+        kept[name] = [file for file in files if (file in fifth) == (split == "val")]
+        few += [] if fifth else [name]
+    told = f"{len(few)} of {len(classes)} classes of {root} have fewer than 5 images"
+    if len(few) == len(classes):
+        raise ValueError(f"{told}: too few to hold out a fifth for validation")
+    if few:
+        warn(f"{told}, and so no validation image: {', '.join(few[:5])}")
+    return kept
 
 
 def read_image(path):
-    """The file at path as (3, H, W) uint8 RGB, or None if it cannot be decoded.
+    """Read the file at path: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
 
-    torchvision decodes JPEG and PNG to a tensor directly, faster than Pillow, which reads the rest. (Since 0.29 torchvision
-    announces that its decoders will go, in favour of another package: then Pillow reads everything.)
+    Pictures are turned as their EXIF data say, as every viewer shows them. Published ImageNet
+    protocols do not turn them. Pillow reads what is no JPEG: one wrong bit of a PNG can crash
+    torchvision. Cut off, or of more than Pillow's limit of 179 million pixels, a JPEG is unreadable
+    to either.
     """
     try:
-        image = torchvision.io.decode_image(path, mode="RGB")
-        return image if image.dtype == torch.uint8 else v2.functional.to_dtype(image, torch.uint8, scale=True)
-    except (RuntimeError, AttributeError):
-        pass
-    try:
-        with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError):  # Pillow's words for a broken file
+        with open(path, "rb") as file:
+            content = bytearray(file.read())
+    except (OSError, MemoryError):
         return None
+    for decode in (read_jpeg, read_other):
+        try:
+            return decode(content)
+        except Exception:  # a decoder may raise anything
+            pass
+    return None
+
+
+JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers before height and width
+
+
+def read_jpeg(content):
+    """Decode a JPEG file, a bytearray, with torchvision, which is faster than Pillow, or raise.
+
+    The size is looked up first: for what a damaged header claims, libjpeg may take all of the
+    memory.
+    """
+    if content[:3] != b"\xff\xd8\xff":
+        raise ValueError("no JPEG")
+    place = 2  # of a marker: FF, its number, and the length of what belongs to it
+    while content[place + 1] not in JPEG_FRAMES:
+        place += 2 + int.from_bytes(content[place + 2:place + 4], "big")
+    height, width = (int.from_bytes(content[place + i:place + i + 2], "big") for i in (5, 7))
+    if content[place] != 0xFF or height * width > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError("a damaged header")
+    content = torch.frombuffer(content, dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(content, mode="RGB", apply_exif_orientation=True)
+
+
+def read_other(content):
+    """Decode an image file, a bytearray, with Pillow, or raise.
+
+    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255. Other numbers have no known
+    range.
+    """
+    image = Image.open(io.BytesIO(content))
+    upright = ImageOps.exif_transpose(image)
+    if not image.mode.startswith(("I", "F")):
+        return v2.functional.pil_to_tensor(upright.convert("RGB"))
+    tags = getattr(image, "tag_v2", {})  # TIFF's: 258 is the bits, 262 is 0 if 0 is white
+    white = 1 if image.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1  # PNG and PGM have 16 here
+    grey = v2.functional.pil_to_tensor(upright.convert("F")) * (255 / white)  # (1, H, W)
+    if image.mode == "I" and tags or not 0 <= grey.min() <= grey.max() <= 255:
+        raise ValueError("signed, of 32 bits, or floats beyond 0 to 1")
+    grey = 255 - grey if tags.get(262) == 0 else grey
+    return grey.round().to(torch.uint8).repeat(3, 1, 1)
 
 
 class TensorImages:
@@ -263,9 +451,24 @@ class TensorImages:
         """There is no file; a name for messages."""
         return f"image {index}"
 
+    def fingerprint(self):
+        """Describe the images by their labels, for they have no names; see fingerprint()."""
+        return fingerprint(self, self.labels.numpy().tobytes())
+
     def __getitem__(self, index):
         image, label = self.images[index], self.labels[index]
         return self.transform(image) if self.transform else image, label, torch.full(image.shape[:-3], -1)
+
+
+def fingerprint(dataset, names):
+    """Describe a data set in plain values, for comparing it: dict(classes, images, digest).
+
+    classes: the names, in label order. images: how many each class has. digest: a hash of `names`,
+    the bytes of the file names relative to the folder, which may lie elsewhere. Contents do not
+    count.
+    """
+    counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
+    return dict(classes=dataset.classes, images=counts, digest=hashlib.sha256(names).hexdigest())
 
 
 def open_cifar(spec, split, transform):
@@ -274,8 +477,8 @@ def open_cifar(spec, split, transform):
     try:
         cifar = kind("data", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{spec} could not be downloaded ({str(error).splitlines()[0]}): without a network, place "
-                         f"{kind.filename} in data/ by hand") from None
+        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a "
+                         f"network, place {kind.filename} in data/ by hand") from None
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
 
@@ -453,7 +656,7 @@ def read_real(path, dataset, num_classes):
         if labels.dtype != torch.int64 or not -1 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes in order")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--real {path} does not fit: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--real {path} does not fit: {first_line(error)}") from None
     return labels
 
 
@@ -487,6 +690,7 @@ def best_dtype(device):
 
 def auto_workers(dataset, world=1):
     """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine alone
     return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
 
 
@@ -502,7 +706,71 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
     if isinstance(dataset, TensorImages):  # asked for whole batches
         sampling = dict(batch_size=None, sampler=BatchSampler(share, batch_size, drop_last=False))
     return DataLoader(dataset, **sampling, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0)
+                      persistent_workers=workers > 0, worker_init_fn=leave_signals)
+
+
+# Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see
+# to that. The main process decides what to do, and may still need images for it. So the processes
+# of its loaders must not end by themselves.
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def leave_signals(worker):
+    """Leave SIGINT and SIGTERM to the main process. A loader's new process calls this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=obey_parent, daemon=True).start()
+    elif hasattr(os, "setpgid"):  # macOS: at least out of reach of signals to the whole group
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that has come already
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def obey_parent():
+    """End this process at a SIGTERM of the main process, but not at those of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
+
+
+def start_loader(loader):
+    """Return iter(loader), whose new processes get no signal before they call leave_signals()."""
+    if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    resource_tracker.ensure_running()  # started later, it unblocks the signals (Python < 3.12)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit this
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def together():
+    """Let a ValueError or OSError inside this block end all processes, whichever of them met it.
+
+    Every process must come here. Rank 0 raises a ValueError that names each error once. The others
+    exit quietly, with status 2.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors) and dist.get_rank() > 0:
+            raise SystemExit(2)
+    found = {}  # {error: in words}
+    for rank, error in enumerate(errors):
+        found.setdefault(error, f"process {rank}: {error}" if rank else error)
+    found.pop(None, None)
+    if found:
+        raise ValueError("\nerror: ".join(found.values()))
 
 
 def image_losses(logits, answers, loss):
@@ -523,7 +791,7 @@ def image_losses(logits, answers, loss):
 
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
-             loss="softmax"):
+             loss="softmax", stop=lambda: False):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
 
     The model runs on normalize(images, mean, std), under autocast if dtype is bfloat16.
@@ -531,18 +799,20 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     best five. The result's loss is the mean over images of image_losses(), of the kind `loss`.
     columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
     With fewer than 5 classes top5 is top-all, 100. progress: what the progress bar is called; none if empty.
-    Under torchrun each process counts its share and the sums are added at the end. ValueError, in all processes, if an
-    image cannot be read. The model is left in the mode it came in.
+    Under torchrun each process counts its share and the sums are added at the end. ValueError if an
+    image cannot be read, see together(). stop: a function, asked before each batch whether to end
+    here; then the result is None, in all processes. The model is left in the mode it came in.
     """
     was_training = model.training
     model.eval()
     columns = None if columns is None else torch.tensor(columns, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
-    broken = torch.tensor(-1, device=device)
-    for images, labels, unreadable in tqdm(loader, desc=progress, unit="batch", leave=False,
-                                           disable=None if progress else True):  # None: shown on a terminal only
-        if (unreadable >= 0).any():
-            broken.fill_(unreadable.max())
+    broken = -1
+    shown = None if progress else True  # tqdm's `disable`; None: shown on a terminal only
+    for images, labels, unreadable in tqdm(start_loader(loader), desc=progress, unit="batch",
+                                           leave=False, total=len(loader), disable=shown):
+        broken = int(unreadable.max())
+        if broken >= 0 or stop():
             break
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, dtype):
@@ -552,16 +822,20 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
         total = image_losses(logits, answers, loss).double().sum()
-        number = torch.tensor(len(labels), device=device)
-        sums += torch.stack([number, hits[:, 0].sum(), hits.any(1).sum(), total])
+        count = torch.tensor(len(labels), device=device)
+        sums += torch.stack([count, hits[:, 0].sum(), hits.any(1).sum(), total])
+    model.train(was_training)
+    with together():
+        if broken >= 0:
+            raise ValueError(f"cannot read {loader.dataset.path(broken)}: an accuracy without "
+                             f"this image would not be comparable; repair or remove the file")
+    stopped = torch.tensor(int(bool(stop())), device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
-        dist.all_reduce(broken, dist.ReduceOp.MAX)
-    if broken >= 0:
-        raise ValueError(f"cannot read {loader.dataset.path(int(broken))}: an accuracy without this image would not be "
-                         f"comparable; repair or remove the file")
+        dist.all_reduce(stopped, dist.ReduceOp.MAX)
+    if stopped:
+        return None
     images, correct1, correct5, total = sums.tolist()
-    model.train(was_training)
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
                 top5=100 * correct5 / images, loss=total / images)
 
@@ -652,8 +926,31 @@ def corruption_errors(results):
 # ---------------------------------------------------------------- command line
 
 
+def number(interval, kind=float):
+    """Return an argparse type that accepts the finite numbers of an interval such as "[0, 1)".
+
+    A square bracket includes the end, a round one excludes it. kind: float or int.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # fails both comparisons
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} in {interval}, got {text}")
+        return value
+
+    return parse
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.")
+    parser = argparse.ArgumentParser(
+        description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.",
+        usage="%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)")
     flag = parser.add_argument
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
@@ -662,12 +959,15 @@ def parse_args(argv=None):
     flag("--ignore-unmatched", action="store_true", help="leave out class folders that the checkpoint does not know")
     flag("--real", metavar="FILE", help="score ImageNet's validation images by the ReaL labels in this JSON file")
     flag("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
-    flag("--k", type=int, help="experts per token, other than in training")
-    flag("--capacity-factor", type=float, help="slots per expert, in units of the even share (default: no limit)")
+    flag("--k", type=number("[1, inf)", int), help="experts per token, other than in training")
+    flag("--capacity-factor", type=number("(0, inf)"),
+         help="slots per expert, in units of the even share (default: no limit)")
     flag("--drop-expert", type=layer_and_expert, action="append", default=[], metavar="LAYER:EXPERT",
          help="never choose this expert; MoE layers and experts count from 0; repeatable")
-    flag("--batch-size", type=int, default=128, help="images at a time in each process (default: 128)")
-    flag("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
+    flag("--batch-size", type=number("[1, inf)", int), default=128,
+         help="images at a time in each process (default: 128)")
+    flag("--workers", type=number("[0, inf)", int),
+         help="processes that load images (default: 0 if in memory, else up to 12)")
     flag("--json", metavar="FILE", help="also write the results there, with counts and how they were obtained")
     return parser.parse_args(argv)
 
@@ -692,10 +992,6 @@ def setup_processes():
 
 def check(args):
     """ValueError for options that cannot be."""
-    for name in ("batch_size", "k", "capacity_factor"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
     if args.real and (len(args.data) > 1 or args.ignore_unmatched):
         raise ValueError("--real scores one --data, ImageNet's validation images, and all of its classes")
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
@@ -719,7 +1015,8 @@ def prepare(path, data, args):
     for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
         resized = eval_transform(row["image_size"], row["crop_ratio"])
         trained_on = row["args"].get("data") and os.path.abspath(row["args"]["data"])
-        if getattr(dataset, "root", None) == spec and os.path.abspath(spec) == trained_on and args.split == "all":
+        flat = getattr(dataset, "flat", False)
+        if flat and os.path.abspath(spec) == trained_on and args.split == "all":
             dataset.note += ", those of the training among them: --split val leaves them out"
         if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
             raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
@@ -811,9 +1108,10 @@ def print_results(rows):
 def main(args):
     """The whole program: check everything, evaluate each checkpoint on each data set, print the table, write the JSON."""
     rank, world, device = setup_processes()
-    check(args)
-    data = {spec: open_parts(spec, args.split) for spec in args.data}
-    prepared = [prepare(path, data, args) for path in args.checkpoint]
+    with together():
+        check(args)
+        data = {spec: open_parts(spec, args.split) for spec in args.data}
+        prepared = [prepare(path, data, args) for path in args.checkpoint]
     for model, row, matched in prepared:
         if rank == 0:
             print_plan(row, matched)
@@ -831,10 +1129,18 @@ def main(args):
         dist.destroy_process_group()
 
 
+def fail(error):
+    """Print an error of all processes, see together(), or of this one, and exit with status 2.
+
+    Of an error in a loader's worker only the last line is left, without the traceback.
+    """
+    print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)  # no traceback of a worker
-        sys.exit(2)
+        fail(error)

@@ -19,12 +19,15 @@ import json
 import math
 import os
 import pickle
+import re
+import shlex
 import signal
 import sys
 import textwrap
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from itertools import count
 from types import SimpleNamespace
 
 import torch
@@ -39,8 +42,10 @@ from tqdm import tqdm
 
 import convnext
 import vit
-from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  load_checkpoint, normalize, open_dataset, refuse_stacked_experts, setup_processes)
+from eval import (
+    MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
+    eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
+    open_dataset, read_checkpoint, setup_processes, start_loader, together)
 from moe import MoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
@@ -133,58 +138,79 @@ TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
                    convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
 
 
+def blocks(text):
+    """Turn "3,5" into [3, 5], and leave a name such as every2 as it is."""
+    return [int(i) for i in text.split(",")] if text[:1].isdigit() else text
+
+
 def parse_args(argv=None):
     """The flags as a namespace; those that are not given and belong to a recipe are None."""
     parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
                                      "the value of the model's recipe (top of train.py).")
     flag = parser.add_argument
+    whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
     flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
     flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
     flag("--init-from", help="start from `torchvision`'s ImageNet weights or a checkpoint of ours; a dense one is upcycled")
     flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
-    flag("--seed", type=int, default=0, help="start of all random draws (default: 0)")
+    flag("--seed", type=number("[0, 4294967296)", int), default=0,
+         help="start of all random draws (default: 0)")
 
-    flag("--moe-layers", help="none, every2, last2, last3, stage, or block indices such as 3,5")
-    flag("--experts", type=int, help="experts E per MoE layer")
-    flag("--k", type=int, help="experts K per token")
-    flag("--expert-ratio", type=float, help="hidden width of an expert, in units of the model's width")
+    flag("--moe-layers", type=blocks,
+         help="none, every2, last2, last3, stage, or block indices such as 3,5")
+    flag("--experts", type=whole, help="experts E per MoE layer")
+    flag("--k", type=whole, help="experts K per token")
+    flag("--expert-ratio", type=number("[0.1, inf)"),
+         help="hidden width of an expert, in units of the model's width")
     flag("--router", help="linear, cosine or l2")
-    flag("--router-noise", type=float, help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
-    flag("--capacity-factor", type=float, help="slots per expert in training, in units of the even share; 0: no limit")
-    flag("--balance-weight", type=float, help="weight of the balance loss")
+    flag("--router-noise", type=amount,
+         help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
+    flag("--capacity-factor", type=amount,
+         help="slots per expert in training, in units of the even share; 0: no limit")
+    flag("--balance-weight", type=amount, help="weight of the balance loss")
 
-    flag("--epochs", type=int)
-    flag("--batch-size", type=int, help="global: images per step over all processes")
-    flag("--accumulate", type=int, default=1, help="split each step's batch into this many passes (default: 1)")
-    flag("--lr", type=float, help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
-    flag("--min-lr", type=float, help="learning rate at the end")
+    flag("--epochs", type=whole)
+    flag("--batch-size", type=whole, help="global: images per step over all processes")
+    flag("--accumulate", type=whole, default=1,
+         help="split each step's batch into this many passes (default: 1)")
+    flag("--lr", type=amount,
+         help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--min-lr", type=amount, help="learning rate at the end")
     flag("--decay", choices=("cosine", "linear"), help="from the peak to the end")
-    flag("--warmup-epochs", type=float)
-    flag("--weight-decay", type=float)
-    flag("--expert-weight-decay", type=float, help="of the experts' weights (default: --weight-decay)")
-    flag("--layer-decay", type=float, help="factor on the learning rate from a group of layers to "
-         "the one below it (ConvNeXt T, S, B); 1 is off")
-    flag("--head-scale", type=float, help="scale of a head that starts fresh under --init-from")
-    flag("--clip-grad", type=float, help="largest norm of the gradient; 0 is off")
-    flag("--ema", type=float, help="decay per step of the averaged weights, less at the start; 0 is off")
-    flag("--drop-path", type=float, help="rate at the last block")
+    flag("--warmup-epochs", type=amount)
+    flag("--weight-decay", type=amount)
+    flag("--expert-weight-decay", type=amount,
+         help="of the experts' weights (default: --weight-decay)")
+    flag("--layer-decay", type=number("(0, 1]"),
+         help="factor on the learning rate from a group of layers to the one below it "
+         "(ConvNeXt T, S, B); 1 is off")
+    flag("--head-scale", type=amount, help="scale of a head that starts fresh under --init-from")
+    flag("--clip-grad", type=amount, help="largest norm of the gradient; 0 is off")
+    flag("--ema", type=number("[0, 1)"),
+         help="decay per step of the averaged weights, less at the start; 0 is off")
+    flag("--drop-path", type=number("[0, 1)"), help="rate at the last block")
     flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
-    flag("--label-smoothing", type=float)
-    flag("--mixup", type=float, help="alpha; 0 is off")
-    flag("--cutmix", type=float, help="alpha; 0 is off")
-    flag("--randaug", type=int, help="magnitude of RandAugment, 1 to 10; 0 is off")
-    flag("--erasing", type=float, help="probability of erasing a rectangle")
-    flag("--crop-scale", type=float, help="smallest part of an image's area that a training crop shows; 1: no random crop")
+    flag("--label-smoothing", type=share)
+    flag("--mixup", type=amount, help="alpha; 0 is off")
+    flag("--cutmix", type=amount, help="alpha; 0 is off")
+    flag("--randaug", type=number("[0, 10]", int),
+         help="magnitude of RandAugment, 1 to 10; 0 is off")
+    flag("--erasing", type=share, help="probability of erasing a rectangle")
+    flag("--crop-scale", type=number("(0, 1]"),
+         help="smallest part of an image's area that a training crop shows; 1: no random crop")
     flag("--flip", type=int, choices=(0, 1), help="1: mirror every other training image")
-    flag("--image-size", type=int, help="pixels")
-    flag("--crop-ratio", type=float, help="image size over the size to which evaluation resizes before its centre crop")
+    flag("--image-size", type=whole, help="pixels")
+    flag("--crop-ratio", type=number("(0, 1]"),
+         help="image size over the size to which evaluation resizes before its centre crop")
 
-    flag("--workers", type=int, help="processes that load images, for each training process (default: 0 if the images are "
-         "in memory, else its share of the processors, at most 12)")
+    flag("--workers", type=number("[0, inf)", int),
+         help="processes that load images, for each training process (default: 0 if the images "
+         "are in memory, else its share of the processors, at most 12)")
     flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--save-every-minutes", type=float, default=30.0, help="also save within an epoch, this often (default: 30)")
+    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0,
+         help="also save within an epoch, this often (default: 30)")
     return parser.parse_args(argv)
 
 
@@ -202,11 +228,6 @@ def resolve(args):
     if config["layer_decay"] != 1 and config["model"] not in LAYER_DECAYED:
         raise ValueError(f"--layer-decay {config['layer_decay']} is for {', '.join(LAYER_DECAYED)} "
                          f"only: leave it out, or give 1")
-    if config["moe_layers"][0].isdigit():
-        config["moe_layers"] = [int(i) for i in config["moe_layers"].split(",")]
-    for name in ("epochs", "batch_size", "accumulate", "image_size"):
-        if config[name] is not None and config[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {config[name]}: expected at least 1")
     return config
 
 
@@ -344,16 +365,20 @@ def make_mixer(config, num_classes):
 # ---------------------------------------------------------------- optimisation
 
 
-def start_from(model, config):
+def start_from(model, config, classes=None):
     """Load the weights that --init-from names into the model. Return the names left fresh.
 
-    Raises ValueError if they do not fit, or if torchvision's weights cannot be had.
+    Among them is the head, if the checkpoint's classes are not these. Raises ValueError if the
+    weights do not fit, or if torchvision's weights cannot be had.
     """
     family = vit if isinstance(model, vit.ViT) else convnext
     if config["init_from"] == "torchvision":
         weights = family.from_torchvision(torchvision_weights(config["model"]))
     else:
-        weights = load_checkpoint(config["init_from"], "cpu")[0].state_dict()
+        there, checkpoint = load_checkpoint(config["init_from"], "cpu")
+        weights = there.state_dict()
+        if classes not in (None, checkpoint["classes"]):  # as many, perhaps, but others
+            weights |= {"head.weight": torch.empty(0), "head.bias": torch.empty(0)}
     if family is vit:
         weights = vit.resize_positions(weights, model)
     return upcycle(weights, model)
@@ -512,112 +537,176 @@ def ema_decay(step, decay):
 # ---------------------------------------------------------------- runs and checkpoints
 
 
-FREE_TO_CHANGE = ("out", "workers", "save_every_minutes")  # options that a continued run may have otherwise
+FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # when a run is continued
 
 
-def choose_folder(config):
-    """The folder of this run, and its last checkpoint if it is to be continued: (path, checkpoint or None).
+def claim_folder(config):
+    """Make the folder of this run and open its log.jsonl: (path, file). ValueError if impossible.
 
-    ValueError if --out holds a run of another configuration, or a last.pt that cannot be opened.
+    While this process lives the log is locked: no second run can write here. Without --out each run
+    makes a folder of its own; of several that start at once only one can make the same.
     """
-    if config["out"] is None:
-        data = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
-        number = 1
-        while os.path.exists(f"runs/{config['model']}-{data}-{number}"):
-            number += 1
-        return f"runs/{config['model']}-{data}-{number}", None
-    last, best = (os.path.join(config["out"], name) for name in ("last.pt", "best.pt"))
-    if not os.path.exists(last):
-        return config["out"], None
+    name = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
+    numbered = (f"runs/{config['model']}-{name}-{i}" for i in count(1))
     try:
-        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-        there = checkpoint["args"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
-        offer = f"; to continue from the best epoch, copy {best} over it" if os.path.exists(best) else ""
-        raise ValueError(f"{last} cannot be opened, it is truncated or not a checkpoint of train.py "
-                         f"({str(error).splitlines()[0][:100]}){offer}; or give another --out") from None
-    refuse_stacked_experts(last, checkpoint["model"])
-    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {config[name]} now"
-                 for name in config if name not in FREE_TO_CHANGE and there.get(name) != config[name]]
-    if differing:
-        raise ValueError(f"{config['out']} holds a run of another configuration ({'; '.join(differing)}): give the same "
-                         f"options to continue it, or another --out")
-    return config["out"], checkpoint
+        for folder in [config["out"]] if config["out"] else numbered:
+            with suppress(FileExistsError):
+                os.makedirs(folder, exist_ok=folder == config["out"])
+                break
+        log = open(os.path.join(folder, "log.jsonl"), "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error}): give another --out") from None
+    try:
+        import fcntl
+        # A POSIX lock ends with this process, even if it is killed. Loaders do not inherit it.
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder} is in use by another run: give another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    return folder, log
 
 
-def add_up(run):
-    """The unfinished epoch so far, its losses and routing summed over all processes: plain values, None between epochs."""
-    if run.progress is None:
+def open_last(run):
+    """Read the checkpoint with which the run in run.folder continues. None if it is a new run.
+
+    ValueError if the file cannot be read, or is from another configuration or other images.
+    """
+    last, best = (os.path.join(run.folder, name) for name in ("last.pt", "best.pt"))
+    if not os.path.exists(last) and not os.path.exists(best):
         return None
-    losses, routed = run.progress["losses"].clone(), run.progress["routed"].clone()
-    if run.world > 1:
-        dist.all_reduce(losses)
-        dist.all_reduce(routed)
-    return run.progress | dict(losses=losses.tolist(), routed=routed.tolist())
+    try:
+        checkpoint = read_checkpoint(last, "cpu")
+    except ValueError as error:
+        raise ValueError(f"{error}; to continue from the best epoch copy {best} to {last}, "
+                         f"if it is there, or give another --out") from None
+    differing = compare_data(checkpoint.get("data"), run.train_set.fingerprint())
+    if differing:
+        raise ValueError(f"the training images are not those of the run in {run.folder} "
+                         f"({differing}): restore them to continue it, or give another --out")
+    there, free = checkpoint["args"], FREE_TO_CHANGE
+    if isinstance(run.train_set, FolderImages):
+        free = free | {"data"}  # it may have moved: the images count
+    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {now} now"
+                 for name, now in run.config.items() if name not in free and there.get(name) != now]
+    if differing:
+        raise ValueError(f"{run.folder} holds a run of another configuration "
+                         f"({'; '.join(differing)}): give the same options to continue it, or "
+                         f"another --out")
+    return checkpoint
 
 
-def make_checkpoint(run, progress):
-    """The run as a dict of plain values and tensors, which torch.load opens with weights_only=True.
+def compare_data(then, now):
+    """Say in words how two fingerprints of data sets differ. "" if they do not, or one is None."""
+    if not then or then == now:
+        return ""
+    before, after = set(then["classes"]), set(now["classes"])
+    words = [f"class {name} is gone" for name in sorted(before - after)[:3]]
+    words += [f"class {name} is new" for name in sorted(after - before)[:3]]
+    counts = sum(then["images"]), sum(now["images"])
+    if counts[0] != counts[1]:
+        words.append(f"{counts[0]} images then, {counts[1]} now")
+    return ", ".join(words) or "as many images, with other names"
 
-    epoch: finished ones. progress: of the unfinished epoch, from add_up().
+
+def make_checkpoint(run):
+    """Return the run as a dict of plain values and tensors.
+
+    epoch: how many are trained. line: what sum_up() said of the last, if it is not validated yet.
     """
     config = run.config
     return dict(
         config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
         image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
         model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
-        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best, progress=progress, args=config)
+        optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best,
+        args=config, line=run.line, data=run.train_set.fingerprint())
 
 
 def restore(run, checkpoint):
-    """Put a run where its checkpoint was made, and its log with it."""
+    """Put a run where its checkpoint was made. Everything is copied: its file can be closed."""
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for parameter, state in run.optimizer.state.items():
+        for name, value in state.items():
+            # In the memory layout of the parameter, as AdamW expects. The checkpoint may have
+            # another: a ConvNeXt is channels_last on a GPU only.
+            like = parameter if value.shape == parameter.shape else value
+            state[name] = torch.empty_like(like).copy_(value)
     if run.ema:
         run.ema.module.load_state_dict(checkpoint["ema"])
         run.ema.n_averaged.fill_(checkpoint["step"])
     run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-    run.progress = checkpoint["progress"]
-    if run.progress and run.rank > 0:  # rank 0 carries the sums of all processes on
-        zeros = torch.zeros_like(torch.tensor(run.progress["routed"])).tolist()
-        run.progress = run.progress | dict(losses=[0.0, 0.0], routed=zeros)
+    run.line = checkpoint.get("line")
+
+
+def write_checkpoint(checkpoint, path):
+    """Write a checkpoint to path. Raise ValueError if that is impossible.
+
+    It goes into a temporary file, to the disk, and is renamed: the old or the new file is complete.
+    """
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        reason = first_line(error.__context__ or error)
+        raise ValueError(f"cannot write {path} ({reason})") from None
 
 
 def save(run, *names):
-    """Write the run's checkpoint to the files of these names in its folder, by rank 0, while the others wait.
+    """Write the run's checkpoint to the files of these names, by rank 0, while the others wait.
 
-    Into a temporary file in the same folder, to the disk, then renamed: at any moment the old or the new file is complete.
-    If the disk is full the old file stays and the run goes on: the next save may have more luck.
+    If the disk is full the old file stays, run.unsaved is set, and the run goes on: the next save
+    may have more luck. FloatingPointError if a weight is not finite: then nothing is written.
     """
-    progress = add_up(run)
+    weights = [*run.model.parameters(), *(run.ema.parameters() if run.ema else [])]
+    if not torch.nn.utils.get_total_norm(weights).isfinite():
+        raise FloatingPointError(f"weights are not finite after step {run.step}; {advise(run)}")
     if run.rank == 0:
-        checkpoint = make_checkpoint(run, progress)
-        for path in (os.path.join(run.folder, name) for name in names):
+        run.unsaved = False
+        for name in names:
             try:
-                with open(path + ".tmp", "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(path + ".tmp", path)
-            except (OSError, RuntimeError) as error:
-                if os.path.exists(path + ".tmp"):
-                    os.remove(path + ".tmp")
-                tqdm.write(f"warning: cannot write {path} ({str(error).splitlines()[0]}); the file of the last successful "
-                           f"save is untouched", file=sys.stderr)
+                write_checkpoint(make_checkpoint(run), os.path.join(run.folder, name))
+            except ValueError as error:
+                run.unsaved = True
+                tqdm.write(f"warning: {error}; the old file is untouched", file=sys.stderr)
     run.saved_at = time.monotonic()
     if run.world > 1:
         dist.barrier()
 
 
+def advise(run):
+    """Say what to do when something is not finite: the end of an error message."""
+    last = os.path.join(run.folder, "last.pt")
+    return (f"nothing of this step was saved, the last good checkpoint is {last}; "
+            f"try a smaller --lr, --clip-grad 1 or --dtype float32")
+
+
+def cut_log(log, epoch):
+    """Leave in an open log.jsonl the whole lines up to an epoch. Later ones will come again."""
+    log.seek(0)
+    lines, kept = log.readlines(), []
+    for line in lines:
+        whole = re.fullmatch(r'{"epoch": (\d+),.*}\n', line)  # as write_log() makes them
+        if whole and int(whole[1]) <= epoch:
+            kept.append(line)
+    if kept != lines:
+        log.truncate(0)
+        log.writelines(kept)
+        log.flush()
+
+
 def write_log(run, line):
-    """Append an epoch's line to log.jsonl, after removing what a killed process had written for this epoch or later."""
-    path, lines = os.path.join(run.folder, "log.jsonl"), []
-    if os.path.exists(path):
-        with open(path) as log:
-            lines = [old for old in log if old.endswith("\n") and json.loads(old)["epoch"] < line["epoch"]]
-    with open(path + ".tmp", "w") as log:
-        log.writelines(lines + [json.dumps(line) + "\n"])
-    os.replace(path + ".tmp", path)
+    """Append an epoch's line to log.jsonl."""
+    try:
+        print(json.dumps(line), file=run.log, flush=True)
+    except OSError as error:
+        tqdm.write(f"warning: cannot write log.jsonl ({error})", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the run
@@ -643,28 +732,34 @@ def count_routing(routings, num_experts):
 
 
 def prepare(args):
-    """Everything a run needs, settled before any file is written: a namespace. Raises ValueError for whatever is wrong."""
-    config = resolve(args)
+    """Settle everything a run needs: a namespace. Raises ValueError for whatever is wrong.
+
+    No file is written before all options and data were found to be right.
+    """
     rank, world, device = setup_processes()
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's word on depthwise convolutions: harmless
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=device, epoch=0, step=0, best=None, progress=None,
-                          unreadable=set(), signal=0, saved_at=time.monotonic())
-    run.dtype = best_dtype(device) if config["dtype"] == "auto" else getattr(torch, config["dtype"])
-    run.train_set, run.val_set = open_data(config)
-    fit_to_data(config, len(run.train_set), world)
-    torch.manual_seed(config["seed"])
-    run.model = build_model(model_config(config, len(run.train_set.classes)))
-    nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
-    run.layout = torch.channels_last if nhwc else torch.contiguous_format
-    run.model.to(device, memory_format=run.layout)
-    found = [choose_folder(config) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(found)  # rank 0 decides for all
-    run.folder, checkpoint = found[0]
-    with torch.no_grad():
-        for parameter in run.model.head.parameters():
-            parameter.mul_(config["head_scale"])  # unless --init-from has a head for these classes
-    run.fresh = start_from(run.model, config) if config["init_from"] and not checkpoint else []
+    run = SimpleNamespace(rank=rank, world=world, device=device, epoch=0, step=0, best=None,
+                          line=None, unreadable=set(), signal=0, stop=0, unsaved=False,
+                          saved_at=time.monotonic())
+    with together():
+        config = run.config = resolve(args)
+        run.dtype = best_dtype(device)
+        if config["dtype"] != "auto":
+            run.dtype = getattr(torch, config["dtype"])
+        run.train_set, run.val_set = open_data(config)
+        fit_to_data(config, len(run.train_set), world)
+        torch.manual_seed(config["seed"])
+        run.model = build_model(model_config(config, len(run.train_set.classes)))
+        # On a GPU, in this layout, a ConvNeXt's permutes cost nothing.
+        nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)
+        run.layout = torch.channels_last if nhwc else torch.contiguous_format
+        run.model.to(device, memory_format=run.layout)
+        with torch.no_grad():
+            for parameter in run.model.head.parameters():
+                parameter.mul_(config["head_scale"])  # --init-from may have a head for these classes
+        continued = config["out"] and os.path.exists(os.path.join(config["out"], "last.pt"))
+        start = config["init_from"] and not continued
+        run.fresh = start_from(run.model, config, run.train_set.classes) if start else []
     if config["freeze_backbone"]:
         run.model.requires_grad_(False)
         run.model.head.requires_grad_(True)
@@ -672,7 +767,8 @@ def prepare(args):
     workers = auto_workers(run.train_set, world) if config["workers"] is None else config["workers"]
     run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
     run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
-                            pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+                            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                            worker_init_fn=leave_signals)
     per_pass = max(1, config["batch_size"] // world // config["accumulate"])
     run.val_loader = eval_loader(run.val_set, per_pass, workers, device)
     run.mixer = make_mixer(config, len(run.train_set.classes))
@@ -681,12 +777,36 @@ def prepare(args):
                                       betas=(0.9, 0.999), eps=1e-8, fused=True)
     average = lambda ema, now, _: get_ema_multi_avg_fn(ema_decay(run.step, config["ema"]))(ema, now, _)  # noqa: E731
     run.ema = AveragedModel(run.model, multi_avg_fn=average) if config["ema"] else None
-    if checkpoint:
-        restore(run, checkpoint)
+    find_folder(run)
     run.first_epoch = run.epoch
     run.net = DistributedDataParallel(run.model) if world > 1 else run.model
     run.net = torch.compile(run.net) if config["compile"] else run.net
     return run
+
+
+def find_folder(run):
+    """Settle where all processes write the run, and continue the run that is there."""
+    data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
+    found = [None, data]
+    with together():
+        if run.rank == 0:
+            found[0], run.log = claim_folder(run.config)
+    if run.world > 1:
+        dist.broadcast_object_list(found)  # rank 0 decides for all
+    run.folder = found[0]
+    with together():
+        differing = [compare_data(*pair) for pair in zip(found[1], data)]
+        if any(differing):
+            raise ValueError(f"{run.config['data']} is not the same as that of process 0 "
+                             f"({max(differing)})")
+        checkpoint = open_last(run)
+        if checkpoint:
+            restore(run, checkpoint)
+        if run.rank == 0:
+            cut_log(run.log, run.epoch - bool(run.line))
+            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now
+            write_checkpoint(make_checkpoint(run), trial)
+            os.remove(trial)
 
 
 def train_step(run, parts):
@@ -726,8 +846,11 @@ def train_step(run, parts):
 
 
 def agree(run, losses, norm):
-    """Let all processes know, before the weights change, what one knows: losses (2,) or a norm of the gradient that are not
-    finite, a signal to stop, that it is time to save. Sets run.stop and run.save_now; raises FloatingPointError on all."""
+    """Share three flags across all processes: a loss or gradient that is not finite, a signal to
+    stop, and whether it is time to save. Called before the optimizer step, so that all act alike.
+
+    losses (2,), norm: of the gradient. Sets run.stop and run.save_now. Raises FloatingPointError.
+    """
     minutes = (time.monotonic() - run.saved_at) / 60
     flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
     flags[0] = ~(losses.isfinite().all() & norm.isfinite())
@@ -736,55 +859,76 @@ def agree(run, losses, norm):
     broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
     if broken:
         raise FloatingPointError(
-            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): cross-entropy {losses[0].item():.4g}, "
-            f"balance {losses[1].item():.4g}, norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; nothing of this step was saved, "
-            f"the last good checkpoint is {os.path.join(run.folder, 'last.pt')}; try a smaller --lr, --clip-grad 1 or "
-            f"--dtype float32")
+            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): "
+            f"cross-entropy {losses[0].item():.4g}, balance {losses[1].item():.4g}, "
+            f"norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; "
+            f"{advise(run)}")
 
 
 def train_epoch(run):
-    """Train to the end of the epoch, from where it was left. False if a signal ended it early."""
+    """Train to the end of the epoch, from where it was left. Return what sum_up() says of it.
+
+    After a signal it saves and returns None. The losses are means over the steps since the run was
+    started or continued.
+    """
     layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
-    columns = run.config["experts"] + 1
-    start = run.progress or dict(losses=[0.0, 0.0], routed=[[0] * columns] * layers, wait=0.0, seconds=0.0)
-    run.progress = start | dict(
-        losses=torch.tensor(start["losses"], dtype=torch.float64, device=run.device),
-        routed=torch.tensor(start["routed"], dtype=torch.int64, device=run.device).view(layers, columns))
+    run.progress = dict(
+        losses=torch.zeros(2, dtype=torch.float64, device=run.device), wait=0.0,
+        routed=torch.zeros(layers, run.config["experts"] + 1, dtype=torch.int64, device=run.device))
     run.batches.epoch, run.batches.first_step = run.epoch, first
     run.net.train(not run.config["freeze_backbone"])  # frozen, it works as in evaluation: no noise, no drop path
-    parts = iter(run.loader)
-    clock = time.perf_counter() - run.progress["seconds"]
+    parts = start_loader(run.loader)
+    begin = time.perf_counter()
     for _ in tqdm(range(first, run.batches.steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
                   initial=first, total=run.batches.steps, disable=None if run.rank == 0 else True):
         train_step(run, parts)
-        run.progress["seconds"] = time.perf_counter() - clock
         if run.stop or run.save_now:
             save(run, "last.pt")
         if run.stop:
-            return False
-    return True
+            return None
+    return sum_up(run, run.batches.steps - first, time.perf_counter() - begin)
+
+
+def sum_up(run, steps, seconds):
+    """Return the training half of an epoch's line for the log: a dict, means over `steps` steps."""
+    losses, routed = run.progress["losses"] / steps / run.world, run.progress["routed"]
+    unreadable = torch.tensor(len(run.unreadable), device=run.device)
+    if run.world > 1:
+        for numbers in (losses, routed, unreadable):
+            dist.all_reduce(numbers)
+    choices, dropped = routed[:, :-1].double(), routed[:, -1]
+    loss, balance = losses.tolist()
+    lr = run.optimizer.param_groups[0]["lr"]
+    return dict(epoch=run.epoch + 1, step=run.step, lr=lr, train_loss=loss, balance_loss=balance,
+                images_per_s=steps * run.config["batch_size"] / seconds,
+                data_wait=run.progress["wait"] / seconds, seconds=seconds,
+                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
+                load=(choices / choices.sum(1, keepdim=True)).tolist())
 
 
 def validate_epoch(run):
-    """Evaluate after the epoch's last step; the epoch's line for the log, a dict."""
-    progress, steps = add_up(run), run.batches.steps
-    loss, balance = (total / steps / run.world for total in progress["losses"])
-    routed = torch.tensor(progress["routed"], dtype=torch.float64).view(-1, run.config["experts"] + 1)
-    choices, dropped = routed[:, :-1], routed[:, -1]
-    unreadable = torch.tensor(len(run.unreadable), device=run.device)
-    if run.world > 1:
-        dist.all_reduce(unreadable)
-    options = dict(mean=MEAN, std=STD, dtype=run.dtype, loss=run.config["loss"])
-    val = evaluate(run.model, run.val_loader, run.device, **options)
-    line = dict(epoch=run.epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"], train_loss=loss,
-                balance_loss=balance, val_loss=val["loss"], top1=val["top1"], top5=val["top5"],
-                images_per_s=steps * run.config["batch_size"] / progress["seconds"],
-                data_wait=progress["wait"] / progress["seconds"], seconds=progress["seconds"],
-                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
-                load=(choices / choices.sum(1, keepdim=True)).tolist())
-    if run.ema:
-        val = evaluate(run.ema.module, run.val_loader, run.device, **options)
-        line |= dict(ema_val_loss=val["loss"], ema_top1=val["top1"], ema_top5=val["top5"])
+    """Evaluate the weights, and the averaged ones. Return the other half of the epoch's line.
+
+    After a signal it is None. FloatingPointError if a loss is not finite; last.pt is then renamed.
+    """
+    line = {}
+    for prefix, model in (("", run.model), ("ema_", run.ema and run.ema.module)):
+        if model is None:
+            break
+        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype,
+                       loss=run.config["loss"], stop=lambda: run.signal)
+        if val is None:
+            run.stop = run.signal or signal.SIGTERM  # which another process got
+            return None
+        if not math.isfinite(val["loss"]):
+            last, bad = (os.path.join(run.folder, name) for name in ("last.pt", "not_finite.pt"))
+            if run.rank == 0 and os.path.exists(last):
+                os.replace(last, bad)
+            raise FloatingPointError(
+                f"the validation loss after epoch {run.epoch} is {val['loss']}: "
+                f"last.pt is now {bad}; to continue from the best epoch, if there is one, copy best.pt to last.pt")
+        line[f"{prefix}val_loss"] = val["loss"]
+        line[f"{prefix}top1"], line[f"{prefix}top5"] = val["top1"], val["top5"]
     return line
 
 
@@ -853,11 +997,16 @@ def print_summary(run):
 def print_result(run):
     """The last lines: how good it got, and what to do with it."""
     best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
-    held_out = "" if data.startswith(("shapes", "cifar")) or os.path.isdir(os.path.join(data, "val")) else " --split val"
-    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}\n"
-          f"evaluate    python eval.py {best} --data {data}{held_out}")
+    no_val = getattr(run.train_set, "root", None) == data  # a folder of class folders
+    held_out = " --split val" if no_val else ""
+    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
+    if not os.path.exists(best):
+        return
+    print(f"evaluate    python eval.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out}")
     if run.model.moe_blocks:
-        print(f"inspect     python inspect_experts.py {best} --data {data} --out {os.path.join(run.folder, 'inspect')}")
+        out = os.path.join(run.folder, "inspect")
+        print(f"inspect     python inspect_experts.py {shlex.quote(best)} "
+              f"--data {shlex.quote(data)}{held_out} --out {shlex.quote(out)}")
 
 
 def print_epoch(run, line):
@@ -874,41 +1023,83 @@ def print_epoch(run, line):
               f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
 
 
+class Output:
+    """A stream to print to, line by line.
+
+    If nobody reads it any more, or its disk is full, the run goes on in silence.
+    """
+
+    def __init__(self, stream):
+        # backslashes: for names that the stream cannot encode
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(args):
-    """The whole program: prepare, then epoch by epoch train, validate, log and save. Stopped, it exits with 128 + signal."""
+    """Prepare, then for each epoch train, save, validate, log. A signal exits with 128 + signal."""
     run = prepare(args)
-    finished = run.epoch >= run.config["epochs"]
     if run.rank == 0:
         print_summary(run)
-        os.makedirs(run.folder, exist_ok=True)
         if run.step:
-            print(f"{'finished' if finished else 'continuing'} after epoch {run.epoch}, step {run.step}", flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: setattr(run, "signal", number))  # finish the step, save, exit
-    while run.epoch < run.config["epochs"]:
-        if not train_epoch(run):
-            run.loader = run.val_loader = None  # ends their processes, which have learned to ignore signals, too
-            raise SystemExit(128 + run.stop)
-        line = validate_epoch(run)
-        run.epoch, run.progress = run.epoch + 1, None
+            finished = run.epoch >= run.config["epochs"] and not run.line
+            state = "finished" if finished else "continuing"
+            print(f"{state} after epoch {run.epoch}, step {run.step}")
+    for name in (signal.SIGTERM, signal.SIGINT):
+        # Finish the step, save, exit.
+        signal.signal(name, lambda name, frame: setattr(run, "signal", name))
+    while run.line or run.epoch < run.config["epochs"]:
+        if not run.line:  # else the last epoch was trained, but not validated
+            run.line = train_epoch(run)
+            if run.stop:
+                break
+            run.epoch += 1
+            save(run, "last.pt")  # before anything else can go wrong
+        validation = validate_epoch(run)
+        if run.stop:
+            break
+        line, run.line = run.line | validation, None
         top1 = line.get("ema_top1", line["top1"])
         improved = run.best is None or top1 > run.best["top1"]
         if improved:
             run.best = dict(top1=top1, epoch=run.epoch)
         if run.rank == 0:
             write_log(run, line)
-            print_epoch(run, line)
         save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
+        if run.rank == 0:
+            print_epoch(run, line)
+    run.loader = run.val_loader = None  # ends their processes
+    if run.stop:
+        raise SystemExit(128 + run.stop)
     if run.rank == 0:
         print_result(run)
     if run.world > 1:
         dist.destroy_process_group()
+    if run.unsaved:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
+        fail(error)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("DataLoader worker", "Connection closed")):
+            raise
+        fail(first_line(error))  # a loader's process or another rank was killed: no fault of ours
+    except FloatingPointError as error:  # of all processes
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(3)
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(128 + signal.SIGINT)

@@ -56,12 +56,14 @@ CONCEPTS = (
             "eval.shift", "",
             "Pictures whose every factor is known: the same on every machine, and shifted to where training never was."),
     Concept("folders", "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ eval.split_folder "
-            "eval.image_files eval.read_image eval.open_cifar", "shapes",
+            "eval.walk eval.find_images eval.hold_out eval.read_image eval.read_jpeg "
+            "eval.read_other eval.fingerprint eval.open_cifar", "shapes",
             "A million files, odd names, broken images: what is on disk is read, or named."),
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-            "eval.eval_loader eval.image_losses eval.evaluate", "folders",
+            "eval.eval_loader eval.start_loader eval.together eval.image_losses eval.evaluate",
+            "folders",
             "Each image counts once, at any batch size and any number of processes."),
-    Concept("checkpoints", "eval.build_model eval.load_checkpoint eval.refuse_stacked_experts", "vit",
+    Concept("checkpoints", "eval.build_model eval.read_checkpoint eval.load_checkpoint", "vit",
             "A checkpoint says how to build its model, and is data: opening it runs nothing."),
     Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
             "Robustness sets name their classes otherwise: match by name, predict among those found."),
@@ -69,17 +71,18 @@ CONCEPTS = (
             "eval.check eval.prepare eval.measure eval.print_plan eval.print_results eval.main", "checkpoints classes costs",
             "One table, several checkpoints and test sets; whatever deviates from training is printed."),
     # ---- train.py: from a recipe to a checkpoint
-    Concept("recipe", "train.parse_args train.resolve train.find_recipe train.fit_to_data "
-            "train.paper_row", "",
+    Concept("recipe", "train.parse_args train.blocks train.resolve train.find_recipe "
+            "train.fit_to_data train.paper_row", "",
             "Published hyperparameters, overridden by flags, refused before any work when they cannot be."),
     Concept("optimizer", "train.learning_rate train.ema_decay train.layer_group "
             "train.parameter_groups train.classification_loss train.make_mixer", "building",
             "Warm up, decay to the end, and do not let weight decay touch biases, norms and embeddings."),
     Concept("batches", "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__", "recipe counting",
             "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),
-    Concept("training", "train.prepare train.open_data train.start_from train.torchvision_weights train.choose_folder "
-            "train.make_checkpoint train.restore train.save train.add_up train.count_routing train.train_step train.agree "
-            "train.train_epoch train.validate_epoch train.main", "optimizer batches checkpoints costs weights grouped",
+    Concept("training", "train.prepare train.open_data train.start_from train.torchvision_weights train.claim_folder "
+            "train.open_last train.compare_data train.make_checkpoint train.restore train.write_checkpoint "
+            "train.save train.cut_log train.write_log train.find_folder train.count_routing train.train_step train.agree "
+            "train.train_epoch train.sum_up train.validate_epoch train.Output.write train.main", "optimizer batches checkpoints costs weights grouped",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
     Concept("statistics", "inspect_experts.crosstab inspect_experts.mutual_information inspect_experts.similarity "

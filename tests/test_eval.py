@@ -1,11 +1,14 @@
 """eval.py: the embedded pictures, folders of images, counting what is right, checkpoints, and the command line."""
 
+import argparse
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import random
+import struct
 import sys
 from pathlib import Path
 
@@ -19,9 +22,31 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import eval as evaluation
-from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, FolderImages, Shapes, TensorImages, auto_workers, autocast,
-                  best_dtype, build_model, eval_loader, eval_transform, evaluate, image_losses,
-                  load_checkpoint, match_classes, normalize, open_dataset, read_image, shapes_size)
+import forked
+from eval import (
+    CHECKPOINT_KEYS,
+    MODELS,
+    PALETTE,
+    FolderImages,
+    Shapes,
+    TensorImages,
+    auto_workers,
+    autocast,
+    best_dtype,
+    build_model,
+    eval_loader,
+    eval_transform,
+    evaluate,
+    hold_out,
+    image_losses,
+    load_checkpoint,
+    match_classes,
+    normalize,
+    number,
+    open_dataset,
+    read_image,
+    shapes_size,
+)
 
 CPU = torch.device("cpu")
 
@@ -237,7 +262,7 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
     """Whatever the mode and the format, a file is read as (3, H, W) uint8 RGB, also when Pillow reads them all."""
     if decoders == "Pillow":  # torchvision has announced that its decoders will go
-        monkeypatch.delattr(evaluation.torchvision.io, "decode_image")
+        monkeypatch.delattr(evaluation.torchvision.io, "decode_jpeg")
     picture(mode).save(tmp_path / name, **({"quality": 100, "subsampling": 0} if "j" in name.lower() else {}))
     image = read_image(str(tmp_path / name))
     assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
@@ -261,6 +286,145 @@ def test_sixteen_bits_become_eight(tmp_path):
     assert image.shape == (3, 1, 7) and image.dtype == torch.uint8
     difference = (image - deep / 257).abs().max()  # 0, 0.99, 0.996, 3.89, 127.5, 252.9, 255
     assert difference < 1, image[0].tolist()
+
+
+def tiff(bits, numbers, zero_is=1, kind=1):
+    """The bytes of a TIFF of one row. zero_is: 0 white, 1 black. kind: 2 signed, 3 floats."""
+    data = numbers.tobytes()
+    if bits == 12:  # two numbers in three bytes
+        data = bytes.fromhex("".join(f"{number:03x}" for number in numbers))
+    # width, height, bits, not compressed, what 0 is, place of the data, samples, rows, bytes, kind
+    tags = {256: len(numbers), 257: 1, 258: bits, 259: 1, 262: zero_is, 273: 8, 277: 1, 278: 1,
+            279: len(data), 339: kind}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    header = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return header + data + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+def array(kind, *numbers):
+    return torch.tensor(numbers, dtype=torch.float64).numpy().astype(kind)
+
+
+DEEP = array("<u2", 0, 257, 32896, 65535)  # 257 = 65535 / 255, and 32896 = 128 * 257
+FLAT = array("<u2", 0, 16, 2056, 4095)  # 16 / 4095 * 255 = 0.996, 2056 / 4095 * 255 = 128.03
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("name, content, expected", [
+    ("16.tif", tiff(16, DEEP), [0, 1, 128, 255]),
+    ("white.tif", tiff(16, DEEP, zero_is=0), [255, 254, 127, 0]),
+    ("12.tif", tiff(12, FLAT), [0, 1, 128, 255]),
+    ("signed.tif", tiff(16, array("<i2", 0, 1000), kind=2), None),
+    ("32.tif", tiff(32, array("<u4", 0, 1000)), None),
+    ("float.tif", tiff(32, array("<f4", 0, 0.5, 1), kind=3), [0, 128, 255]),  # 127.5, to even
+    ("far.tif", tiff(32, array("<f4", 0, 0.5, 2000), kind=3), None),
+    ("nan.tif", tiff(32, array("<f4", 0, math.nan), kind=3), None),
+    ("10.pgm", b"P5 3 1 1023 " + array(">u2", 0, 512, 1023).tobytes(), [0, 128, 255]),  # 127.6
+    ("4.pgm", b"P5 3 1 15 " + bytes([0, 8, 15]), [0, 136, 255]),
+    ("16.pgm", b"P5 2 1 65535 " + array(">u2", 257, 65535).tobytes(), [1, 255]),
+])
+def test_deep_files_are_scaled_by_their_range(tmp_path, name, content, expected):
+    """10, 12 and 16 bits, and floats from 0 to 1, become 0 to 255; what has no known range is
+    unreadable, not black or white."""
+    (tmp_path / name).write_bytes(content)
+    image = read_image(str(tmp_path / name))
+    assert image is None if expected is None else image[2, 0].tolist() == expected
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize(
+    "orientation, corners",
+    [
+        # The viewer shows the fields 0 1 / 2 3 (COLOURS) as ...
+        (1, [0, 1, 2, 3]),
+        (2, [1, 0, 3, 2]),
+        (3, [3, 2, 1, 0]),
+        (4, [2, 3, 0, 1]),
+        (5, [0, 2, 1, 3]),
+        (6, [2, 0, 3, 1]),
+        (7, [3, 1, 2, 0]),
+        (8, [1, 3, 0, 2]),
+    ],
+)
+def test_pictures_are_turned_as_a_viewer_does(tmp_path, kind, orientation, corners):
+    """EXIF's orientation, 6 for a phone held upright, turns or mirrors the picture, whatever
+    decodes it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().resize((64, 32), Image.NEAREST).save(tmp_path / "phone", kind, exif=exif)
+    image = read_image(str(tmp_path / "phone")).int()
+    assert image.shape == ((3, 32, 64) if orientation < 5 else (3, 64, 32))
+    height, width = image.shape[1:]
+    for corner, (y, x) in zip(corners, [(0, 0), (0, 1), (1, 0), (1, 1)]):
+        seen = image[:, height // 4 + y * height // 2, width // 4 + x * width // 2]
+        assert (
+            seen - torch.tensor(COLOURS[corner])
+        ).abs().max() < 12, "lossy, but no other field's colour"
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_of_an_animation_the_first_picture(tmp_path, kind):
+    """Three pictures in one file, dark, grey and bright: the dark one is read, (3, H, W)."""
+    frames = [Image.new("RGB", (8, 8), (level, level, level)) for level in (10, 100, 200)]
+    frames[0].save(tmp_path / "moving", kind, save_all=True, append_images=frames[1:])
+    image = read_image(str(tmp_path / "moving"))
+    assert image.shape == (3, 8, 8) and (image.int() - 10).abs().max() <= 2
+
+
+@pytest.mark.folders
+def test_only_jpeg_goes_to_torchvision(tmp_path, monkeypatch):
+    """The first bytes decide, not the name: torchvision's decoder of PNG can end the process at one
+    wrong bit."""
+    seen = []
+    monkeypatch.setattr(
+        evaluation.torchvision.io,
+        "decode_jpeg",
+        lambda content, *_, **__: seen.append(bytes(content[:2])),
+    )
+    monkeypatch.delattr(evaluation.torchvision.io, "decode_image")
+    for kind in ("jpeg", "png", "gif", "bmp"):
+        (tmp_path / "any.jpg").write_bytes(saved(kind))
+        read_image(str(tmp_path / "any.jpg"))
+    assert seen == [bytes([0xFF, 0xD8])]
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "bmp", "tiff"])
+def test_damaged_files_are_read_or_reported(tmp_path, kind):
+    """60 files with wrong bits, cut off or zeroed in part: each is an image or None, and nothing is
+    raised."""
+    draw, content, found = random.Random(kind), saved(kind), []
+    for i in range(60):
+        damaged, place = bytearray(content), draw.randrange(len(content))
+        if i % 3 == 0:
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif i % 3 == 1:
+            del damaged[place:]
+        else:
+            damaged[place : place + 16] = bytes(len(damaged[place : place + 16]))
+        (tmp_path / "damaged").write_bytes(damaged)
+        image = read_image(str(tmp_path / "damaged"))
+        assert image is None or image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3
+        found.append(image is None)
+    assert any(found), "not even a cut file is reported?"
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("kind, options", [
+    ("jpeg", {}), ("jpeg", dict(progressive=True)), ("png", {})])
+def test_more_pixels_than_the_limit_are_unreadable(tmp_path, monkeypatch, kind, options):
+    """The limit is twice Pillow's MAX_IMAGE_PIXELS: of 500, 32 x 32 = 1,024 pixels are beyond it,
+    31 x 32 are not.
+
+    Else a damaged header that claims 65,535 x 65,535 pixels would fill the memory.
+    """
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for height, shape in [(32, None), (31, (3, 31, 32))]:
+        picture().crop((0, 0, 32, height)).save(tmp_path / "any", kind, **options)
+        image = read_image(str(tmp_path / "any"))
+        assert (image if image is None else image.shape) == shape
 
 
 @pytest.mark.folders
@@ -300,6 +464,11 @@ def make_folder(root, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 5), (level, level, level)).save(root / name)
     return str(root)
+
+
+def names(dataset):
+    """The file of every item, relative to the folder."""
+    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
 
 
 def contents(dataset):
@@ -347,6 +516,171 @@ def test_what_is_no_image_is_left_out(tmp_path):
 
 
 @pytest.mark.folders
+def test_what_systems_leave_behind_is_no_data(tmp_path, capsys):
+    """Hidden files, macOS's and Synology's copies and thumbnails, and results of our own runs are
+    neither mentioned nor read."""
+    others = "__MACOSX/a/3.png a/.hidden.png a/.ipynb_checkpoints/4.png a/@eaDir/1.png/thumb.jpg"
+    results = "runs/x/inspect/figure.png b/y/figure.png"
+    root = make_folder(tmp_path, ["a/1.png", "b/2.png", *others.split(), *results.split()])
+    empty = "a/._1.png a/Thumbs.db b/desktop.ini .DS_Store runs/x/last.pt b/y/report.html"
+    for name in empty.split():
+        (tmp_path / name).write_bytes(b"")
+    data = open_dataset(root, "all")
+    assert data.classes == ["a", "b"] and names(data) == ["a/1.png", "b/2.png"]
+    told = f"warning: left out of {root}, class folders without images: runs\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.folders
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """A class folder without an image that can be read is named, with the types of its files, and
+    is no class."""
+    root = make_folder(tmp_path, ["a/1.png", "b/2.png", "b/sub/3.jfif"])
+    (tmp_path / "c").mkdir()
+    for i in range(10):
+        (tmp_path / "c" / f"IMG_{i}.HEIC").write_bytes(b"x")
+    data = open_dataset(root, "all")
+    assert open_dataset(root, "all").classes == data.classes == ["a", "b"]
+    empty, deep = capsys.readouterr().err.splitlines()  # once, although it was opened twice
+    assert empty.endswith(", class folders without images: c, files of other types: 10 .heic")
+    assert deep.startswith(f"warning: 1 images of {root} lie deeper than in a class folder (b/sub/")
+
+
+@pytest.mark.folders
+def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
+    """20 images stay 20: a link to a folder above, or to one that is read already, is named and not
+    followed."""
+    root = make_folder(tmp_path / "data", [f"{name}/{i}.png" for name in "ab" for i in range(10)])
+    make_folder(tmp_path / "elsewhere", ["20.png"])
+    for link, target in [
+        ("a/up", ".."),
+        ("b/up", ".."),
+        ("a/b", "../b"),
+        ("above", "../.."),
+        ("a/self", "self"),
+        ("a/more", "../../elsewhere"),
+    ]:
+        os.symlink(target, tmp_path / "data" / link)
+    data = open_dataset(root, "all")
+    assert data.classes == ["a", "b"] and len(data) == 21 and "a/more/20.png" in names(data)
+    told = capsys.readouterr().err
+    assert [
+        f"{root}/{link} leads to a folder" in told for link in ("a/up", "b/up", "a/b", "above")
+    ] == [True] * 4
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize(
+    "train, val",
+    [("train", "valid"), ("Train", "Val"), ("TRAINING", "validation"), ("train", "test")],
+)
+def test_other_names_of_the_splits(tmp_path, train, val):
+    """Folders of other usual names, also in capitals, are the splits, and not classes."""
+    root = make_folder(
+        tmp_path, [f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png"]
+    )
+    assert names(open_dataset(root, "train")) == ["a/1.png", "b/2.png"]
+    for split in ("val", "all"):
+        assert names(open_dataset(root, split)) == ["a/3.png", "b/4.png"]
+
+
+@pytest.mark.folders
+def test_a_class_may_be_called_train(tmp_path):
+    """Beside bus/ a folder train/ with images in it is a class; one with class folders in it is
+    split alone."""
+    root = make_folder(tmp_path / "flat", ["bus/1.png", "train/2.png"])
+    assert open_dataset(root, "all").classes == ["bus", "train"]
+    root = make_folder(
+        tmp_path / "alone",
+        [f"train/{name}/{i}.png" for name in "ab" for i in range(5)] + ["other/c/1.png"],
+    )
+    assert open_dataset(root, "val").labels.tolist() == [0, 1]
+    assert len(open_dataset(root, "train")) == 8
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["my_dataset/a/1.png", "my_dataset/b/2.png"],
+        ["archive/train/a/1.png", "archive/val/a/2.png"],
+    ],
+)
+def test_one_class_is_nothing_to_learn(tmp_path, files):
+    """A folder too high has one class, on which the accuracy would be 100%: training refuses it."""
+    root = make_folder(tmp_path, files)
+    with pytest.raises(
+        ValueError,
+        match=f"only one class folder, {files[0].split('/')[0]}, in .*: give the folder that holds",
+    ):
+        open_dataset(root, "train")
+
+
+@pytest.mark.folders
+def test_one_corruption_has_no_classes(tmp_path):
+    """The severities 1 to 5 of one corruption of ImageNet-C are not classes; folders 1 to 5 with
+    images in them are."""
+    root = make_folder(
+        tmp_path / "fog", [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
+    )
+    with pytest.raises(
+        ValueError,
+        match="fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class",
+    ):
+        open_dataset(root, "all")
+    assert open_dataset(make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"]), "all").classes == [
+        "1",
+        "5",
+    ]
+
+
+@pytest.mark.folders
+def test_a_folder_that_cannot_be_opened(tmp_path, monkeypatch):
+    """A class folder without permission is an error that names it, and not a class of no images."""
+    root = make_folder(tmp_path, ["a/1.png", "b/2.png"])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=f"cannot open the folder {root}/b: Permission denied"):
+        open_dataset(root, "all")
+
+
+@pytest.mark.folders
+def test_one_name_in_two_spellings(tmp_path):
+    """macOS stores é as e and an accent: in train/ and val/ it is the same class, and the file is
+    found under its own name."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = make_folder(
+        tmp_path,
+        [f"train/{composed}/1.png", "train/b/2.png", f"val/{decomposed}/3.png", "val/b/4.png"],
+    )
+    train, val = (open_dataset(root, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
+
+
+@pytest.mark.folders
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_no_terminal_can_show(tmp_path, capsys):
+    """Names in Latin-1 or with a line break are read, and written with escapes: a message stays one
+    line."""
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    for i, name in enumerate([b"a\nb.png", b"\xfc.png"]):
+        with open(os.path.join(folder, name), "wb") as file:
+            Image.new("L", (4, 4), i).save(file, "png")
+    data = open_dataset(str(tmp_path), "all")
+    assert [int(data[i][0][0, 0, 0]) for i in range(2)] == [0, 1]
+    assert data.fingerprint()["images"] == [2] and data.classes == ["caf\udce9"]
+    evaluation.warn(f"cannot read {data.path(0)}")
+    assert capsys.readouterr().err == f"warning: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
+
+
+@pytest.mark.folders
 def test_train_and_val_folders(tmp_path):
     """Where there are train/ and val/, "train" is the one, and "val" and "all" are the other."""
     root = make_folder(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png"])
@@ -357,13 +691,53 @@ def test_train_and_val_folders(tmp_path):
 
 @pytest.mark.folders
 def test_a_flat_folder_holds_out_a_fifth(tmp_path):
-    """Without train/ and val/ every fifth file of each class is for validation, and the rest to train on."""
+    """Without a folder for validation the fifth of each class with the smallest hashes validates,
+    the rest trains."""
     files = [f"{name}/{i:02}.png" for name in "ab" for i in range(11)]
     root = make_folder(tmp_path, files)
-    train, val, everything = ([item[0] for item in contents(open_dataset(root, s))] for s in ("train", "val", "all"))
-    # of the files 00, 01, ..., 10 of a class the fifth and the tenth
-    assert val == ["a/04.png", "a/09.png", "b/04.png", "b/09.png"], "counted through the whole folder, not per class?"
+    train, val, everything = (names(open_dataset(root, split)) for split in ("train", "val", "all"))
+    # 11 // 5 = 2 of 11. `printf 03.png | sha256sum` begins with 0490, of 06.png with 0ba7; the
+    # third, 02.png, with 0ec4.
+    assert val == [
+        "a/03.png",
+        "a/06.png",
+        "b/03.png",
+        "b/06.png",
+    ], "is the class folder a part of the name?"
     assert sorted(train + val) == everything == files and not set(train) & set(val)
+
+
+@pytest.mark.folders
+def test_one_image_less_moves_at_most_one(tmp_path):
+    """Whichever of 23 images is removed, at most one other changes sides: else training images
+    would validate."""
+    files = [f"a/{i}.png" for i in range(23)]
+
+    def held_out(files):
+        return set(hold_out({"a": files}, "val", "root")["a"])
+
+    before = held_out(files)
+    assert len(before) == 4 and held_out(files[::-1]) == before, "the order must not matter"
+    for removed in files:
+        after = held_out([name for name in files if name != removed])
+        assert len((before ^ after) - {removed}) <= 1
+
+
+@pytest.mark.folders
+def test_a_class_of_few_images_is_named(tmp_path, capsys):
+    """Fewer than 5 images have no fifth: such a class is named in a warning; if all are so small,
+    that is an error."""
+    files = [f"{name}/{i}.png" for name in "ab" for i in range(5)]
+    root = make_folder(tmp_path / "some", [*files, "c/0.png", "d/0.png"])
+    assert open_dataset(root, "val").labels.tolist() == [0, 1]
+    assert open_dataset(root, "train").classes == ["a", "b", "c", "d"]
+    told = f"warning: 2 of 4 classes of {root} have fewer than 5 images, and so no validation image"
+    assert capsys.readouterr().err == told + ": c, d\n", "once, although it was opened twice"
+    with pytest.raises(
+        ValueError,
+        match="1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth",
+    ):
+        open_dataset(make_folder(tmp_path / "none", files[:4]), "val")
 
 
 @pytest.mark.folders
@@ -384,7 +758,7 @@ def test_a_transform_sees_every_image(tmp_path):
     (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
     (lambda root: root.mkdir(), "no class folders in"),
     (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
-    (lambda root: (root / "a").mkdir(parents=True), "no images in the 1 class folders of"),
+    (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
     (lambda root: (root / "train" / "a").mkdir(parents=True) or (root / "val").mkdir(), "no class folders in"),
 ], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
@@ -417,6 +791,22 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
 
 
 @pytest.mark.folders
+@forked.needs_fork
+def test_an_error_of_a_worker_is_one_line(tmp_path, capsys):
+    """An error of a transform names the file, and fail() leaves out the worker's traceback."""
+    def too_large(image):
+        raise RuntimeError("not enough memory: you tried to allocate 4 GB\nand more")
+
+    data = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all", too_large)
+    with pytest.raises(ValueError, match="Traceback") as error:
+        next(iter(DataLoader(data, num_workers=1, multiprocessing_context="fork")))
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.fail(error.value)
+    told = f"error: cannot prepare {tmp_path}/a/0.png, (5, 6) pixels: not enough memory"
+    assert capsys.readouterr().err == told + ": you tried to allocate 4 GB\n"
+
+
+@pytest.mark.folders
 def test_a_folder_of_broken_files_is_an_error(tmp_path):
     """The search for a readable file ends after 100, with the name of the first."""
     root = make_folder(tmp_path, ["a/0.png", "a/1.png"])
@@ -424,6 +814,30 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path):
         (tmp_path / "a" / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"100 images in a row cannot be read, from .*1\.png"):
         open_dataset(root, "all")[1]
+
+
+@pytest.mark.folders
+def test_a_fingerprint_is_of_names(tmp_path):
+    """A data set in another place has the same fingerprint; one image less, renamed or of another
+    class changes it."""
+    names = ["a/1.png", "b/2.png", "b/3.png"]
+    first = open_dataset(make_folder(tmp_path / "first", names), "all").fingerprint()
+    assert (first["classes"], first["images"]) == (["a", "b"], [1, 2])
+    assert open_dataset(make_folder(tmp_path / "copy", names), "all").fingerprint() == first
+    for i, other in enumerate(
+        [names[:2], ["a/1.png", "b/2.png", "b/4.png"], ["a/1.png", "a/2.png", "b/3.png"]]
+    ):
+        changed = open_dataset(make_folder(tmp_path / str(i), other), "all").fingerprint()
+        assert changed["digest"] != first["digest"], other
+
+
+@pytest.mark.folders
+def test_a_fingerprint_of_pictures_in_memory():
+    """Pictures without names are known by their labels: equal for the same pictures, not for
+    fewer."""
+    first, fewer = Shapes(20, 1).fingerprint(), Shapes(19, 1).fingerprint()
+    assert Shapes(20, 1).fingerprint() == first and first["digest"] != fewer["digest"]
+    assert len(first["classes"]) == 16 and sum(first["images"]) == 20
 
 
 @pytest.mark.folders
@@ -690,6 +1104,7 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda errors, error: None)
     monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums, op=None: op or sums.add_(2 ** 24))
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     result = count(table, [0, 1, 1])  # two of three are right
@@ -787,6 +1202,9 @@ def cut_off(path):
     (lambda path: None, "no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt"),
     (lambda path: path.mkdir(), "no checkpoint at {path}"),
     (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+    (lambda path: path.write_bytes(b""), "{path} cannot be opened as a checkpoint, it is empty"),
+    (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
+    (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
     (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
     (lambda path: torch.save(dict(model={}, epoch=3), path), "{path} is not a checkpoint of train.py: it lacks args,"),
     (lambda path: torch.save(7, path), "{path} is not a checkpoint of train.py: it lacks args,"),
@@ -798,8 +1216,9 @@ def cut_off(path):
     (lambda path: write_checkpoint(path, classes=["a", "b"]), "{path} names 2 classes, but its model has 3 outputs"),
     (lambda path: write_checkpoint(path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
      "{path} is from an older version, whose experts were stacked weights"),
-], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model",
-        "unknown option", "no model", "too few classes", "stacked experts"])
+], ids=["missing", "folder", "cut off", "empty", "text", "zip", "image", "foreign dict", "number",
+        "other width", "other depth", "other model", "unknown option", "no model", "few classes",
+        "stacked experts"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -850,6 +1269,34 @@ def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
     evaluation.main(evaluation.parse_args())
+
+
+@pytest.mark.evaluator
+@pytest.mark.parametrize(
+    "flag, interval, right, wrong",
+    [
+        ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
+        ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
+        ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
+    ],
+)
+def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
+    """[ and ] include an end of an interval, ( and ) leave it out; any other number ends the
+    program with status 2."""
+    flags = ["best.pt", "--data", "shapes", flag]
+    for value in right:
+        args = evaluation.parse_args([*flags, str(value)])
+        evaluation.check(args)
+        assert getattr(args, flag[2:].replace("-", "_")) == value
+    for text in wrong:
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.parse_args([*flags, text])
+        assert capsys.readouterr().err.endswith(
+            f"argument {flag}: expected {interval}, got {text}\n"
+        )
+    assert number("[0, 1]")("1") == 1.0 and number("[0, 1)")("0.9") == 0.9
+    with pytest.raises(argparse.ArgumentTypeError, match="got 1"):
+        number("[0, 1)")("1")
 
 
 @pytest.mark.evaluator
@@ -904,16 +1351,16 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     checkpoint = checkpoint_of(CONFIG, model.state_dict(), crop_ratio=0.5, mean=mean, std=std)
     torch.save(checkpoint, tmp_path / "best.pt")
+    pixels = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     for name in "abc":  # three classes, one image
         (tmp_path / "data" / name).mkdir(parents=True)
-    pixels = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
-    v2.functional.to_pil_image(pixels).save(tmp_path / "data" / "c" / "0.png")
+        v2.functional.to_pil_image(pixels).save(tmp_path / "data" / name / "0.png")
     data = str(tmp_path / "data")
     run(monkeypatch, tmp_path / "best.pt", "--data", data, "--workers", 0, "--json", tmp_path / "out.json")
     # 32 / 0.5 = 64 is the short side already; the centre of 64 x 80 begins at row 16, column 24
     centre = pixels[:, 16:48, 24:56].float() / 255
     x = torch.stack([(centre[i] - mean[i]) / std[i] for i in range(3)])
-    loss = -model(x.unsqueeze(0)).log_softmax(1)[0, 2].item()
+    loss = -model(x.unsqueeze(0)).log_softmax(1)[0].mean().item()
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["results"][0]["data"][data]["loss"] == pytest.approx(loss)
 

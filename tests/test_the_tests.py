@@ -123,7 +123,14 @@ MUTANTS = [
     ("eval.py", "data.masks.rot90(1, (1, 2))", "data.masks", "shapes"),  # picture turned, mask not
     ("eval.py", "data.images = 255 - images", "data.images = 256 - images", "shapes"),  # 0 stays 0
 
-    ("eval.py", "(i % 5 == 4) == held_out", "(i % 5 == 4) != held_out", "folders"),
+    ("eval.py", '(file in fifth) == (split == "val")', "(file in fifth) == 0", "folders"),
+    ("eval.py", 'file.partition("/")[2])', "file)", "folders"),  # the class folder counts
+    ("eval.py", "if real in met:\n", "if False:\n", "folders"),
+    ("eval.py", "new = real not in met", "new = True", "folders"),  # 820 images for 20
+    ("eval.py", "ImageOps.exif_transpose(image)", "image", "folders"),
+    ("eval.py", "apply_exif_orientation=True", "apply_exif_orientation=False", "folders"),
+    ("eval.py", "2 ** tags.get(258, (16,))[0] - 1", "65535", "folders"),  # 12 bits turn black
+    ("eval.py", "height * width > 2 * Image.MAX_IMAGE_PIXELS", "False", "folders"),
     ("eval.py", "            unreadable = index\n", "            unreadable = i\n", "folders"),  # names the wrong file
 
     ("eval.py", "min(5, logits.shape[1])", "5", "counting"),
@@ -133,8 +140,7 @@ MUTANTS = [
 
     ("eval.py", 'checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]', 'checkpoint["model"]',
      "checkpoints"),
-    ("eval.py", "torch.load(path, map_location=device, weights_only=True)", "torch.load(path, weights_only=False)",
-     "checkpoints"),
+    ("eval.py", "weights_only=True, mmap=True", "weights_only=False", "checkpoints"),
 
     ("eval.py", "keys, known = [int(name) for name in names]", "keys, known = range(len(names))", "classes"),  # sorted 0, 1, 10
 
@@ -161,6 +167,8 @@ MUTANTS = [
     ("train.py", 'size"] // world // config["accumulate"]', 'size"] // world', "training"),
     ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
     ("train.py", "~(losses.isfinite().all() & norm.isfinite())", "~losses.isfinite().all()", "training"),  # NaN weights
+    ("train.py", 'save(run, "last.pt")  # before', 'run.stop  # before', "training"),  # lost if it cannot be validated
+    ("train.py", "torch.empty_like(like).copy_(value)", "value.clone()", "training"),  # permuted moments
     ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -69,7 +70,6 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     ("--data nowhere", "no data at 'nowhere'"),
     ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
     ("--batch-size 1000", "more than the 96 training images"),
-    ("--epochs 0", "--epochs 0: expected at least 1"),
     ("--freeze-backbone", "give --init-from"),
     ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
     ("--init-from torchvision", "torchvision has no weights for vit_nano"),
@@ -80,6 +80,21 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tm
         run(*flags.split())
     assert expected in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("flag", [
+    "--epochs 0", "--lr nan", "--lr -1", "--ema 1.5", "--ema 1", "--crop-ratio 0", "--k 1.5",
+    "--crop-scale -1", "--randaug 20", "--label-smoothing 2", "--capacity-factor inf", "--mixup -1",
+    "--weight-decay -1", "--warmup-epochs -1", "--moe-layers 1-3", "--expert-ratio 0",
+    "--workers -1", "--accumulate 0"])
+def test_a_number_out_of_range_is_refused(flag, capsys):
+    """The last line names the flag and the value, and the exit status is 2."""
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(flag.split())
+    name, value = flag.split()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and name in last and value in last
 
 
 @pytest.mark.recipe
@@ -689,6 +704,10 @@ def test_training_learns():
     assert losses[-1] < 0.1 * losses[0]
 
 
+def read_log(folder):
+    return [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+
+
 @pytest.mark.training
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result is the same."""
@@ -716,10 +735,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
         assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole[part]), part
     for key, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(state[name], broken["optimizer"]["state"][key][name]) for name in state)
-    timing = ("seconds", "images_per_s", "data_wait")
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in timing} for line in open(f"{name}/log.jsonl")]
-            for name in ("whole", "broken")]
-    assert logs[0] == logs[1]
+    timing = {"seconds", "images_per_s", "data_wait"}
+    means = {"train_loss", "balance_loss", "dropped", "load"}
+    for line, other in zip(read_log("whole"), read_log("broken"), strict=True):
+        epoch = line["epoch"]  # in epoch 2 the means are those of one step, after the interruption
+        same = set(line) - timing - (means if epoch == 2 else set())
+        assert {name: line[name] for name in same} == {name: other[name] for name in same}, epoch
 
 
 @pytest.mark.training
@@ -755,7 +776,7 @@ def test_a_truncated_checkpoint_is_not_overwritten():
     run("--epochs", "1", "--out", "r")
     whole = Path("r/last.pt").read_bytes()
     Path("r/last.pt").write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="r/last.pt cannot be opened.*copy r/best.pt over it"):
+    with pytest.raises(ValueError, match="r/last.pt cannot be opened.*copy r/best.pt to r/last.pt"):
         run("--epochs", "1", "--out", "r")
     assert Path("r/last.pt").read_bytes() == whole[:1000]
 
@@ -806,11 +827,257 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.os, "fsync", full)
     state = train.prepare(train.parse_args([*TINY, "--epochs", "1", "--out", "r"]))
+    monkeypatch.setattr(train.os, "fsync", full)
     train.save(state, "last.pt")
     assert Path("r/last.pt").read_bytes() == before and not Path("r/last.pt.tmp").exists()
     assert "No space left on device" in capsys.readouterr().err
+
+
+def fail(*_, **__):
+    raise ValueError("no quota left")
+
+
+@pytest.mark.training
+def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
+    """--out is a file, or its disk is full: one line, and no step is made."""
+    monkeypatch.setattr(train, "train_epoch", lambda run: pytest.fail("trained for nothing"))
+    Path("file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to file .* give another --out"):
+        run("--epochs", "1", "--out", "file")
+    monkeypatch.setattr(train, "write_checkpoint", fail)
+    with pytest.raises(ValueError, match="no quota left"):
+        run("--epochs", "1", "--out", "r")
+
+
+@pytest.mark.training
+def test_a_run_that_could_not_be_saved_does_not_end_well(monkeypatch, capsys):
+    """The last save failed: exit status 1, and no command with a checkpoint that is not there."""
+    prepare = train.prepare
+
+    def prepare_and_fill_the_disk(args):
+        state = prepare(args)
+        monkeypatch.setattr(train, "write_checkpoint", fail)
+        return state
+
+    monkeypatch.setattr(train, "prepare", prepare_and_fill_the_disk)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", "1", "--out", "r")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and "no quota left" in err
+    assert "best top-1" in out and "best.pt" not in out
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+def epoch_and_step(path):
+    checkpoint = torch.load(path, weights_only=True)
+    return checkpoint["epoch"], checkpoint["step"]
+
+
+@pytest.mark.training
+def test_an_epoch_is_saved_before_it_is_validated(monkeypatch):
+    """A validation that fails costs no training: continued, the run validates what it has, and the
+    log has the losses of the epoch."""
+    run("--epochs", "1", "--out", "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "evaluate", fail)
+        with pytest.raises(ValueError, match="no quota left"):
+            run("--epochs", "1", "--out", "r")
+    assert epoch_and_step("r/last.pt") == (1, 3) and Path("r/log.jsonl").read_text() == ""
+    monkeypatch.setattr(train, "train_epoch", lambda run: pytest.fail("trained again"))
+    run("--epochs", "1", "--out", "r")
+    [whole], [line] = read_log("whole"), read_log("r")
+    assert (line["train_loss"], line["val_loss"]) == (whole["train_loss"], whole["val_loss"])
+    assert os.path.exists("r/best.pt")
+
+
+@pytest.mark.training
+def test_a_signal_ends_the_validation(monkeypatch):
+    """SIGTERM before the first of two batches: the model sees none of them, the epoch is saved, the
+    exit status is 143."""
+    evaluate, seen = train.evaluate, []
+
+    def evaluate_and_interrupt(model, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        model.register_forward_hook(lambda *_: seen.append(1))
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_and_interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run("--epochs", "2", "--out", "r")
+    assert stop.value.code == 143 and not seen
+    assert epoch_and_step("r/last.pt") == (1, 3) and not os.path.exists("r/best.pt")
+
+
+@pytest.mark.training
+def test_lines_of_the_log_that_are_blank_or_cut_do_no_harm():
+    """They are left out when the run goes on, and so is what a killed process wrote about an epoch
+    that is not saved."""
+    run("--epochs", "1", "--out", "r")
+    line = Path("r/log.jsonl").read_text()
+    later = line.replace('"epoch": 1', '"epoch": 2')
+    bad = ["\n", line, "null\n", "[]\n", later, '{"epoch": 1, "tra\n', line.strip()]
+    Path("r/log.jsonl").write_text("".join(bad))
+    run("--epochs", "1", "--out", "r")
+    assert Path("r/log.jsonl").read_text() == line
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("change, expected", [
+    ("mv d/cat d/emu", "class cat is gone, class emu is new"),
+    ("cp -r d/cat d/emu", "class emu is new, 16 images then, 24 now"),
+    ("cp d/cat/1.png d/cat/20.png && cp d/cat/1.png d/cat/21.png", "16 images then, 18 now"),
+    ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "16 images then, 14 now"),
+    ("mv d/cat/3.png d/cat/03.png && mv d/cat/4.png d/cat/04.png",
+     "as many images, with other names")])
+def test_a_run_is_not_continued_on_other_images(change, expected):
+    """Images or a class came, went or were renamed: one line says what differs. (Of 20 images 4
+    validate.)"""
+    make_folder(Path("d"), images=10)
+    flags = "--data d --epochs 1 --batch-size 8 --out r".split()
+    run(*flags)
+    subprocess.run(change, shell=True, check=True)
+    with pytest.raises(ValueError, match=f"images are not those of the run in r .{expected}"):
+        run(*flags)
+
+
+@pytest.mark.training
+def test_other_images_are_named_before_what_follows_from_them():
+    """Without --batch-size 16 images make a batch of 16, and 14 one of 14: the images are to blame."""
+    make_folder(Path("d"), images=10)
+    flags = "--data d --model vit_nano --workers 0 --epochs 1 --out r".split()
+    train.main(train.parse_args(flags))
+    subprocess.run("rm d/dog/0.png d/dog/1.png d/dog/2.png", shell=True, check=True)
+    with pytest.raises(ValueError, match="16 images then, 14 now"):
+        train.main(train.parse_args(flags))
+
+
+@pytest.mark.training
+def test_a_run_is_continued_when_its_images_moved(capsys):
+    """The same images under another path are the same data."""
+    make_folder(Path("d"), images=10)
+    flags = "--epochs 1 --batch-size 8 --out r --data".split()
+    run(*flags, "d")
+    run(*flags, "d/")
+    Path("d").rename("my photos")
+    run(*flags, "my photos")
+    out = capsys.readouterr().out
+    assert out.count("finished after epoch 1") == 2
+    assert "r/best.pt --data 'my photos' --split val\n" in out, "quoted, without training images"
+    assert "--data 'my photos' --split val --out r/inspect\n" in out
+
+
+@pytest.mark.training
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_a_folder_in_use_is_refused():
+    """As long as another process holds the log locked. When that is killed, the folder is free."""
+    os.mkdir("r")
+    hold = ("import fcntl; log = open('r/log.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); "
+            "print(flush=True); input()")
+    command = [sys.executable, "-c", hold]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="r is in use by another run"):
+        run("--epochs", "1", "--out", "r")
+    other.kill()
+    other.communicate()
+    run("--epochs", "1", "--out", "r")
+
+
+@pytest.mark.training
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
+    """The step that breaks the weights is an epoch's last: no loss shows it any more. And yet
+    nothing is written."""
+    step = train.train_step
+
+    def break_weights(state, parts):
+        step(state, parts)
+        state.model.head.weight.data[0, 0] = math.inf if state.step == 6 else 0.0
+
+    monkeypatch.setattr(train, "train_step", break_weights)
+    expected = "weights are not finite after step 6; .*r/last.pt"
+    with pytest.raises(FloatingPointError, match=expected):
+        run("--epochs", "3", "--out", "r")
+    assert epoch_and_step("r/last.pt") == epoch_and_step("r/best.pt") == (1, 3)
+
+
+@pytest.mark.training
+def test_an_epoch_whose_validation_is_not_finite_is_neither_last_nor_best(monkeypatch):
+    """Its checkpoint is put aside; the run is not started anew over the best one."""
+    evaluate, results = train.evaluate, []
+
+    def evaluate_badly(*arguments, **options):
+        results.append(evaluate(*arguments, **options))
+        return results[-1] | (dict(loss=math.nan) if len(results) == 2 else {})
+
+    monkeypatch.setattr(train, "evaluate", evaluate_badly)
+    with pytest.raises(FloatingPointError, match="validation loss after epoch 2 is nan"):
+        run("--epochs", "3", "--out", "r")
+    assert sorted(os.listdir("r")) == ["best.pt", "log.jsonl", "not_finite.pt"]
+    assert epoch_and_step("r/best.pt") == (1, 3) and "NaN" not in Path("r/log.jsonl").read_text()
+    expected = "no checkpoint at r/last.pt: .* copy r/best.pt to r/last.pt"
+    with pytest.raises(ValueError, match=expected):
+        run("--epochs", "3", "--out", "r")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
+def test_a_file_that_is_no_checkpoint_is_one_line(content):
+    """Empty, text, or the beginning of a zip file: the message is one line that names the file."""
+    os.mkdir("r")
+    Path("r/last.pt").write_bytes(content)
+    for flags in (["--out", "r"], ["--init-from", "r/last.pt"]):
+        with pytest.raises(ValueError, match="^r/last.pt cannot be opened as a check") as error:
+            run("--epochs", "1", *flags)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.training
+def test_moments_are_restored_in_the_layout_of_their_parameter():
+    """A ConvNeXt run of a GPU (channels_last) goes on on a CPU: each value keeps its place, and the
+    file is not kept."""
+    flags = [*TINY, "--model", "convnext_nano", "--epochs", "1", "--out", "r"]
+    train.main(train.parse_args(flags))
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    for state in checkpoint["optimizer"]["state"].values():
+        for name, value in state.items():
+            state[name] = value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+    torch.save(checkpoint, "r/last.pt")
+    continued = train.prepare(train.parse_args(flags)).optimizer
+    for parameter, state in continued.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].stride() == parameter.stride()
+            kept = state[name].untyped_storage().nbytes()
+            assert kept == state[name].nbytes, "a view of the whole checkpoint"
+    for key, state in continued.state_dict()["state"].items():
+        there = checkpoint["optimizer"]["state"][key]
+        assert all(torch.equal(value, there[name]) for name, value in state.items())
+
+
+@pytest.mark.training
+def test_what_a_loaders_process_gets_can_be_sent_to_it():
+    """Where processes do not fork (macOS, Windows, Python 3.14) all that they need is pickled."""
+    make_folder(Path("d"), images=10)
+    flags = "--data d --model vit_s --image-size 32 --batch-size 8 --workers 1"
+    state = train.prepare(train.parse_args(flags.split()))
+    for loader, item in ((state.loader, (0, 3)), (state.val_loader, 3)):
+        assert pickle.loads(pickle.dumps(loader.worker_init_fn)) is evaluation.leave_signals
+        assert len(pickle.loads(pickle.dumps(loader.dataset))[item]) == 3
+
+
+@pytest.mark.training
+def test_output_goes_on_when_nobody_reads_it(tmp_path):
+    """Lines arrive at once, also with names that the encoding lacks; a closed pipe ends nothing."""
+    with open("log", "w", encoding="ascii") as log:
+        print("caf\u00e9 \udce9", file=train.Output(log))
+        assert Path("log").read_text() == "caf\\xe9 \\udce9\n"
+    reader, writer = os.pipe()
+    out = train.Output(open(writer, "w"))
+    os.close(reader)
+    for _ in range(3):
+        print("an epoch", file=out, flush=True)
 
 
 @pytest.mark.training
@@ -943,6 +1210,18 @@ def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
     before, after = state("first/last.pt"), state("probe/last.pt")
     changed = [name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()]
     assert changed == ["head.weight", "head.bias"]
+
+
+@pytest.mark.training
+def test_a_head_for_as_many_other_classes_is_fresh(capsys):
+    """Two classes there, two others here: the head's rows would answer for the wrong ones."""
+    for folder, classes in (("pets", ("cat", "dog")), ("birds", ("emu", "kiwi"))):
+        make_folder(Path(folder), classes, images=10)
+    flags = "--epochs 1 --batch-size 8".split()
+    run("--data", "pets", *flags, "--out", "first")
+    for data, fresh in (("birds", "head.weight, head.bias"), ("pets", "nothing")):
+        run("--data", data, *flags, "--init-from", "first/last.pt")
+        assert f"from first/last.pt, fresh: {fresh}\n" in capsys.readouterr().out
 
 
 @pytest.mark.training
