@@ -24,6 +24,7 @@ import pickle
 import re
 import statistics
 import sys
+import time
 from functools import partial
 from itertools import cycle, islice
 
@@ -33,12 +34,13 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import convnext
 import vit
-from moe import MoE, clock, count_flops, count_parameters
+from moe import MoE, count_parameters
 
 # ---------------------------------------------------------------- models and checkpoints
 
@@ -76,6 +78,7 @@ def load_checkpoint(path, device, raw=False):
     missing = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    refuse_stacked_experts(path, checkpoint["model"])
     try:
         model = build_model(checkpoint["config"])
     except (TypeError, KeyError) as error:
@@ -89,6 +92,13 @@ def load_checkpoint(path, device, raw=False):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
     return model.to(device).eval(), checkpoint
+
+
+def refuse_stacked_experts(path, weights):
+    """Raise ValueError if a checkpoint's weights are from before the experts were MLPs."""
+    if any(name.endswith(".experts.w1") for name in weights):
+        raise ValueError(f"{path} is from an older version, whose experts were stacked weights and "
+                         f"not MLPs: train it again")
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
@@ -537,6 +547,39 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     model.train(was_training)
     return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
                 top5=100 * correct5 / images, loss=loss / images)
+
+
+@torch.no_grad()
+def count_flops(model, image_size):
+    """Return the multiply-adds of one image in evaluation, an int: what the papers call FLOPs.
+
+    torch counts the products and convolutions of a copy of the model that has shapes, but no data.
+    Norms, activations and additions are left out, as is usual.
+    """
+    shapes = copy.deepcopy(model).to("meta").eval()
+    for layer in shapes.modules():
+        if isinstance(layer, MoE):
+            layer.forward = partial(cost_of_a_moe, layer)
+    with FlopCounterMode(display=False) as counter:
+        shapes(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops() // 2  # torch counts a product and a sum
+
+
+def cost_of_a_moe(layer, x):
+    """Stand in for MoE.forward in count_flops: each token of x meets the router and k experts."""
+    scores = x
+    for weight in layer.router.parameters():
+        if weight.ndim == 2:  # the codes, after the projection if there is one
+            scores = F.linear(scores, weight)
+    answers = [layer.experts[e](x) for e in range(layer.k)]
+    return answers[0], None
+
+
+def clock(device):
+    """Return seconds, read when a device ("cpu", "cuda") has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (MEAN, STD, auto_workers, autocast, best_dtype, build_model, eval_loader, eval_transform, evaluate,
-                  load_checkpoint, normalize, open_dataset, setup_processes)
-from moe import count_parameters, mean_balance_loss, upcycle
+                  load_checkpoint, normalize, open_dataset, refuse_stacked_experts, setup_processes)
+from moe import MoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
 # One dictionary per family; a flag of the same name overrides an entry. lr holds for a global batch of lr_batch and
@@ -274,15 +274,69 @@ def make_mixer(config, num_classes):
 
 
 def start_from(model, config):
-    """Load the weights that --init-from names into the model; a list of the names that were left fresh.
+    """Load the weights that --init-from names into the model. Return the names left fresh.
 
-    ValueError if they do not fit, or if torchvision's are not there and cannot be downloaded.
+    Raises ValueError if they do not fit, or if torchvision's weights cannot be had.
     """
+    family = vit if isinstance(model, vit.ViT) else convnext
     if config["init_from"] == "torchvision":
-        load = vit.load_torchvision if isinstance(model, vit.ViT) else convnext.load_torchvision
-        return load(model, torchvision_weights(config["model"]))
-    state = load_checkpoint(config["init_from"], "cpu")[0].state_dict()
-    return upcycle(vit.resize_positions(state, model) if isinstance(model, vit.ViT) else state, model)
+        weights = family.from_torchvision(torchvision_weights(config["model"]))
+    else:
+        weights = load_checkpoint(config["init_from"], "cpu")[0].state_dict()
+    if family is vit:
+        weights = vit.resize_positions(weights, model)
+    return upcycle(weights, model)
+
+
+@torch.no_grad()
+def upcycle(weights, model, exact=True):
+    """Load the state dict of a model of the same backbone, dense or sparse, into a model.
+
+    Where the weights have an MLP and the model has a MoE, each expert becomes this MLP, see
+    experts_from_mlp. A head for another number of classes stays fresh. Returns the names left
+    fresh. Raises ValueError that names the first tensor which does not fit; then nothing is loaded.
+    """
+    state, own = dict(weights), model.state_dict()
+    fresh = []
+    for name in ("head.weight", "head.bias"):
+        if name in state and state[name].shape != own[name].shape:
+            state[name] = own[name]
+            fresh.append(name)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE) and f"{name}.0.weight" in state:
+            leaves = ("0.weight", "0.bias", "2.weight", "2.bias")
+            mlp = {leaf: state.pop(f"{name}.{leaf}") for leaf in leaves}
+            for key, value in experts_from_mlp(mlp, layer, exact).items():
+                state[f"{name}.{key}"] = value
+            skip = name.removesuffix("mlp") + "skip"  # the skip that a sparse ConvNeXt block adds
+            if skip in own:
+                state[skip] = torch.zeros(()) if exact else own[skip]
+    for name in sorted(own.keys() | state.keys()):
+        there = tuple(state[name].shape) if name in state else "missing"
+        here = tuple(own[name].shape) if name in own else "missing"
+        if there != here:
+            raise ValueError(f"the weights do not fit the model: {name} is {there} in the weights, "
+                             f"{here} in the model")
+    model.load_state_dict(state)
+    return fresh
+
+
+def experts_from_mlp(mlp, layer, exact):
+    """Return a state dict for a MoE layer whose experts are all copies of a dense MLP's weights.
+
+    The k kept gates sum to less than 1, so copies alone would shrink the layer's output. exact=True
+    makes the layer compute what the MLP does (in evaluation, without a capacity limit): with equal
+    codes each gate is 1/E, k of them sum to k/E, and the last linear layer is multiplied by E/k.
+    The router noise then separates the experts, so leave it on. exact=False only copies.
+    """
+    state = layer.state_dict()
+    scale = layer.num_experts / layer.k if exact else 1.0
+    for e in range(layer.num_experts):
+        for leaf, weight in mlp.items():
+            state[f"experts.{e}.{leaf}"] = scale * weight if leaf.startswith("2.") else weight
+    if exact:
+        state["router.codes"] = state["router.codes"][:1].expand_as(state["router.codes"])
+    return state
 
 
 def torchvision_weights(name):
@@ -310,18 +364,19 @@ def classification_loss(logits, targets, config):
 
 
 def parameter_groups(model, weight_decay, expert_weight_decay):
-    """A model's parameters in three groups for the optimizer: with weight_decay, with expert_weight_decay, and without.
+    """Return a model's parameters in groups for the optimizer, by their weight decay.
 
-    Not decayed: norms, biases (the experts' too, which are (E, H)), layer scale, embeddings, router temperatures.
+    Experts' matrices have expert_weight_decay. Not decayed are norms, biases, layer scale, router
+    temperatures, class token and position embedding. All else has weight_decay.
     """
-    groups = {rate: dict(params=[], weight_decay=rate) for rate in (weight_decay, expert_weight_decay, 0.0)}
+    groups = {}
     for name, parameter in model.named_parameters():
-        leaf = name.split(".")[-1]
-        if parameter.ndim < 2 or leaf in ("b1", "b2", "pos_embed", "class_token"):
-            groups[0.0]["params"].append(parameter)
-        else:
-            groups[expert_weight_decay if leaf in ("w1", "w2") else weight_decay]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+        rate = expert_weight_decay if ".experts." in name else weight_decay
+        if parameter.ndim < 2 or name in ("pos_embed", "class_token"):
+            rate = 0.0
+        group = groups.setdefault(rate, dict(params=[], weight_decay=rate))
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def learning_rate(step, steps_per_epoch, config):
@@ -374,6 +429,7 @@ def choose_folder(config):
         offer = f"; to continue from the best epoch, copy {best} over it" if os.path.exists(best) else ""
         raise ValueError(f"{last} cannot be opened, it is truncated or not a checkpoint of train.py "
                          f"({str(error).splitlines()[0][:100]}){offer}; or give another --out") from None
+    refuse_stacked_experts(last, checkpoint["model"])
     differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {config[name]} now"
                  for name in config if name not in FREE_TO_CHANGE and there.get(name) != config[name]]
     if differing:
@@ -491,9 +547,6 @@ def prepare(args):
     fit_to_data(config, len(run.train_set), world)
     torch.manual_seed(config["seed"])
     run.model = build_model(model_config(config, len(run.train_set.classes)))
-    if config["compile"] and run.model.moe_blocks and run.dtype == torch.float32 and torch.__version__ < (2, 15):
-        raise ValueError(f"--compile in float32 needs torch 2.15, this is {torch.__version__}: it can compile a sparse model's "
-                         f"grouped_mm in bfloat16 only; leave --compile out or give --dtype bfloat16")
     nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)  # there its permutes cost nothing
     run.layout = torch.channels_last if nhwc else torch.contiguous_format
     run.model.to(device, memory_format=run.layout)
@@ -546,7 +599,7 @@ def train_step(run, parts):
             with autocast(run.device, run.dtype):
                 logits, routings = run.net(images, return_routing=True)
             loss = classification_loss(logits.float(), targets, config)
-            balance = mean_balance_loss(routings).to(run.device)
+            balance = balance_loss(routings).to(run.device)
             ((loss + config["balance_weight"] * balance) / accumulate).backward()
         losses += torch.stack([loss.detach(), balance.detach()]) / accumulate
         run.progress["routed"] += count_routing(routings, config["experts"]).to(run.device)

@@ -21,7 +21,7 @@ CONCEPTS = (
             "A router scores every token against every expert, in float32 even where the rest is bfloat16."),
     Concept("top_k", "moe.top_k_gates", "",
             "Softmax over all experts first, then the k best, not renormalised: else a single gate would always be 1."),
-    Concept("balance", "moe.cv_squared moe.importance_loss moe.load_loss moe.mean_balance_loss", "",
+    Concept("balance", "moe.cv_squared moe.importance_loss moe.load_loss moe.balance_loss", "",
             "Without a price on imbalance a few experts take everything; noise gives counting a gradient."),
     Concept("capacity", "moe.expert_capacity moe.assign_slots", "",
             "An expert has a limited number of slots: first choices go first, and what finds no slot is dropped."),
@@ -29,9 +29,8 @@ CONCEPTS = (
             "Sort one row per token and choice by expert, so that each expert meets its own in one block."),
     Concept("combine", "moe.combine", "dispatch",
             "Gate times answer, summed: through this product the router learns, although top-k has no gradient."),
-    Concept("experts", "moe.Experts.reset_parameters moe.Experts.forward moe.loop_experts moe.use_grouped_mm "
-            "moe.compute_dtype", "",
-            "E independent MLPs in stacked weights: an idle expert gets a zero gradient, not a missing one."),
+    Concept("experts", "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop", "",
+            "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing one."),
     Concept("layer", "moe.MoE.__init__ moe.MoE.forward moe.MoE.route moe.MoE.assign",
             "router top_k balance capacity dispatch combine experts",
             "Route, assign, dispatch, experts, combine: seven lines, and with one expert the dense MLP."),
@@ -45,11 +44,12 @@ CONCEPTS = (
             "Patches and a class token attend to each other, then each token meets its MLP or its experts alone."),
     Concept("convnext", "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward", "building",
             "Each position of a feature map is a token; the sparse block keeps its convolution by one more skip."),
-    Concept("grouped", "moe.grouped_experts", "vit convnext",
+    Concept("grouped", "moe.Experts.grouped moe.Experts.use_grouped_mm moe.compute_dtype", "vit convnext",
             "One kernel for all experts gives what the loop gives; no shape depends on the data, so it compiles."),
-    Concept("costs", "moe.count_parameters moe.count_flops moe.MoE.multiply_adds vit.Attention.multiply_adds", "vit convnext",
+    Concept("costs", "moe.count_parameters eval.count_flops eval.cost_of_a_moe", "vit convnext",
             "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
-    Concept("weights", "moe.upcycle vit.load_torchvision vit.resize_positions convnext.load_torchvision", "vit convnext",
+    Concept("weights", "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
+            "convnext.from_torchvision", "vit convnext",
             "With torchvision's weights we compute its function; upcycled, even with experts."),
     # ---- eval.py: from images to a number
     Concept("shapes", "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ eval.shapes_size "
@@ -61,7 +61,7 @@ CONCEPTS = (
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
             "eval.eval_loader eval.evaluate", "folders",
             "Each image counts once, at any batch size and any number of processes."),
-    Concept("checkpoints", "eval.build_model eval.load_checkpoint", "vit",
+    Concept("checkpoints", "eval.build_model eval.load_checkpoint eval.refuse_stacked_experts", "vit",
             "A checkpoint says how to build its model, and is data: opening it runs nothing."),
     Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
             "Robustness sets name their classes otherwise: match by name, predict among those found."),

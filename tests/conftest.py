@@ -25,20 +25,6 @@ except ModuleNotFoundError as error:
     needs = None  # in an assignment
 
 
-def traces_float32():
-    """torch.compile knows grouped_mm in bfloat16 since 2.11, in float32 since 2.15."""
-    try:
-        rows, weights = torch.empty(4, 16, device="meta"), torch.empty(2, 16, 16, device="meta")
-        torch.nn.functional.grouped_mm(rows, weights, offs=torch.empty(2, dtype=torch.int32, device="meta"))
-        return True
-    except RuntimeError:
-        return False
-
-
-compiled_types = pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.skipif(
-    not traces_float32(), reason="torch.compile traces grouped_mm in float32 since torch 2.15"))])
-
-
 @pytest.fixture(autouse=True)
 def same_draws_every_time():
     """Each test starts from the same seed, whatever ran before it."""

@@ -24,7 +24,7 @@ from concepts import BY_NAME, CONCEPTS, all_needs
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ("moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md .gitignore .ci/run "
-           ".github/routing.png tests/concepts.py tests/conftest.py tests/forked.py tests/test_moe.py tests/test_models.py "
+           ".github/routing.png tests/benchmark.py tests/concepts.py tests/conftest.py tests/forked.py tests/test_moe.py tests/test_models.py "
            "tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py tests/test_inspect.py").split()
 COMMON = """`args` are the parsed flags. `config` is a dict of all flags and recipe values, as `resolve()` in train.py returns it.
 `run` is the namespace that `prepare()` in train.py makes; look there for what it holds. `device` is a torch.device, `dtype`

@@ -705,7 +705,7 @@ def test_every_model_has_a_name():
     (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, "),
     (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
     (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
-    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k must be 1 to 2"),
+    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k = 3.* 1 to 2"),
 ])
 def test_a_wrong_config_lists_what_exists(config, expected):
     """An unknown model, placement or router, or k > experts, is a ValueError that lists the valid ones."""
@@ -785,8 +785,10 @@ def cut_off(path):
     (lambda path: write_checkpoint(path, CONFIG | {"size": 1}), "the config in {path} does not describe a model"),
     (lambda path: write_checkpoint(path, {"dim": 16}), "the config in {path} does not describe a model"),
     (lambda path: write_checkpoint(path, classes=["a", "b"]), "{path} names 2 classes, but its model has 3 outputs"),
+    (lambda path: write_checkpoint(path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
+     "{path} is from an older version, whose experts were stacked weights"),
 ], ids=["missing", "folder", "cut off", "image", "foreign dict", "number", "other width", "other depth", "other model",
-        "unknown option", "no model", "too few classes"])
+        "unknown option", "no model", "too few classes", "stacked experts"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
     path = tmp_path / "last.pt"

@@ -12,12 +12,14 @@ import time
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import write_png
 
 import eval as evaluation
 import forked
 import train
 from forked import finish
+from moe import MoE
 
 pytestmark = [pytest.mark.training, pytest.mark.slow, forked.needs_fork]
 
@@ -127,6 +129,30 @@ def test_two_processes_train_like_one(layers, tmp_path):
         losses.append([json.loads(line)["train_loss"] for line in open(tmp_path / f"world{world}" / "log.jsonl")])
     assert len(losses[0]) == 20 and losses[0][-1] < 0.95 * losses[0][0], "one step per epoch, and it learns"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
+
+
+def step_with_idle_experts(folder):
+    """In each of two processes: a DDP step of a layer whose process uses one expert of its own."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    layer = MoE(dim=2, hidden=4, num_experts=3, k=1, router_noise=0)
+    layer.router.codes.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])  # expert 2: nobody
+    net = DistributedDataParallel(layer)  # its defaults, without find_unused_parameters
+    token = torch.eye(2)[rank : rank + 1]  # (1, 2): rank 0 chooses expert 0, rank 1 expert 1
+    for _ in range(2):  # a process that waited for a gradient would fail in the second step
+        y, routing = net(token)
+        (y.sum() + routing.balance_loss).backward()
+    used = [expert[2].bias.grad.any().item() for expert in layer.experts]
+    torch.save(used, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_no_process_waits_for_an_idle_expert(tmp_path):
+    """With DDP's defaults each process may leave experts idle: their gradient there is 0, not None."""
+    assert finish(forked.start(step_with_idle_experts, tmp_path, world=2)) == [0, 0]
+    for rank in (0, 1):  # averaged over the processes, experts 0 and 1 have a gradient, expert 2 has 0
+        assert load(tmp_path / f"{rank}.pt") == [True, True, False]
 
 
 def test_ranks_hold_the_same_bits(tmp_path):

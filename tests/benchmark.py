@@ -1,0 +1,100 @@
+"""What does sparse cost? `python tests/benchmark.py` prints two tables.
+
+1. Parameters and multiply-adds of our models beside the paper's Table 1.
+2. The time of a whole MoE layer (router, dispatch, experts, combine, losses) beside that of a dense
+   MLP on as many rows as the experts see, T * K: the same multiply-adds. Forward + backward, float32
+   on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the same moods
+   of the machine.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import convnext  # noqa: E402, after the path is set
+import vit  # noqa: E402
+from eval import clock, count_flops  # noqa: E402
+from moe import MLP, MoE, count_parameters  # noqa: E402
+
+SHAPES = (  # name, T tokens on a CPU, D, H, E, K
+    ("ViT-S", 6272, 384, 1536, 8, 2),
+    ("ViT-S", 6272, 384, 1536, 16, 1),
+    ("ConvNeXt-T stage 4", 1568, 768, 3072, 4, 1),
+)
+
+
+def print_paper_table():
+    """Print each row of Table 1: the paper's number, then ours. The models have shapes, no data."""
+    print(f"{'':<17}{'params M':>18}{'active M':>18}{'GFLOPs':>18}")
+    print(f"{'':<17}" + f"{'paper':>10}{'ours':>8}" * 3)
+    for name, preset, options, *paper, note in vit.TABLE + convnext.TABLE:
+        with torch.device("meta"):
+            model = preset(**options)
+        total, active = count_parameters(model)
+        ours = total / 1e6, active / 1e6, count_flops(model, 224) / 1e9
+        pairs = "".join(f"{theirs:>10.1f}{our:>8.1f}" for theirs, our in zip(paper, ours))
+        print(f"{name:<17}{pairs}  {note}".rstrip())
+
+
+def training_step(run, x, device):
+    """Return the seconds of one forward and backward pass of run, a function of x."""
+    x.grad = None
+    start = clock(device)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        y, extra_loss = run(x)
+    # A sum, not a mean: with a mean over millions of numbers the gradients would be so small
+    # (denormal) that the products of a CPU take ten times as long.
+    loss = y.float().square().sum() + extra_loss
+    loss.backward()
+    return clock(device) - start
+
+
+def compare(T, dim, hidden, num_experts, k, device, rounds):
+    """Return the median seconds of {"dense": s, "loop": s, "grouped_mm": s} for one shape."""
+    layer, dense = MoE(dim, hidden, num_experts, k).to(device), MLP(dim, hidden).to(device)
+    tokens = torch.randn(T, dim, device=device, requires_grad=True)
+    rows = torch.randn(T * k, dim, device=device, requires_grad=True)
+
+    def sparse(experts_forward):
+        def run(x):
+            layer.experts.forward = experts_forward
+            y, routing = layer(x)
+            return y, 0.005 * routing.balance_loss
+        return run
+
+    candidates = {
+        "dense": (lambda x: (dense(x), 0), rows),
+        "loop": (sparse(layer.experts.loop), tokens),
+        "grouped_mm": (sparse(layer.experts.grouped), tokens),
+    }
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds + 1):
+        for name, (run, x) in candidates.items():
+            layer.zero_grad()
+            dense.zero_grad()
+            seconds[name].append(training_step(run, x, device))
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # 1st: warm-up
+
+
+def print_layer_times():
+    """Print the time of a layer over that of a dense MLP, for each of SHAPES and both paths."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds, scale = (31, 8) if device == "cuda" else (11, 1)
+    print(f"Forward + backward in ms, median of n = {rounds}, {device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads. Ratio: time over dense.\n")
+    print(f"{'':<57}{'dense':>8}{'loop':>8}{'ratio':>7}{'grouped_mm':>12}{'ratio':>7}")
+    for name, T, D, H, E, K in SHAPES:
+        ms = {path: 1e3 * s for path, s in compare(scale * T, D, H, E, K, device, rounds).items()}
+        title = f"{name}: {scale * T} tokens, {D} -> {H}, E {E}, k {K}"
+        print(f"{title:<57}{ms['dense']:>8.1f}"
+              f"{ms['loop']:>8.1f}{ms['loop'] / ms['dense']:>7.2f}"
+              f"{ms['grouped_mm']:>12.1f}{ms['grouped_mm'] / ms['dense']:>7.2f}")
+
+
+if __name__ == "__main__":
+    print_paper_table()
+    print()
+    print_layer_times()
