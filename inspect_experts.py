@@ -485,17 +485,22 @@ def element(kind, content="", **attributes):
 
 
 def rect(x, y, width, height, colour):
+    """Return a filled rectangle with its top left corner at (x, y)."""
     return element("rect", x=x, y=y, width=width, height=height, fill=f"rgb{colour}")
 
 
 def line(points, colour, width=2):
+    """Return a line through points, [(x, y), ...], to a tenth of a pixel."""
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return element("polyline", points=points, fill="none", stroke=f"rgb{colour}",
                    stroke_width=width)
 
 
 def text(x, y, words, anchor="start", size=11):
-    """y is the base line. anchor: which part of the text is at x, "start", "middle" or "end"."""
+    """Return an escaped text, with y as its base line.
+
+    anchor: which part of the text is at x, "start", "middle" or "end".
+    """
     return element("text", escape(words), x=x, y=y, text_anchor=anchor, font_size=size)
 
 

@@ -97,7 +97,7 @@ CONCEPTS = (
     Concept(
         "report",
         "inspect_experts.palette inspect_experts.escape inspect_experts.short "
-        "inspect_experts.element inspect_experts.line inspect_experts.text "
+        "inspect_experts.element inspect_experts.rect inspect_experts.line inspect_experts.text "
         "inspect_experts.picture inspect_experts.tint inspect_experts.overlay "
         "inspect_experts.labels_across inspect_experts.bars inspect_experts.tiles "
         "inspect_experts.heat_map inspect_experts.plot inspect_experts.draw_panel "
