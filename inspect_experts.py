@@ -1,17 +1,25 @@
-"""What do the experts do? Run a sparse checkpoint once over a data set: numbers to cite, pictures to look at.
+"""Show what each expert of a sparse checkpoint does: numbers to cite and figures to look at.
 
     python inspect_experts.py runs/convnext_nano-shapes-1/best.pt --data shapes --out inspect
 
-The model inspection of "Mixture of Experts for Image Classification: What's the Sweet Spot?", section 5.6, Figures 5 to
-10, and what that paper could not measure: which known factor of the image (shape, texture, colour, position) the experts
-follow. Writes DIR/report.html (one file, opens from disk), DIR/summary.json (all numbers), DIR/routing.csv (layer, block,
-class, expert, tokens, share of the class's tokens) and the report's figures as PNG.
+This is the model inspection of "Mixture of Experts for Image Classification: What's the Sweet
+Spot?" (Videau et al., TMLR 2025), section 5.6, Figures 5 to 10. It adds what the paper could not
+measure: which known factor of an image (shape, texture, colour, position) the experts follow.
 
-As in the paper a token counts for its first choice. The class token of a ViT has no place in the image: it is counted
-apart, and everything else is about the patches. Counting is done as the images pass by; but for its label, nothing is
-kept of an image.
+The way of a routing, from the layer to the report:
+1. The model returns one Routing per MoE layer, and LayerCounts.add() adds it to the running sums
+   of its layer.
+2. After the last image, LayerCounts.summary() turns the sums into the numbers of summary.json.
+3. Each figure draws the numbers once, as SVG, which goes into report.html and into a file.
 
-Letters: B images, N patches per image, M images in all, E experts, K counted choices per token (1, or k).
+DIR then holds report.html (one file, opens from disk), summary.json (all numbers), routing.csv
+(patches per layer, class and expert, as UTF-8 with a byte order mark) and one SVG file per figure.
+
+As in the paper, a token counts for its first choice. The class token of a ViT has no place in the
+image, so it is counted apart. Everything else is about the patches.
+
+Letters: B images of a batch, M images in all, N patches per image, E experts, K counted choices
+per patch (1, or k with --all-choices), L levels of a factor (16 classes, 2 for object or not, ...).
 """
 
 import argparse
@@ -26,698 +34,927 @@ import os
 import platform
 import re
 import sys
-from functools import cache
+import tempfile
+import unicodedata
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import Subset
+from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (auto_workers, autocast, best_dtype, eval_loader, eval_transform, load_checkpoint, match_classes, normalize,
-                  open_dataset)
+from eval import (PALETTE, auto_workers, autocast, best_dtype, eval_loader, eval_transform,
+                  load_checkpoint, match_classes, normalize, open_dataset)
 
-# ---------------------------------------------------------------- statistics: pure functions of counts
+# ---------------------------------------------------------------- 1. statistics
+# Pure functions of counts. "Patches of an expert" are the patches that chose it.
 
 
 def crosstab(rows, columns, R, C):
-    """How often each pair occurs: rows and columns (same shape), int64 -> counts (R, C) int64. A row of -1 is left out."""
-    cells = ((rows + 1) * C + columns).flatten()  # the rows that are -1 come first in the table, and are cut off
-    table = torch.zeros((R + 1) * C, dtype=torch.int64, device=cells.device)
-    return table.scatter_add_(0, cells, torch.ones_like(cells)).view(R + 1, C)[1:]
+    """Count how often each pair occurs: rows and columns, int64 of one shape -> (R, C) int64.
 
-
-def mutual_information(counts):
-    """(bits, normalised) that knowing the row says about the column, from a table of counts (rows, columns).
-
-    I = sum p(r, c) log2( p(r, c) / (p(r) p(c)) ); normalised by the smaller of the two entropies: 1 if one decides the
-    other, 0 if they have nothing to do with each other (or if there is nothing to know).
+    A row of -1 is left out.
     """
-    p = counts.double() / max(1, counts.sum().item())
-    entropies = [torch.special.entr(p.sum(axis)).sum().item() / math.log(2) for axis in (0, 1)]
-    bits = max(0.0, sum(entropies) - torch.special.entr(p).sum().item() / math.log(2))
-    return bits, bits / min(entropies) if min(entropies) > 1e-12 else 0.0
+    cells = (rows + 1) * C + columns  # row -1 has the first C cells, which are cut off below
+    cells = cells.flatten()
+    counts = cells.new_zeros((R + 1) * C)
+    counts.scatter_add_(0, cells, torch.ones_like(cells))
+    return counts.view(R + 1, C)[1:]
 
 
-def similarity(shared, tokens):
-    """Jaccard-like similarity of experts (E, E), paper section 5.6. 1 on the diagonal, 0 for an expert never chosen.
+def patches_per_level(levels, chosen, L, E):
+    """Count the patches of each level per expert: chosen (B, N, K) int64 -> (L, E) int64.
 
-    With c_i the tokens that an image sends to expert i, S_ij = sum of (c_i + c_j - |c_i - c_j|) over the images where both
-    appear, over sum of (c_i + c_j) where either does. As c_i + c_j - |c_i - c_j| = 2 min(c_i, c_j), which is 0 unless both
-    appear, two sums over all images suffice: shared (E, E) = sum of min(c_i, c_j), and tokens (E,) = sum of c_i.
+    levels: the level of each image, (B,), or of each patch, (B, N), in 0 .. L - 1 or -1 for none.
     """
-    return 2 * shared.double() / (tokens.unsqueeze(1) + tokens).clamp(min=1)
+    levels = levels.to(chosen.device).view(len(chosen), -1, 1)
+    return crosstab(levels.expand_as(chosen), chosen, L, E)
+
+
+def images_per_count(per_image, most):
+    """Count the images that send expert e exactly n patches: per_image (B, E) -> (E, 1 + most)."""
+    E = per_image.shape[1]
+    expert = torch.arange(E, device=per_image.device)
+    return crosstab(expert.expand_as(per_image), per_image, E, 1 + most)
 
 
 def cumulative(histogram):
-    """For each expert the share of the images using it that send it at most 1, 2, ... patches; None if no image does.
+    """For each expert, list the share of its images that send it at most 1, 2, ..., N patches.
 
-    histogram (E, 1 + most patches): the number of images that send expert e exactly n patches.
+    histogram (E, 1 + N): see images_per_count(). An expert's images are those that send it at
+    least one patch. An expert without images has None. (Paper, Figure 8.)
     """
-    users = histogram[:, 1:].double()
-    return [(row.cumsum(0) / row.sum()).tolist() if row.sum() > 0 else None for row in users]
+    curves = []
+    for images in histogram[:, 1:].double():
+        shares = images.cumsum(0) / images.sum()
+        curves.append(shares.tolist() if images.any() else None)
+    return curves
+
+
+def shared_patches(per_image):
+    """Sum min(c_i, c_j) over the images, where c_i is an image's number of patches of expert i.
+
+    per_image (B, E) int64 -> (E, E) int64. This is half the numerator of similarity().
+    """
+    return torch.minimum(per_image.unsqueeze(2), per_image.unsqueeze(1)).sum(0)
+
+
+def similarity(shared, patches):
+    """Return the paper's Jaccard-like similarity of two experts, (E, E) float64 (section 5.6).
+
+        S_ij = sum over images with both of (c_i + c_j - |c_i - c_j|)
+               / sum over images with either of (c_i + c_j)
+
+    c_i + c_j - |c_i - c_j| is 2 min(c_i, c_j), and 0 unless both experts appear. So two sums over
+    all images suffice: shared (E, E), the sum of min(c_i, c_j), and patches (E,), the sum of c_i.
+    The diagonal is 1. An expert that is never chosen has a similarity of 0.
+    """
+    either = patches.unsqueeze(1) + patches  # (E, E)
+    return 2 * shared.double() / either.clamp(min=1)
+
+
+def entropy(p):
+    """Return H = sum of -p log2 p over a tensor of probabilities, a float in bits."""
+    nats = torch.special.entr(p).sum().item()
+    return nats / math.log(2)
+
+
+def mutual_information(counts):
+    """Return (bits, normalized): how much knowing the row tells about the column.
+
+    counts (R, C): how often each pair was seen, so p(r, c) = counts[r, c] / counts.sum().
+
+        I = sum of p(r, c) log2( p(r, c) / (p(r) p(c)) ) = H(r) + H(c) - H(r, c)
+
+    (Cover and Thomas, Elements of Information Theory, section 2.4.) The normalized value is
+    I / min(H(r), H(c)). It is 1 if one side decides the other, and 0 if they are independent or
+    if one side never varies.
+    """
+    p = counts.double() / max(1, counts.sum().item())
+    h_rows = entropy(p.sum(1))
+    h_columns = entropy(p.sum(0))
+    bits = max(0.0, h_rows + h_columns - entropy(p))  # rounding may leave a little less than 0
+    smaller = min(h_rows, h_columns)
+    return bits, bits / smaller if smaller > 1e-12 else 0.0
+
+
+def coefficient_of_variation(share):
+    """Return the standard deviation over the mean of share (E,): 0 for a perfect balance."""
+    return (share.std(correction=0) / share.mean()).item()
+
+
+def class_shares(table):
+    """Return the share of each class's patches per expert, (classes, E), 0 for an empty class."""
+    return table / table.sum(1, keepdim=True).clamp(min=1)
 
 
 def top_classes(table, classes, count=5):
-    """For each expert [[class, share of the expert's tokens], ...], largest first, only classes that have some.
+    """For each expert, list the classes with the largest shares of its patches.
 
-    table (classes, E): tokens; at most `count` classes for each.
+    table (classes, E): patches. classes: the names. Returns [[name, share], ...] per expert,
+    largest first, at most `count` of them, without classes that have no patch.
     """
-    order = table.argsort(dim=0, descending=True, stable=True)[:count].T.tolist()  # (E, count)
     shares = table.double() / table.sum(0).clamp(min=1)
-    return [[[classes[c], shares[c, e].item()] for c in best if table[c, e] > 0] for e, best in enumerate(order)]
+    found = []
+    for share in shares.T:  # (classes,), of one expert
+        best = share.argsort(descending=True, stable=True)[:count]
+        found.append([[classes[c], share[c].item()] for c in best if share[c] > 0])
+    return found
+
+
+# ---------------------------------------------------------------- 2. one pass over the images
 
 
 class LayerCounts:
-    """Running sums of one MoE layer over the images seen so far.
+    """The running sums of one MoE layer. An image is forgotten once it is counted.
 
-    grid: (class tokens, rows, columns) of the layer. factors: what is known about the M images, from known_factors().
-    Each is also paired with another image (`shuffled`): what is left then is the level of chance, which is above 0 when
-    there are few images for the number of classes, or where a factor is tied to the position, as objects are to the centre.
+    Each factor is also counted by chance: every image gets the factors of another image. What the
+    experts seem to follow then is no finding. Chance is above 0 if there are few images per class,
+    or if a factor is tied to the position, as objects are to the centre.
+
+    Args:
+        num_experts: E.
+        grid: (class tokens, rows, columns) of the layer's tokens.
+        factors: {name: (levels, L)} of the M images, from known_factors().
+        all_choices: count all k choices of a patch, not only the first.
+        keep: number of patches to keep per expert, those with the highest probability.
     """
 
-    def __init__(self, num_experts, grid, factors, all_choices=False, device="cpu", patches=6):
-        self.num_experts, self.grid, self.factors = num_experts, grid, factors
-        self.all_choices, self.device, self.images, N = all_choices, device, 0, grid[1] * grid[2]
-        self.shuffled = torch.randperm(len(factors["class"][0]), generator=torch.Generator().manual_seed(0))
-        sizes = {name: count for name, (_, count) in factors.items()} | {"position": N}
-        self.tables = {name: self.zeros(count, num_experts) for name, count in sizes.items()}  # (levels, E) patches
-        self.by_chance = {name: self.zeros(count, num_experts) for name, count in sizes.items()}
-        self.class_token = self.zeros(num_experts)
-        self.entropy = torch.zeros((), dtype=torch.float64, device=device)  # nats, summed over patches
-        self.histogram = self.zeros(num_experts, 1 + N)  # images that send expert e exactly n patches
-        self.shared = self.zeros(num_experts, num_experts)  # see similarity()
-        self.surest = torch.zeros(num_experts, patches, device=device)  # highest probabilities met, at most one per image,
-        self.surest_at = self.zeros(num_experts, patches, 2)  # and their (image, patch)
-
-    def zeros(self, *size):
-        return torch.zeros(size, dtype=torch.int64, device=self.device)
+    def __init__(self, num_experts, grid, factors, all_choices=False, keep=6):
+        self.num_experts = num_experts
+        self.num_patches = grid[1] * grid[2]
+        self.grid = grid
+        self.factors = factors
+        self.all_choices = all_choices
+        M = len(factors["class"][0])
+        seed = torch.Generator().manual_seed(0)
+        self.shuffled = torch.randperm(M, generator=seed)  # image m by chance
+        self.images = 0
+        self.class_token = 0  # becomes (E,)
+        self.histogram = 0  # (E, 1 + N), see images_per_count()
+        self.shared = 0  # (E, E), see shared_patches()
+        self.entropy = 0  # (), in nats, summed over the patches
+        self.tables = dict.fromkeys([*factors, "position"], 0)  # {factor: (L, E) patches}
+        self.by_chance = dict(self.tables)
+        self.surest = torch.zeros(num_experts, keep)  # the highest probabilities, best first
+        self.surest_at = torch.zeros(num_experts, keep, dtype=torch.int64)  # image * N + patch
 
     def add(self, routing):
-        """Count the next B images: their routing, a Routing of T = B * (class tokens + N) tokens, image by image."""
-        extra, E, N = self.grid[0], self.num_experts, self.grid[1] * self.grid[2]
-        choices = routing.experts if self.all_choices else routing.experts[:, :1]
-        choices = choices.view(-1, extra + N, choices.shape[1])  # (T, K) -> (B, class tokens + N, K)
-        probs = routing.probs.view(-1, extra + N, E)[:, extra:]  # (B, N, E)
-        self.class_token += crosstab(torch.zeros_like(choices[:, :extra]), choices[:, :extra], 1, E)[0]
-        choices = choices[:, extra:]  # (B, N, K)
-        B = len(choices)
-        image = torch.arange(B, device=self.device).view(B, 1, 1).expand_as(choices)
-        per_image = crosstab(image, choices, B, E)  # (B, E)
-        self.histogram += crosstab(torch.arange(E, device=self.device).expand(B, E), per_image, E, 1 + N)
-        self.shared += torch.minimum(per_image.unsqueeze(2), per_image.unsqueeze(1)).sum(0)  # (B, E, E) -> (E, E)
-        self.entropy += torch.special.entr(probs).sum(dtype=torch.float64)
-        self.add_factors(choices)
-        self.add_surest(choices[..., 0], probs)
+        """Add the next B images: a Routing of T = B * (class tokens + N) tokens, image by image."""
+        extra, N, E = self.grid[0], self.num_patches, self.num_experts
+        chosen = routing.experts if self.all_choices else routing.experts[:, :1]
+        chosen = chosen.view(-1, extra + N, chosen.shape[1])  # (T, K) -> (B, extra + N, K)
+        probs = routing.probs.view(-1, extra + N, E)  # (T, E) -> (B, extra + N, E)
+        token = chosen[:, :extra]
+        chosen = chosen[:, extra:]
+        probs = probs[:, extra:]
+
+        B = len(chosen)
+        per_image = patches_per_level(torch.arange(B), chosen, B, E)
+        image = torch.arange(self.images, self.images + B)
         self.images += B
+        self.class_token += crosstab(torch.zeros_like(token), token, 1, E)[0]
+        self.histogram += images_per_count(per_image, N)
+        self.shared += shared_patches(per_image)
+        self.entropy += torch.special.entr(probs).sum(dtype=torch.float64)
+        self.add_factors(image, chosen)
+        self.add_surest(image, chosen[..., 0], probs)
 
-    def add_factors(self, choices):
-        """Pair the experts of every patch, choices (B, N, K), with the levels of each factor, and with those by chance."""
-        B, N, _ = choices.shape
-        mine = torch.arange(self.images, self.images + B)
-        position = torch.arange(N).expand(B, N)
-        levels = {name: (level[mine], level[self.shuffled[mine]]) for name, (level, _) in self.factors.items()}
-        levels["position"] = position, (position + mine.unsqueeze(1)) % N  # by chance: all patches of image m move on by m
-        for name, pair in levels.items():
-            for table, level in zip((self.tables[name], self.by_chance[name]), pair):
-                level = level.to(self.device).view(B, -1, 1).expand_as(choices)  # (B,) or (B, N) -> (B, N, K)
-                table += crosstab(level, choices, len(table), self.num_experts)
+    def add_factors(self, image, chosen):
+        """Pair the experts of each patch with the levels of each factor.
 
-    def add_surest(self, first, probs):
-        """Keep, for each expert, the patches that chose it with the highest probability: first (B, N), probs (B, N, E)."""
-        chosen = first.unsqueeze(2) == torch.arange(self.num_experts, device=self.device)  # (B, N, E)
-        value, patch = (probs * chosen).max(1)  # (B, E): the best patch of each image
-        image = torch.arange(self.images, self.images + len(first), device=self.device).unsqueeze(1).expand_as(patch)
-        value = torch.cat([self.surest, value.T], 1)  # (E, patches + B)
-        at = torch.cat([self.surest_at, torch.stack([image, patch], 2).transpose(0, 1)], 1)  # (E, patches + B, 2)
-        order = value.argsort(dim=1, descending=True, stable=True)[:, :self.surest.shape[1]]  # (E, patches)
-        self.surest, self.surest_at = value.gather(1, order), at.gather(1, order.unsqueeze(2).expand(-1, -1, 2))
+        image (B,): indices in 0 .. M - 1. chosen (B, N, K).
+        """
+        E, N = self.num_experts, self.num_patches
+        for name, (levels, L) in self.factors.items():
+            other = self.shuffled[image]
+            self.tables[name] += patches_per_level(levels[image], chosen, L, E)
+            self.by_chance[name] += patches_per_level(levels[other], chosen, L, E)
+        position = torch.arange(N).expand(len(image), N)
+        moved = (position + image.unsqueeze(1)) % N  # by chance: image m is moved on by m patches
+        self.tables["position"] += patches_per_level(position, chosen, N, E)
+        self.by_chance["position"] += patches_per_level(moved, chosen, N, E)
+
+    def add_surest(self, image, first, probs):
+        """Keep the patches that chose their expert with the highest probability, one per image.
+
+        image (B,): indices in 0 .. M - 1. first (B, N): the first choices. probs (B, N, E).
+        """
+        N, device = self.num_patches, probs.device
+        experts = torch.arange(self.num_experts, device=device)
+        mine = first.unsqueeze(2) == experts  # (B, N, E)
+        best, patch = (probs * mine).max(dim=1)  # (B, E): of each image
+        place = image.unsqueeze(1).to(device) * N + patch
+        best = torch.cat([self.surest.to(device), best.T], dim=1)  # (E, keep + B)
+        place = torch.cat([self.surest_at.to(device), place.T], dim=1)
+        order = best.argsort(dim=1, descending=True, stable=True)
+        order = order[:, :self.surest.shape[1]]  # (E, keep)
+        self.surest = best.gather(1, order)
+        self.surest_at = place.gather(1, order)
 
     def summary(self, classes):
-        """The numbers of this layer as plain values for JSON, a dict; classes are the names. The report explains each."""
-        _, rows, columns = self.grid
-        tables, by_chance = ({name: table.cpu() for name, table in t.items()} for t in (self.tables, self.by_chance))
-        tokens, spatial = tables["position"].sum(0), tables["position"].T.double() / self.images  # (E,), (E, N)
-        share = tokens.double() / tokens.sum()
-        information = {name: (*mutual_information(tables[name]), mutual_information(by_chance[name])[1]) for name in tables}
-        return dict(
-            grid=[rows, columns], share=share.tolist(),
-            coefficient_of_variation=(share.std(correction=0) / share.mean()).item(),
-            class_token_share=(self.class_token.double() / self.class_token.sum()).tolist() if self.grid[0] else None,
-            experts_per_image=self.histogram[:, 1:].sum().item() / self.images,
-            router_entropy_bits=self.entropy.item() / (self.images * rows * columns * math.log(2)),
-            information={name: dict(zip(("bits", "normalized", "normalized_by_chance"), values))
-                         for name, values in information.items()},
-            similarity=similarity(self.shared.cpu(), tokens).tolist(), top_classes=top_classes(tables["class"], classes),
-            spatial=spatial.view(-1, rows, columns).tolist(), patches_per_image_cdf=cumulative(self.histogram.cpu()))
+        """Return the numbers of this layer as plain values for JSON. classes: the names."""
+        extra, rows, columns = self.grid
+        position = self.tables["position"].cpu()  # (N, E)
+        patches = position.sum(0)  # (E,)
+        share = patches.double() / patches.sum()
+        token_share = self.class_token.double() / self.class_token.sum()
+        maps = position.T.double() / self.images  # (E, N)
+        used = self.histogram[:, 1:].sum().item()  # pairs of an image and an expert
+        bits = self.entropy.item() / math.log(2)
+
+        numbers = {"grid": [rows, columns]}
+        numbers["share"] = share.tolist()
+        numbers["coefficient_of_variation"] = coefficient_of_variation(share)
+        numbers["class_token_share"] = token_share.tolist() if extra else None
+        numbers["experts_per_image"] = used / self.images
+        numbers["router_entropy_bits"] = bits / (self.images * self.num_patches)
+        numbers["information"] = self.information()
+        numbers["similarity"] = similarity(self.shared.cpu(), patches).tolist()
+        numbers["top_classes"] = top_classes(self.tables["class"].cpu(), classes)
+        numbers["spatial"] = maps.view(-1, rows, columns).tolist()
+        numbers["patches_per_image_cdf"] = cumulative(self.histogram.cpu())
+        return numbers
+
+    def information(self):
+        """Return for each factor what it tells about the expert, and what it tells by chance."""
+        found = {}
+        for name, table in self.tables.items():
+            bits, normalized = mutual_information(table.cpu())
+            _, by_chance = mutual_information(self.by_chance[name].cpu())
+            found[name] = dict(bits=bits, normalized=normalized, normalized_by_chance=by_chance)
+        return found
 
 
-# ---------------------------------------------------------------- one pass over the data
+def known_factors(dataset, chosen, grid):
+    """Return what is known about the chosen images: {factor: (levels, L)}, levels in 0 .. L - 1.
 
-
-class Run(NamedTuple):
-    """What one checkpoint did: everything that the files and the report are made of."""
-
-    name: str  # the checkpoint's path
-    config: dict
-    blocks: list  # index of each MoE layer's block
-    classes: list
-    counts: list  # a LayerCounts per MoE layer
-    layers: list  # its summary()
-    examples: list  # (title, image (3, S, S) uint8, [(rows, columns) experts per layer])
-    patches: list  # per layer and expert, surest_patches()
-
-
-def known_factors(dataset, chosen, grid, transform):
-    """What is known about the chosen images (M,): {factor: (levels, number of levels)}.
-
-    Levels are int64, (M,) for images or (M, N) for the patches of a grid; transform: that of the images. Every dataset
-    has classes; `shapes` knows for each patch whether it shows the object (more than half of it), and for these, which
-    shape, texture and colour: on the background these three are -1, which counts nowhere.
+    Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
+    the classes. `shapes` also knows which patches show the object (more than half of the patch)
+    and, for these, its shape, texture and colour. On the background these three are -1, which
+    counts nowhere.
     """
     factors = {"class": (dataset.labels[chosen].long(), len(dataset.classes))}
-    if hasattr(dataset, "factors"):
-        masks = transform(255 * dataset.masks[chosen].unsqueeze(1).to(torch.uint8))  # (M, 1, S, S), cropped like the images
-        on_object = F.adaptive_avg_pool2d(masks.float(), grid[1:]).flatten(1) > 127.5  # (M, N)
-        factors["object"] = (on_object.long(), 2)
-        for name in ("shape", "texture", "colour"):
-            values = dataset.factors[name]
-            factors[name] = (torch.where(on_object, values[chosen].unsqueeze(1), -1), int(values.max()) + 1)
+    if not hasattr(dataset, "factors"):
+        return factors
+    masks = 255 * dataset.masks[chosen].unsqueeze(1).to(torch.uint8)
+    masks = dataset.transform(masks).float()  # (M, 1, S, S), cropped like the images
+    on_object = F.adaptive_avg_pool2d(masks, grid[1:]).flatten(1) > 127.5  # (M, N)
+    factors["object"] = (on_object.long(), 2)
+    for name in ("shape", "texture", "colour"):
+        values = dataset.factors[name]
+        levels = torch.where(on_object, values[chosen].unsqueeze(1), -1)
+        factors[name] = (levels, int(values.max()) + 1)
     return factors
 
 
 @torch.no_grad()
-def count_routing(model, loader, layers, device, mean, std, examples=()):
-    """Run the model once over the loader and count in `layers`, a LayerCounts per MoE layer. mean, std: for normalize().
+def count_choices(model, loader, layers, device, mean, std, examples=()):
+    """Run the model once over a loader, and add each routing to its LayerCounts in `layers`.
 
-    Returns for each position in `examples` (image (3, S, S) uint8, [(rows, columns) first choices per layer]).
-    Computes in bfloat16 where eval.py does. ValueError at the first image that cannot be read.
+    examples: positions of images to show. Returns for each of them (label, image (3, S, S) uint8,
+    [expert_map() per layer]). Computes in bfloat16 where eval.py does. mean, std: see normalize().
+    Raises ValueError at the first image that cannot be read.
     """
     shown, seen = [], 0
-    for images, _, unreadable in tqdm(loader, desc="inspect", unit="batch", leave=False, disable=None):
+    batches = tqdm(loader, "inspect", unit="batch", leave=False, disable=None)
+    for images, labels, unreadable in batches:
         if (unreadable >= 0).any():
-            path = loader.dataset.dataset.path(int(unreadable.max()))
+            path = loader.dataset.path(int(unreadable.max()))
             raise ValueError(f"cannot read {path}: repair or remove the file")
         with autocast(device, best_dtype(device)):
-            _, routings = model(normalize(images.to(device, non_blocking=True), mean, std), return_routing=True)
+            inputs = images.to(device, non_blocking=True)
+            inputs = normalize(inputs, mean, std)
+            _, routings = model(inputs, return_routing=True)
         for layer, routing in zip(layers, routings):
             layer.add(routing)
-        for i in (i - seen for i in examples if seen <= i < seen + len(images)):
-            maps = [r.experts[:, 0].view(len(images), -1)[i, layer.grid[0]:].view(layer.grid[1:]).cpu()
-                    for layer, r in zip(layers, routings)]
-            shown.append((images[i], maps))
+        for i in range(len(images)):
+            if seen + i in examples:
+                maps = [expert_map(*pair, i) for pair in zip(layers, routings)]
+                shown.append((int(labels[i]), images[i], maps))
         seen += len(images)
     return shown
 
 
+def expert_map(layer, routing, i):
+    """Return the first choices of image i of a batch as a picture, (rows, columns) int64."""
+    extra, rows, columns = layer.grid
+    first = routing.experts[:, 0].view(-1, extra + rows * columns)  # (T,) -> (B, extra + N)
+    return first[i, extra:].view(rows, columns).cpu()
+
+
 def cut_out(image, patch, grid, size=48):
-    """What surrounds a patch of a grid, (3, size, size): three patches, or a quarter of the image (3, S, S) if more."""
-    S, (_, rows, columns) = image.shape[-1], grid
+    """Cut a patch and its neighbours out of an image (3, S, S), as (3, size, size).
+
+    The cut is three patches wide, or a quarter of the image if that is more. At the border of the
+    image it is moved inside. patch: an index into the grid.
+    """
+    _, rows, columns = grid
+    S = image.shape[-1]
     side = min(S, max(S // 4, 3 * S // rows))
-    top, left = (min(max(0, (2 * i + 1) * S // (2 * n) - side // 2), S - side)
-                 for i, n in ((patch // columns, rows), (patch % columns, columns)))
+    row, column = divmod(patch, columns)
+    centre = torch.tensor([(row + 0.5) / rows, (column + 0.5) / columns]) * S
+    corner = (centre - side / 2).clamp(0, S - side)
+    top, left = corner.int().tolist()
     mode = v2.InterpolationMode.NEAREST_EXACT if side < size else v2.InterpolationMode.BILINEAR
     return v2.functional.resized_crop(image, top, left, side, side, [size, size], mode)
 
 
 def surest_patches(dataset, chosen, layer):
-    """For each expert its patches of highest probability, cut out and joined, (3, 48, 48 patches); None if it has none.
+    """For each expert, join the patches that LayerCounts kept: (3, 48, 48 * keep) uint8.
 
-    layer: the LayerCounts of the chosen images (M,) of a dataset.
+    Places that are left are white. An expert without patches has None.
+    chosen (M,): which images of the dataset were counted.
     """
     strips = []
-    for probs, places in zip(layer.surest.tolist(), layer.surest_at.tolist()):
-        places = [place for p, place in zip(probs, places) if p > 0]
-        patches = [cut_out(dataset[int(chosen[image])][0], patch, layer.grid) for image, patch in places]
-        blank = torch.full((3, 48, 48 * (len(probs) - len(patches))), 255, dtype=torch.uint8)
-        strips.append(torch.cat(patches + [blank], 2) if patches else None)
+    for probs, places in zip(layer.surest, layer.surest_at):
+        strip = torch.full((3, 48, 48 * len(places)), 255, dtype=torch.uint8)
+        for i, place in enumerate(places[probs > 0].tolist()):
+            m, patch = divmod(place, layer.num_patches)
+            image, _, _ = dataset[int(chosen[m])]
+            strip[:, :, 48 * i:][:, :, :48] = cut_out(image, patch, layer.grid)
+        strips.append(strip if probs.any() else None)
     return strips
 
 
+class Run(NamedTuple):
+    """What one checkpoint did on the data: everything that the figures and files are made of."""
+
+    name: str  # path of the checkpoint
+    config: dict  # model name and options
+    images: int  # how many were counted
+    classes: list  # names, in the order of the labels
+    layers: list  # the summary() of each MoE layer, with its number and its block
+    class_tables: list  # per layer: (classes, E) int64 patches
+    examples: list  # see count_choices()
+    patches: list  # per layer: its surest_patches()
+
+
 def inspect(path, model, checkpoint, dataset, args, device):
-    """Everything about one checkpoint (its path and dict, the model) on one dataset: a Run."""
+    """Run one checkpoint over a data set, and return all that is known of it, a Run.
+
+    path, checkpoint, model: the file, its dict and the model. args: of the command line. Raises
+    ValueError if an image cannot be read or if a router computes something that is not finite.
+    """
+    config = checkpoint["config"]
     M = min(len(dataset), args.max_images or len(dataset))
-    chosen = torch.arange(M) * len(dataset) // M  # evenly spread: a folder's images come class by class
-    loader = eval_loader(Subset(dataset, chosen.tolist()), args.batch_size,
-                         auto_workers(dataset) if args.workers is None else args.workers, device)
-    experts = checkpoint["config"]["num_experts"]
-    counts = [LayerCounts(experts, grid, known_factors(dataset, chosen, grid, dataset.transform), args.all_choices, device)
-              for grid in model.grids]
+    chosen = torch.arange(M) * len(dataset) // M  # evenly spread: folders come class by class
+    workers = auto_workers(dataset) if args.workers is None else args.workers
+    loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
+    counts = []
+    for grid in model.grids:
+        factors = known_factors(dataset, chosen, grid)
+        counts.append(LayerCounts(config["num_experts"], grid, factors, args.all_choices))
     n = min(args.examples, M)
     spread = [(2 * i + 1) * M // (2 * n) for i in range(n)]
-    shown = count_routing(model, loader, counts, device, checkpoint["mean"], checkpoint["std"], spread)
-    examples = [(dataset.classes[dataset.labels[chosen[i]]], *example) for i, example in zip(spread, shown)]
+    mean, std = checkpoint["mean"], checkpoint["std"]
+    examples = count_choices(model, loader, counts, device, mean, std, spread)
+
+    layers = []
+    for i, (block, layer) in enumerate(zip(model.moe_blocks, counts)):
+        if not layer.entropy.isfinite():
+            raise ValueError(f"{path}: the router of block {block} computes numbers that are not "
+                             f"finite: inspect another checkpoint")
+        layers.append(dict(layer=i, block=block) | layer.summary(dataset.classes))
+    tables = [layer.tables["class"].cpu() for layer in counts]
     patches = [surest_patches(dataset, chosen, layer) for layer in counts]
-    return Run(path, checkpoint["config"], model.moe_blocks, dataset.classes, counts,
-               [layer.summary(dataset.classes) for layer in counts], examples, patches)
+    return Run(path, config, M, dataset.classes, layers, tables, examples, patches)
 
 
-# ---------------------------------------------------------------- pictures: a panel is a list of marks
-# Each is drawn twice from the same list: as SVG for the page, where text stays sharp and follows dark mode, and by Pillow
-# for the PNG files. A panel is as wide as a phone and the page lets panels flow: nothing is shrunk or scrolled sideways.
+# ---------------------------------------------------------------- 3. figures
+# A figure is a list of panels, most often one per MoE layer. A panel is WIDTH pixels wide, so that
+# it fits on a phone. Lengths are in pixels, y points downwards, and colours are (r, g, b). Text
+# has the colour of the page, so that it follows dark mode.
 
-WIDTH, GREY, BLUE = 320, (136, 136, 136), (20, 140, 220)
-OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
-             GREY)  # for their black, which dark mode would hide
+WIDTH = 320  # of a panel
+TITLE = 24  # height of its title
+GAP = 24  # between the panels of a file
+GREY = (136, 136, 136)  # lines
+BLUE = (20, 140, 220)  # numbers that belong to no expert
+VIOLET = (150, 0, 240)  # see palette()
+
+
+class Panel(NamedTuple):
+    title: str
+    height: float  # without the title
+    marks: list  # elements of SVG, strings
 
 
 def palette(num_experts):
-    """num_experts colours (r, g, b): Okabe and Ito's, which the colour-blind can tell apart, beyond 8 an even wheel."""
-    if num_experts <= len(OKABE_ITO):
-        return OKABE_ITO[:num_experts]
-    wheel = (colorsys.hsv_to_rgb(e / num_experts, (0.85, 0.5)[e % 2], (0.75, 0.95)[e % 2]) for e in range(num_experts))
-    return [tuple(round(255 * c) for c in colour) for colour in wheel]
+    """Return one colour per expert, [(r, g, b), ...].
+
+    Up to 8 experts have the colours of Okabe and Ito, which colour-blind readers can tell apart.
+    The eighth is violet instead of black: a tint in black, grey or white looks like no tint.
+    More experts have an even wheel of hues, alternately dark and bright.
+    """
+    if num_experts <= 8:
+        return [*PALETTE[:7], VIOLET][:num_experts]
+    colours = []
+    for e in range(num_experts):
+        saturation, value = (0.85, 0.75) if e % 2 == 0 else (0.5, 0.95)
+        rgb = colorsys.hsv_to_rgb(e / num_experts, saturation, value)
+        colours.append(tuple(round(255 * share) for share in rgb))
+    return colours
 
 
-class Panel:
-    """A picture WIDTH wide with a title above it. Lengths in pixels, y downwards; colours are (r, g, b)."""
-
-    def __init__(self, title, height):
-        self.title, self.height, self.marks = title, math.ceil(height), []
-
-    def rect(self, x, y, w, h, colour, alpha=1.0):
-        self.marks.append(("rect", x, y, w, h, colour, alpha))
-
-    def line(self, points, colour, width=2):
-        self.marks.append(("line", points, colour, width))
-
-    def text(self, x, y, text, anchor="start", size=11):
-        """In the colour of the page's text; y is the base line, anchor "start", "middle" or "end"."""
-        self.marks.append(("text", x, y, str(text), anchor, size))
-
-    def image(self, x, y, w, h, picture):
-        """A Pillow image stretched to w x h: a small one keeps hard edges, a large one is reduced to twice the size."""
-        size = min(picture.width, round(2 * w)), min(picture.height, round(2 * h))
-        self.marks.append(("image", x, y, w, h, picture if size == picture.size else picture.resize(size, Image.BOX)))
+def escape(words):
+    """Make a text safe inside SVG and HTML. Characters that XML forbids become a white square."""
+    forbidden = r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    return html.escape(re.sub(forbidden, "\u25a1", str(words)))
 
 
-def svg(panel):
-    """The panel as an element of the page, a str, text escaped."""
-    title, marks = html.escape(panel.title), "".join(SVG_MARKS[kind](*mark) for kind, *mark in panel.marks)
-    return (f'<figure><figcaption>{title}</figcaption><svg role="img" aria-label="{title}" width="{WIDTH}" '
-            f'height="{panel.height}" viewBox="0 0 {WIDTH} {panel.height}">{marks}</svg></figure>')
+def short(words, length):
+    """Cut a text to `length` characters, of which Chinese ones and emojis take two places."""
+    places = 0
+    for i, character in enumerate(words):
+        places += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if places > length:
+            return words[:i - 1] + "…"
+    return words
 
 
-def svg_rect(x, y, w, h, colour, alpha):
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="rgb{colour}" fill-opacity="{alpha:.2f}"/>'
+def element(kind, content="", **attributes):
+    """Return an element of SVG, with hyphens for the underscores in the names of attributes."""
+    words = [kind]
+    for name, value in attributes.items():
+        value = round(value, 2) if isinstance(value, float) else value
+        words.append(f'{name.replace("_", "-")}="{value}"')
+    return f"<{' '.join(words)}>{content}</{kind}>"
 
 
-def svg_line(points, colour, width):
+def rect(x, y, width, height, colour):
+    """Return a filled rectangle with its top left corner at (x, y)."""
+    return element("rect", x=x, y=y, width=width, height=height, fill=f"rgb{colour}")
+
+
+def line(points, colour, width=2):
+    """Return a line through points, [(x, y), ...], to a tenth of a pixel."""
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{points}" fill="none" stroke="rgb{colour}" stroke-width="{width}"/>'
+    return element("polyline", points=points, fill="none", stroke=f"rgb{colour}",
+                   stroke_width=width)
 
 
-def svg_text(x, y, text, anchor, size):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{html.escape(text)}</text>'
+def text(x, y, words, anchor="start", size=11):
+    """Return an escaped text, with y as its base line.
+
+    anchor: which part of the text is at x, "start", "middle" or "end".
+    """
+    return element("text", escape(words), x=x, y=y, text_anchor=anchor, font_size=size)
 
 
-def svg_image(x, y, w, h, picture):
-    photo = picture.mode == "RGB" and picture.width > 64
-    data = base64.b64encode(encode(picture, "JPEG" if photo else "PNG")).decode()
-    return (f'<image x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" preserveAspectRatio="none" '
-            f'{"class=hard " if picture.width < w else ""}href="data:image/{"jpeg" if photo else "png"};base64,{data}"/>')
+def picture(x, y, width, height, pixels):
+    """Stretch pixels, uint8 (3, rows, columns) or (4, ...) with opacity, to width x height.
 
-
-SVG_MARKS = dict(rect=svg_rect, line=svg_line, text=svg_text, image=svg_image)
-
-
-def encode(picture, kind):
-    """The bytes of a JPEG or PNG file."""
+    Few pixels keep hard edges. More than twice as many as the page shows are reduced to that. A
+    photograph becomes a JPEG, which takes a fifth of the bytes, and everything else a PNG.
+    """
+    image = v2.functional.to_pil_image(pixels)
+    rendering = "pixelated" if image.width < width else "auto"
+    columns = min(image.width, round(2 * width))
+    rows = min(image.height, round(2 * height))
+    image = image.resize((columns, rows), Image.Resampling.BOX)
+    kind = "jpeg" if image.mode == "RGB" and image.width > 64 else "png"
     file = io.BytesIO()
-    picture.save(file, kind, quality=85)
-    return file.getvalue()
-
-
-def png(panel, scale=2, top=22):
-    """The panel, under its title in a strip of `top` pixels, as a Pillow image on white, `scale` times as large."""
-    picture = Image.new("RGB", (WIDTH * scale, (top + panel.height) * scale), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((0, 0), panel.title, "black", font(13 * scale))
-    for kind, *mark in panel.marks:
-        if kind == "line":
-            points, colour, width = mark
-            draw.line([(scale * x, scale * (top + y)) for x, y in points], colour, scale * width, joint="curve")
-        elif kind == "text":
-            x, y, text, anchor, size = mark
-            anchor = dict(start="ls", middle="ms", end="rs")[anchor]
-            draw.text((scale * x, scale * (top + y)), text, "black", font(size * scale), anchor)
-        else:
-            x, y, w, h = (round(scale * v) for v in (mark[0], top + mark[1], mark[2], mark[3]))
-            w, h = max(1, w), max(1, h)
-            if kind == "rect":
-                part = Image.new("RGBA", (w, h), (*mark[4], round(255 * mark[5])))
-            else:
-                part = mark[4].resize((w, h), Image.NEAREST if mark[4].width < w else Image.BOX)
-            picture.paste(part, (x, y), part if part.mode == "RGBA" else None)
-    return picture
-
-
-@cache
-def font(size):
-    return ImageFont.load_default(size)
-
-
-def sheet(panels, per_row=4, gap=40):
-    """The panels in rows of per_row, a gap apart, as one Pillow image: a PNG file of DIR."""
-    rows = [[png(panel) for panel in panels[i:i + per_row]] for i in range(0, len(panels), per_row)]
-    heights = [max(picture.height for picture in row) + gap for row in rows]
-    step = rows[0][0].width + gap
-    page = Image.new("RGB", (gap + len(rows[0]) * step, gap + sum(heights)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            page.paste(picture, (gap + j * step, gap + sum(heights[:i])))
-    return page
-
-
-def short(text, length):
-    return text if len(text) <= length else text[:length - 1] + "…"
+    image.save(file, kind, quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
+    return element("image", x=x, y=y, width=width, height=height, preserveAspectRatio="none",
+                   image_rendering=rendering, href=f"data:image/{kind};base64,{data}")
 
 
 def tint(values, colour):
-    """values (rows, columns) in 0..1 -> an image of one colour, transparent at 0 and full at 1, on any background."""
-    rgb = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, *values.shape)
-    alpha = (255 * values).round().to(torch.uint8).unsqueeze(0)
-    return v2.functional.to_pil_image(torch.cat([rgb, alpha]), "RGBA")
+    """Paint values (rows, columns) in 0..1 in one colour: (4, rows, columns) uint8.
+
+    The opacity is 10% for 0, so that the edge of the map shows, and 80% for 1, so that a number
+    on it can be read, on a light and on a dark page.
+    """
+    rgb = torch.tensor(colour).view(3, 1, 1).expand(3, *values.shape)
+    opacity = 255 * (0.1 + 0.7 * values)
+    pixels = torch.cat([rgb, opacity.round().unsqueeze(0)])
+    return pixels.to(torch.uint8)
 
 
 def overlay(image, experts, colours):
-    """The image (3, S, S) in grey, each patch tinted with its expert's of the colours, experts (rows, columns): Fig. 6."""
-    grid = torch.tensor(colours, dtype=torch.float)[experts].permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, columns)
-    colour = F.interpolate(grid, image.shape[-2:], mode="nearest")[0]
-    grey = v2.functional.rgb_to_grayscale(image, 3).float()
-    return v2.functional.to_pil_image((0.4 * grey + 0.6 * colour).round().to(torch.uint8))
+    """Tint each patch of a grey image by its expert: image (3, S, S) -> (3, S, S) uint8.
+
+    experts (rows, columns) int64. colours: one per expert. (Paper, Figure 6.)
+    """
+    grid = torch.tensor(colours, dtype=torch.float)[experts]  # (rows, columns, 3)
+    grid = grid.permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, columns)
+    colour = F.interpolate(grid, image.shape[-2:], mode="nearest")[0]  # (3, S, S)
+    grey = v2.functional.rgb_to_grayscale(image, 3)
+    return (0.4 * grey + 0.6 * colour).round().to(torch.uint8)
+
+
+def labels_across(labels, left, step, y):
+    """Write labels in the middle of columns of `step` pixels, as many as have room."""
+    longest = max(len(str(label)) for label in labels)
+    skip = math.ceil((7 * longest + 4) / step)
+    marks = []
+    for i in range(0, len(labels), skip):
+        x = left + (i + 0.5) * step
+        marks.append(text(x, y, labels[i], "middle"))
+    return marks
+
+
+def bars(title, values, top, colours, labels, notes):
+    """Draw a bar per value, with its label and note below. A value of `top` is 110 pixels high."""
+    step = WIDTH / len(values)
+    marks = labels_across(labels, 0, step, 129)
+    if len(values) <= 8:
+        marks += labels_across(notes, 0, step, 143)
+    for i, value in enumerate(values):
+        x = (i + 0.1) * step
+        height = 110 * value / top
+        marks.append(rect(x, 115 - height, 0.8 * step, height, colours[i]))
+    return Panel(title, 148, marks)
 
 
 def tiles(title, pictures, labels, per_row):
-    """Small pictures of one shape (None: nothing but the label) in rows, a label above each."""
-    w = (WIDTH - 6 * (per_row - 1)) / per_row
-    h = w * next((p.height / p.width for p in pictures if p), 0)
-    panel = Panel(title, math.ceil(len(pictures) / per_row) * (h + 20))
-    for i, (picture, label) in enumerate(zip(pictures, labels)):
-        x, y = i % per_row * (w + 6), i // per_row * (h + 20)
-        panel.text(x, y + 11, label)
-        if picture:
-            panel.rect(x, y + 15, w, h, GREY, 0.12)
-            panel.image(x, y + 15, w, h, picture)
-    return panel
+    """Draw pictures of one shape in rows, with a label above each. None: only the label."""
+    shapes = [pixels.shape for pixels in pictures if pixels is not None]
+    _, rows, columns = shapes[0]
+    width = (WIDTH + 6) / per_row - 6
+    height = width * rows / columns
+    marks = []
+    for i, pixels in enumerate(pictures):
+        x = i % per_row * (width + 6)
+        y = i // per_row * (height + 20)
+        marks.append(text(x, y + 11, labels[i]))
+        if pixels is not None:
+            marks.append(picture(x, y + 15, width, height, pixels))
+    return Panel(title, y + height + 20, marks)
 
 
-def plot(title, curves, colours, x_label, x_ticks, y_ticks):
-    """Curves, each a list of (x, y), over the range of the ticks. The title says what y is."""
-    panel, left, right, top, bottom = Panel(title, 190), 34, WIDTH - 12, 6, 150
+def heat_map(title, values, rows, columns, left, height, top=1):
+    """Draw a table of numbers in 0..1 as tinted cells, with the numbers if they have room.
 
-    def place(x, y):
-        return (left + (x - x_ticks[0]) / max(1, x_ticks[-1] - x_ticks[0]) * (right - left),
-                bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
+    values (rows, columns): `top` has the full colour. left: pixels for the labels of the rows.
+    height: pixels of a cell.
+    """
+    width = (WIDTH - left) / len(columns)
+    cells = tint(values / top, BLUE)
+    marks = [picture(left, 16, WIDTH - left, len(rows) * height, cells)]
+    marks += labels_across(columns, left, width, 11)
+    for i in range(0, len(rows), math.ceil(12 / height)):
+        y = 20 + (i + 0.5) * height
+        label = short(str(rows[i]), 16)
+        marks.append(text(left - 5, y, label, "end", 10))
+        if width < 18:
+            continue
+        for j, value in enumerate(values[i]):
+            number = f"{value:.2f}".removeprefix("0").replace("1.00", "1")
+            marks.append(text(left + (j + 0.5) * width, y, number, "middle", 10))
+    return Panel(title, 20 + len(rows) * height, marks)
 
-    for y in y_ticks:
-        panel.line([place(x_ticks[0], y), (right, place(0, y)[1])], GREY, 1)
-        panel.text(left - 5, place(0, y)[1] + 4, f"{y:g}", "end")
-    for x in x_ticks:
-        panel.text(place(x, 0)[0], bottom + 15, f"{x:g}", "middle")
-    panel.text((left + right) / 2, bottom + 30, x_label, "middle")
+
+def plot(title, curves, colours, N):
+    """Draw curves of shares, each a list of (n, share) with n from 1 to N patches of an image."""
+    left, bottom, height = 34, 150, 144
+    step = (WIDTH - 12 - left) / max(1, N - 1)
+    marks = [text(WIDTH / 2, bottom + 30, "patches of the image, at most", "middle")]
+    for n in {1, math.ceil(N / 2), N}:
+        x = left + (n - 1) * step
+        marks.append(text(x, bottom + 15, n, "middle"))
+    for share in (0, 0.5, 1):
+        y = bottom - height * share
+        marks.append(line([(left, y), (WIDTH - 12, y)], GREY, 1))
+        marks.append(text(left - 5, y + 4, share, "end"))
     for curve, colour in zip(curves, colours):
-        panel.line([place(*point) for point in curve], colour)
-        for x, y in (place(*point) for point in curve if len(curves) == 1):
-            panel.rect(x - 3, y - 3, 6, 6, colour)
-    return panel
+        points = [(left + (n - 1) * step, bottom - height * share) for n, share in curve]
+        marks.append(line(points, colour))
+    return Panel(title, 190, marks)
 
 
-def matrix(title, values, rows, columns, left):
-    """A small table (rows, columns) of numbers in 0..1, each a tinted cell, with its value where that fits."""
-    w = (WIDTH - left) / len(columns)
-    h, step = min(w, 30), math.ceil(14 / w)
-    panel = Panel(title, len(rows) * h + 18)
-    for j in range(0, len(columns), step):
-        panel.text(left + (j + 0.5) * w, 11, columns[j], "middle")
-    for i, row in enumerate(values):
-        panel.text(left - 5, 18 + (i + 0.65) * h, rows[i] if i % step == 0 else "", "end")
-        for j, value in enumerate(row):
-            panel.rect(left + j * w, 18 + i * h, w - 1, h - 1, BLUE, 0.04 + 0.7 * value)
-            if w >= 18:
-                text = f"{value:.2f}".lstrip("0") if value < 0.995 else "1"
-                panel.text(left + (j + 0.48) * w, 18 + (i + 0.65) * h, text, "middle", 10)
-    return panel
+def legend(num_experts):
+    """Draw the colours of the experts, which all figures share."""
+    per_row = min(num_experts, 16 if num_experts <= 100 else 10)  # a number takes 7 to 21 pixels
+    step = WIDTH / per_row
+    marks = []
+    for e, colour in enumerate(palette(num_experts)):
+        x = e % per_row * step
+        y = e // per_row * 24
+        marks.append(rect(x, y, step - 2, 8, colour))
+        marks.append(text(x + step / 2, y + 20, e, "middle"))
+    return Panel("the experts and their colours", y + 24, marks)
 
 
-# ---------------------------------------------------------------- the figures: a Run -> panels, most of them one per layer
-
-
-def legend(run):
-    """The colours of the experts, shared by all figures."""
-    colours = palette(run.counts[0].num_experts)
-    per_row = min(16, len(colours))
-    panel, w = Panel("the experts and their colours", math.ceil(len(colours) / per_row) * 24), WIDTH / per_row
-    for e, colour in enumerate(colours):
-        panel.rect(e % per_row * w, e // per_row * 24, w - 2, 8, colour)
-        panel.text((e % per_row + 0.5) * w, e // per_row * 24 + 20, e, "middle")
-    return panel
+# Each figure takes a Run and yields its panels. The first line of its docstring is its heading in
+# the report, and the rest is its caption.
 
 
 def draw_load(run):
-    E, top = run.counts[0].num_experts, max(max(layer["share"]) for layer in run.layers)
-    w, even = WIDTH / E, 130 - 110 / E / top
-    for block, layer in zip(run.blocks, run.layers):
-        panel = Panel(f"block {block}", 150)
-        panel.line([(0, even), (WIDTH, even)], GREY, 1)
-        for e, (share, colour) in enumerate(zip(layer["share"], palette(E))):
-            h = 110 * share / top
-            panel.rect(e * w + 1, 130 - h, w - 2, h, colour)
-            panel.text((e + 0.5) * w, 145, e if e % math.ceil(E / 16) == 0 else "", "middle")
-            y = even - 3 if 115 - h < even < 128 - h else 126 - h  # not struck through by the line
-            panel.text((e + 0.5) * w, y, f"{100 * share:.1f}%" if E <= 8 else "", "middle", 10)
+    """Load: the share of the patches that each expert gets
+
+    The line is the even share, 1/E. An expert far above it is a favourite, and an expert without
+    a bar is dead weight. The balance losses of the training are there against both. (Paper,
+    Figure 5.)
+    """
+    E = run.config["num_experts"]
+    top = max(max(layer["share"]) for layer in run.layers)
+    even = 115 - 110 / E / top
+    for layer in run.layers:
+        notes = [f"{100 * share:.1f}%" for share in layer["share"]]
+        title = f"block {layer['block']}"
+        panel = bars(title, layer["share"], top, palette(E), range(E), notes)
+        panel.marks.append(line([(0, even), (WIDTH, even)], GREY, 1))
         yield panel
 
 
 def draw_examples(run):
-    yield legend(run)
-    colours, labels = palette(run.counts[0].num_experts), ["image"] + [f"block {block}" for block in run.blocks]
-    for name, image, maps in run.examples:
-        pictures = [v2.functional.to_pil_image(image)] + [overlay(image, experts, colours) for experts in maps]
-        yield tiles(short(name, 45), pictures, labels, min(4, len(pictures)))
+    """Who sees what: every patch tinted by its expert
+
+    First the image, then one picture per MoE layer. Look for experts that keep to the object, to
+    its outline, to the background, or to a place whatever the image shows. (Paper, Figure 6.)
+    """
+    colours = palette(run.config["num_experts"])
+    labels = ["image"] + [f"block {layer['block']}" for layer in run.layers]
+    yield legend(len(colours))
+    for label, image, maps in run.examples:
+        pictures = [image] + [overlay(image, experts, colours) for experts in maps]
+        title = short(run.classes[label], 45)
+        yield tiles(title, pictures, labels, min(4, len(labels)))
 
 
 def draw_spatial(run):
-    for block, layer in zip(run.blocks, run.layers):
+    """Where: how often each position of the grid chooses each expert
+
+    There is one map per expert. An even tint means that position plays no role. The paper found
+    experts for the border and for the centre in ConvNeXt, and none of that kind in ViT. (Figure 7.)
+    """
+    E = run.config["num_experts"]
+    per_row = min(E, 4) if E <= 16 else 8
+    for layer in run.layers:
         maps = torch.tensor(layer["spatial"])  # (E, rows, columns)
-        pictures = [tint(values / maps.max(), colour) for values, colour in zip(maps, palette(len(maps)))]
-        title = f"block {block}, full colour: {100 * maps.max():.0f}% of the images"
-        yield tiles(title, pictures, range(len(maps)), min(len(maps), 4 if len(maps) <= 16 else 8))
+        top = maps.max()
+        pictures = [tint(values / top, colour) for values, colour in zip(maps, palette(E))]
+        title = f"block {layer['block']}, full colour: {100 * top:.0f}% of the images"
+        yield tiles(title, pictures, range(E), per_row)
 
 
 def draw_cumulative(run):
-    yield legend(run)
-    for block, layer in zip(run.blocks, run.layers):
-        cdfs, N = layer["patches_per_image_cdf"], layer["grid"][0] * layer["grid"][1]
-        shown = sorted({round(i * (N - 1) / 150) for i in range(151)})  # more points than pixels help nobody
-        curves = [[(i + 1, cdf[i]) for i in shown] if cdf else [] for cdf in cdfs]
-        x_ticks = sorted({1, math.ceil(N / 2), N})
-        yield plot(f"block {block}", curves, palette(len(cdfs)), "patches of the image, at most", x_ticks, [0, 0.5, 1])
+    """How many patches: cumulative distribution over the images that use an expert
+
+    Upwards: share of the images. A curve that rises at once belongs to an expert that takes few
+    patches of an image. One that rises late belongs to an expert that takes many. (Paper,
+    Figure 8.)
+    """
+    colours = palette(run.config["num_experts"])
+    yield legend(len(colours))
+    for layer in run.layers:
+        N = math.prod(layer["grid"])
+        shown = torch.linspace(1, N, min(N, 150)).round().int().tolist()  # about one per 2 pixels
+        curves = []
+        for cdf in layer["patches_per_image_cdf"]:
+            curves.append([(n, cdf[n - 1]) for n in shown] if cdf else [])
+        yield plot(f"block {layer['block']}", curves, colours, N)
 
 
 def draw_classes(run):
-    tables = [layer.tables["class"].cpu().double() for layer in run.counts]  # (classes, E)
-    shares = [table / table.sum(1, keepdim=True).clamp(min=1) for table in tables]
-    left, C, E, top = 110, *shares[0].shape, max(share.max().item() for share in shares)
-    h, w = min(18, max(360, min(C, 1000)) / C), (WIDTH - left) / E  # of a cell; at least a pixel high up to 1,000 classes
-    for block, share in zip(run.blocks, shares):
-        panel = Panel(f"block {block}, strongest: {100 * top:.0f}% of a class", C * h + 24)
-        for e in range(0, E, math.ceil(14 / w)):
-            panel.text(left + (e + 0.5) * w, 11, e, "middle")
-        panel.image(left, 16, WIDTH - left, C * h, tint(share / top, BLUE))
-        for c in range(0, C, math.ceil(12 / h)):
-            name = run.classes[c] if h >= 12 else f"{c} {run.classes[c]}"  # with its number where not all have room
-            panel.text(left - 5, 16 + c * h + max(9, h / 2 + 4), short(name, 17), "end", 10)
-        yield panel
+    """Which class: the share of each class's patches per expert
+
+    There is a row per class, in the order of the labels, and a column per expert. An even column
+    means that the expert does not care about the class. In the paper the first MoE layers do not
+    follow the classes, and the last three do: animals against objects. (Figures 9 and 10, top.)
+    """
+    C, E = run.class_tables[0].shape
+    names = run.classes
+    if C > 30:  # not all names have room
+        names = [f"{c} {name}" for c, name in enumerate(names)]
+    height = min(18, max(360, min(C, 1000)) / C)  # of a cell: one pixel up to 1,000 classes
+    shares = [class_shares(table) for table in run.class_tables]
+    top = max(share.max().item() for share in shares)
+    for layer, share in zip(run.layers, shares):
+        title = f"block {layer['block']}, strongest: {100 * top:.0f}% of a class"
+        yield heat_map(title, share, names, range(E), 110, height, top)
 
 
 def draw_similarity(run):
-    experts = range(run.counts[0].num_experts)
-    for block, layer in zip(run.blocks, run.layers):
-        yield matrix(f"block {block}", layer["similarity"], experts, experts, 20)
+    """Together or apart: similarity of the experts
+
+    1: two experts always get equally many patches of the same image. 0: they never share an
+    image. (Paper, section 5.6, and Figures 9 and 10, bottom.)
+    """
+    experts = range(run.config["num_experts"])
+    height = min(30, (WIDTH - 20) / len(experts))
+    for layer in run.layers:
+        values = torch.tensor(layer["similarity"])
+        yield heat_map(f"block {layer['block']}", values, experts, experts, 20, height)
 
 
 def draw_depth(run):
-    E, curve = run.counts[0].num_experts, [(b, layer["experts_per_image"]) for b, layer in zip(run.blocks, run.layers)]
-    yield plot(f"experts per image, of {E}", [curve], [BLUE], "block", run.blocks, [0, E / 2, E])
+    """How many experts an image uses, by depth
+
+    The mean number of different experts among the patches of one image. The paper counts about 7
+    of 8 for ViT-S, and 6 of 8, 10.5 of 16 and 15.8 of 32 for ConvNeXt.
+    """
+    E = run.config["num_experts"]
+    values = [layer["experts_per_image"] for layer in run.layers]
+    blocks = [layer["block"] for layer in run.layers]
+    notes = [f"{value:.2f}" for value in values]
+    colours = [BLUE] * len(blocks)
+    yield bars(f"experts per image, of {E}, in block", values, E, colours, blocks, notes)
 
 
 def draw_factors(run):
+    """What the experts follow: mutual information with what is known of the image
+
+    1: the factor decides the expert, or the expert the factor. 0: they have nothing to do with
+    each other. Compare with chance, the same measure when each image has the factors of another
+    image. Object: whether the patch shows the object. Shape, texture and colour: among the
+    patches of the object. Position: in the grid. The paper could not measure this, because
+    ImageNet has no natural decomposition.
+    """
+    blocks = [layer["block"] for layer in run.layers]
     names = list(run.layers[0]["information"])
-    for key, title in (("normalized", "measured, per block"), ("normalized_by_chance", "by chance, per block")):
-        values = [[layer["information"][name][key] for layer in run.layers] for name in names]
-        yield matrix(title, values, names, run.blocks, 70)
+    for key, title in (("normalized", "measured"), ("normalized_by_chance", "by chance")):
+        values = torch.zeros(len(names), len(blocks))
+        for j, layer in enumerate(run.layers):
+            known = layer["information"].values()
+            values[:, j] = torch.tensor([numbers[key] for numbers in known])
+        yield heat_map(f"{title}, per block", values, names, blocks, 70, 30)
 
 
 def draw_patches(run):
-    for block, layer, strips in zip(run.blocks, run.layers, run.patches):
-        labels = [", ".join(f"{short(name, 18)} {100 * share:.0f}%" for name, share in top[:2]) or "never chosen"
-                  for top in layer["top_classes"]]
-        pictures = [None if strip is None else v2.functional.to_pil_image(strip) for strip in strips]
-        yield tiles(f"block {block}", pictures, [f"{e}: {label}" for e, label in enumerate(labels)], 1)
+    """What the router is surest of
+
+    For each expert: the six patches that chose it with the highest probability, at most one per
+    image, with their surroundings, and the two classes with the largest shares of its patches.
+    """
+    for layer, strips in zip(run.layers, run.patches):
+        labels = []
+        for e, best in enumerate(layer["top_classes"]):
+            # The two marks around a name keep one in Arabic, say, from taking the number along.
+            best = [f"\u2068{short(name, 18)}\u2069 {100 * share:.0f}%" for name, share in best[:2]]
+            labels.append(f"{e}: {', '.join(best) or 'never chosen'}")
+        yield tiles(f"block {layer['block']}", strips, labels, 1)
 
 
-FIGURES = (  # file name, heading, what draws it, how to read it
-    ("fig5", "Load: the share of the patches that each expert gets", draw_load,
-     "The line is the even share, 1/E. Far above it is a favourite, an expert without a bar is dead weight; the balance "
-     "losses of the training are there against both. (Paper, Figure 5.)"),
-    ("fig6", "Who sees what: every patch tinted by its expert", draw_examples,
-     "First the image, then one picture per MoE layer. Look for experts that keep to the object, to its outline, to the "
-     "background, or to a place whatever the image shows. (Paper, Figure 6.)"),
-    ("fig7", "Where: how often each position of the grid chooses each expert", draw_spatial,
-     "One map per expert; an even tint: position plays no role. The paper found experts for the border and for the centre "
-     "in ConvNeXt, none of that kind in ViT. (Figure 7.)"),
-    ("fig8", "How many patches: cumulative distribution over the images that use an expert", draw_cumulative,
-     "Upwards: share of the images. A curve that rises at once belongs to an expert that takes few patches of an image; "
-     "one that rises late, to an expert that takes many. (Paper, Figure 8.)"),
-    ("fig9", "Which class: the share of each class's patches per expert", draw_classes,
-     "A row per class, in the order of the labels; a column per expert. Even columns: the expert does not care about the "
-     "class. In the paper the first MoE layers do not follow the classes, the last three do: animals against objects. "
-     "(Figures 9 and 10, top.)"),
-    ("fig9_similarity", "Together or apart: similarity of the experts", draw_similarity,
-     "1: two experts always get equally many patches of the same image; 0: they never share an image. (Paper, section 5.6, "
-     "and Figures 9 and 10, bottom.)"),
-    ("depth", "How many experts an image uses, by depth", draw_depth,
-     "The mean number of different experts among the patches of one image. The paper counts about 7 of 8 for ViT-S, and "
-     "6 of 8, 10.5 of 16 and 15.8 of 32 for ConvNeXt."),
-    ("factors", "What the experts follow: mutual information with what is known of the image", draw_factors,
-     "1: the factor decides the expert, or the expert the factor; 0: they have nothing to do with each other. What counts "
-     "is the excess over chance, the same measure with each image given the factors of another. (object: does the patch "
-     "show it? shape, texture, colour: among the object's patches; position: in the grid.) The paper could not measure "
-     "this: ImageNet has no natural decomposition."),
-    ("patches", "What the router is surest of", draw_patches,
-     "For each expert the six patches that chose it with the highest probability, one per image at most, with their "
-     "surroundings, and the two classes with the largest shares of its patches."))
+FIGURES = {  # file name -> what draws it
+    "fig5": draw_load,
+    "fig6": draw_examples,
+    "fig7": draw_spatial,
+    "fig8": draw_cumulative,
+    "fig9": draw_classes,
+    "fig9_similarity": draw_similarity,
+    "depth": draw_depth,
+    "factors": draw_factors,
+    "patches": draw_patches,
+}
 
-# ---------------------------------------------------------------- the files
+# ---------------------------------------------------------------- 4. the files
 
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1368px; margin: auto; padding: 16px }
 p { max-width: 70ch; opacity: 0.75 } h3, p { overflow-wrap: anywhere }
 .panels { display: flex; flex-wrap: wrap; gap: 20px 28px; align-items: start }
-figure { margin: 0; max-width: 100% } figcaption { font-size: 14px }
-svg { max-width: 100%; fill: currentColor } .hard { image-rendering: pixelated }
 .panels > div { flex: 1 1 330px; min-width: 0 }
-table { border-collapse: collapse; font-size: 13px; line-height: 1.3 } td, th { padding: 3px 5px; text-align: right }
+svg { max-width: 100%; height: auto; fill: currentColor; overflow: visible }
+table { border-collapse: collapse; font-size: 13px; line-height: 1.3 }
+td, th { padding: 3px 5px; text-align: right }
 th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
 
 
+def draw_panel(panel, x=0, y=0):
+    """Return a panel with its title above it, an SVG group with its top left corner at (x, y)."""
+    marks = text(0, -10, panel.title, size=14) + "".join(panel.marks)
+    return element("g", marks, transform=f"translate({x} {y + TITLE})")
+
+
+def page_svg(panel):
+    """Return a panel as an element of the page."""
+    height = math.ceil(TITLE + panel.height)
+    label = escape(panel.title)
+    return element("svg", draw_panel(panel), role="img", aria_label=label, width=WIDTH,
+                   height=height, viewBox=f"0 0 {WIDTH} {height}")
+
+
+def file_svg(panels, per_row=4):
+    """Return the panels of one figure as an SVG file, a str, in rows on white."""
+    highest = max(panel.height for panel in panels)
+    step_x = WIDTH + GAP
+    step_y = TITLE + math.ceil(highest) + GAP
+    width = GAP + step_x * min(per_row, len(panels))
+    height = GAP + step_y * math.ceil(len(panels) / per_row)
+    marks = rect(0, 0, width, height, (255, 255, 255))
+    for i, panel in enumerate(panels):
+        x = GAP + i % per_row * step_x
+        y = GAP + i // per_row * step_y
+        marks += draw_panel(panel, x, y)
+    return element("svg", marks, xmlns="http://www.w3.org/2000/svg", width=width, height=height,
+                   viewBox=f"0 0 {width} {height}", font_family="system-ui, sans-serif")
+
+
 def key_numbers(run):
-    """The table at the head of the report, a row per MoE layer."""
-    head = "block", "grid", "experts per image", "load, CV", "router, bits", "class, bits", "class, norm."
-    rows = [(block, "{}×{}".format(*s["grid"]), f"{s['experts_per_image']:.2f}", f"{s['coefficient_of_variation']:.3f}",
-             f"{s['router_entropy_bits']:.2f}", f"{s['information']['class']['bits']:.3f}",
-             f"{s['information']['class']['normalized']:.3f}") for block, s in zip(run.blocks, run.layers)]
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    """Return the head of a run in the report: its name, its config and a row per MoE layer."""
+    rows = ["<tr><th>block<th>grid<th>experts per image<th>load, CV<th>router, bits"
+            "<th>class, bits<th>class, norm."]
+    for layer in run.layers:
+        known = layer["information"]["class"]
+        rows.append("<tr>")
+        rows.append(f"<td>{layer['block']}")
+        rows.append("<td>{}×{}".format(*layer["grid"]))
+        rows.append(f"<td>{layer['experts_per_image']:.2f}")
+        rows.append(f"<td>{layer['coefficient_of_variation']:.3f}")
+        rows.append(f"<td>{layer['router_entropy_bits']:.2f}")
+        rows.append(f"<td>{known['bits']:.3f}<td>{known['normalized']:.3f}")
     config = " ".join(f"{key}={value}" for key, value in run.config.items())
-    return (f"<div><h3>{html.escape(run.name)}</h3><p>{html.escape(config)}</p>"
-            f"<table><tr><th>{'<th>'.join(head)}</tr>{rows}</table></div>")
+    table = "".join(rows)
+    return f"<div><h3>{escape(run.name)}</h3><p>{escape(config)}</p><table>{table}</table></div>"
 
 
-def write_report(figures, runs, about):
-    """The page of the runs, a str: one file, no scripts, no links. about: a sentence for its head.
+def report_html(runs, drawn, about):
+    """Return the page, a str: one file, no scripts, no links.
 
-    figures: [(file name, heading, caption, [panels per run])].
+    drawn: for each run {figure: its panels}. about: a sentence for the head.
     """
-    parts = [f"<h1>What the experts do</h1><p>{html.escape(about)}</p><div class=panels>", *map(key_numbers, runs), "</div>"]
-    for _, heading, caption, panels_per_run in figures:
+    heads = "".join(key_numbers(run) for run in runs)
+    parts = [f"<h1>What the experts do</h1><p>{escape(about)}</p><div class=panels>{heads}</div>"]
+    for figure, draw in FIGURES.items():
+        heading, caption = draw.__doc__.split("\n", 1)
         parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
-        for run, panels in zip(runs, panels_per_run):
-            parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
-            parts.append(f'<div class=panels>{"".join(map(svg, panels))}</div>')
-    return (f'<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-            f"<title>What the experts do</title><style>{STYLE}</style>{''.join(parts)}</html>\n").encode()
+        for run, figures in zip(runs, drawn):
+            if len(runs) > 1:
+                parts.append(f"<h3>{escape(run.name)}</h3>")
+            panels = "".join(page_svg(panel) for panel in figures[figure])
+            parts.append(f"<div class=panels>{panels}</div>")
+    return ("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+            "<meta name=viewport content='width=device-width'><title>What the experts do</title>"
+            f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
 
 
-def write_csv(run):
-    """The bytes of a run's routing.csv: for every layer, class and expert the tokens, and their share of the class's."""
+def routing_csv(run):
+    """Return routing.csv, a str: for each layer, class and expert the patches and their share.
+
+    The share is that of the class's patches. A spreadsheet takes a cell that starts with = + - @
+    for a formula, so an apostrophe comes before it.
+    """
     file = io.StringIO(newline="")
-    rows = csv.writer(file)
-    rows.writerow(("layer", "block", "class", "expert", "tokens", "share"))
-    for i, (block, layer) in enumerate(zip(run.blocks, run.counts)):
-        table = layer.tables["class"].cpu()
-        shares = table / table.sum(1, keepdim=True).clamp(min=1)
-        for name, counts, class_shares in zip(run.classes, table.tolist(), shares.tolist()):
-            for expert, (count, share) in enumerate(zip(counts, class_shares)):
-                rows.writerow((i, block, name, expert, count, f"{share:.6f}"))
-    return file.getvalue().encode()
+    writer = csv.writer(file)
+    writer.writerow(["layer", "block", "class", "expert", "tokens", "share"])
+    for layer, table in zip(run.layers, run.class_tables):
+        shares = class_shares(table)
+        for c, name in enumerate(run.classes):
+            cell = f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+            for e, share in enumerate(shares[c].tolist()):
+                tokens = int(table[c, e])
+                writer.writerow([layer["layer"], layer["block"], cell, e, tokens, f"{share:.6f}"])
+    return file.getvalue()
 
 
 def describe(run, args):
-    """What summary.json says about one checkpoint."""
-    layers = [dict(layer=i, block=block) | layer for i, (block, layer) in enumerate(zip(run.blocks, run.layers))]
-    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
-    return dict(checkpoint=run.name, model=run.config, data=args.data, split=args.split, images=run.counts[0].images,
-                choices="all" if args.all_choices else "first", versions=versions, layers=layers)
+    """Return what summary.json says about one checkpoint, a dict."""
+    about = dict(checkpoint=run.name, model=run.config, data=args.data, split=args.split)
+    about["images"] = run.images
+    about["choices"] = "all" if args.all_choices else "first"
+    about["versions"] = dict(python=platform.python_version(), torch=torch.__version__,
+                             torchvision=torchvision.__version__)
+    about["layers"] = run.layers
+    return about
 
 
 def make_files(runs, args):
-    """All results of the runs: {file name: bytes}. What belongs to that of --compare has `compare` in its name or key."""
-    summary = describe(runs[0], args) | {"compare": describe(run, args) for run in runs[1:]}
-    text = json.dumps(summary, indent=1)
-    text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers on one line
-    files = {"summary.json": text.encode()}
-    for run, name in zip(runs, ("routing.csv", "routing_compare.csv")):
-        files[name] = write_csv(run)
-    figures = [(name, heading, caption, [list(draw(run)) for run in runs]) for name, heading, draw, caption in FIGURES]
-    for name, _, _, panels_per_run in figures:
-        files[f"{name}.png"] = encode(sheet(sum(panels_per_run, [])), "PNG")
+    """Return all results, {file name: bytes}. The second of two runs is that of --compare."""
+    summary = describe(runs[0], args)
+    if len(runs) > 1:
+        summary["compare"] = describe(runs[1], args)
+    summary = json.dumps(summary, indent=1, allow_nan=False)
+    summary = re.sub(r",\n *(?=[-\d])", ", ", summary)  # numbers of a list share a line
+    files = {"summary.json": summary.encode()}
+
+    drawn = []
+    for run, suffix in zip(runs, ("", "_compare")):
+        table = routing_csv(run)
+        files[f"routing{suffix}.csv"] = table.encode("utf-8-sig", "backslashreplace")
+        figures = {name: list(draw(run)) for name, draw in FIGURES.items()}
+        for name, panels in figures.items():
+            files[f"{name}{suffix}.svg"] = file_svg(panels).encode()
+        drawn.append(figures)
+
     counted = "all its experts" if args.all_choices else "its first choice"
-    about = (f"{summary['images']} images of {args.data}. Every patch counts for {counted}; the class token of a ViT is "
-             f"left out. Made with torch {torch.__version__}, after Videau et al., “Mixture of Experts for Image "
-             f"Classification: What’s the Sweet Spot?” (2025), section 5.6.")
-    return files | {"report.html": write_report(figures, runs, about)}
+    about = (f"{runs[0].images} images of {args.data}. Every patch counts for {counted}, and the "
+             f"class token of a ViT is left out. Made with torch {torch.__version__}, after "
+             f"Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet "
+             f"Spot?” (2025), section 5.6.")
+    files["report.html"] = report_html(runs, drawn, about).encode()
+    return files
 
 
-# ---------------------------------------------------------------- command line
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Show what each expert of a sparse checkpoint does.")
-    flag = parser.add_argument
-    flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, help="shapes, cifar10, cifar100 or a folder")
-    flag("--split", choices=("train", "val", "all"), default="all",
-         help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
-    flag("--out", required=True, help="folder for the results")
-    flag("--compare", help="another checkpoint, shown beside the first")
-    flag("--max-images", type=int, help="use this many, evenly spread over the data (default: all)")
-    flag("--examples", type=int, default=8, help="images shown with their routing (default: 8)")
-    flag("--all-choices", action="store_true", help="count all k experts of a token, not its first choice only")
-    flag("--batch-size", type=int, default=128, help="images at a time (default: 128)")
-    flag("--workers", type=int, help="processes that load images (default: 0 if in memory, else up to 12)")
-    return parser.parse_args(argv)
-
-
-def open_all(path, args, device):
-    """(path, model, checkpoint, data set) of one checkpoint; ValueError if they cannot be had or do not fit together."""
-    model, checkpoint = load_checkpoint(path, device)
-    if not model.moe_blocks:
-        raise ValueError(f"{path} is a dense model, it has no experts to inspect: train one with --moe-layers last2")
-    dataset = open_dataset(args.data, args.split, eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"]))
-    match_classes(dataset.classes, checkpoint["classes"])
-    return path, model, checkpoint, dataset
-
-
-def check(args):
-    """Refuse numbers that make no sense, and a folder that cannot be written, before any work is done."""
-    for name, least in (("max_images", 1), ("examples", 0), ("batch_size", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+def open_folder(folder):
+    """Make the folder for the results. Raise ValueError if nothing can be written there."""
     try:
-        os.makedirs(args.out, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"--out {args.out} cannot be a folder ({error.strerror}): choose another place") from None
+        raise ValueError(f"--out {folder} cannot be a folder for the results ({error.strerror}): "
+                         f"choose another place") from None
 
 
 def write_files(folder, files):
-    """files {name: bytes} into the folder, each whole or not at all. ValueError if that is impossible."""
+    """Write files, {name: bytes}, each whole or not at all. Raise ValueError if one fails."""
     for name, content in files.items():
         path = os.path.join(folder, name)
         try:
@@ -725,30 +962,88 @@ def write_files(folder, files):
                 file.write(content)
             os.replace(path + ".tmp", path)
         except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose another --out") from None
+            raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose "
+                             f"another --out") from None
+
+
+# ---------------------------------------------------------------- command line
+
+
+def at_least(least):
+    """Return a type for argparse: a whole number that is not below `least`."""
+    def whole_number(word):
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {word}")
+        return int(word)
+    return whole_number
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Show what each expert of a checkpoint does.")
+    flag = parser.add_argument
+    flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
+    flag("--data", required=True, help="shapes, cifar10, cifar100 or a folder")
+    flag("--split", choices=("train", "val", "all"), default="all",
+         help="of a folder without val/: all of it, or the held-out part (default: all)")
+    flag("--out", required=True, help="folder for the results")
+    flag("--compare", help="another checkpoint, shown beside the first")
+    flag("--max-images", type=at_least(1), help="evenly spread over the data (default: all)")
+    flag("--examples", type=at_least(0), default=8, help="images to show (default: 8)")
+    flag("--all-choices", action="store_true", help="count all k experts of a token, not one")
+    flag("--batch-size", type=at_least(1), default=128, help="images at once (default: 128)")
+    flag("--workers", type=at_least(0), help="loading processes (default: 0 if in memory)")
+    return parser.parse_args(argv)
+
+
+def open_all(path, args, device):
+    """Open a checkpoint and its data: (path, model, checkpoint, data set).
+
+    Raises ValueError if one of them cannot be opened or if they do not fit together.
+    """
+    model, checkpoint = load_checkpoint(path, device)
+    if not model.moe_blocks:
+        raise ValueError(f"{path} is a dense model, it has no experts to inspect: train one with "
+                         f"--moe-layers last2")
+    transform = eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"])
+    dataset = open_dataset(args.data, args.split, transform)
+    match_classes(dataset.classes, checkpoint["classes"])
+    return path, model, checkpoint, dataset
+
+
+def print_layers(run):
+    """Print a line per MoE layer: experts per image, what the experts follow, and the load."""
+    factors = list(run.layers[0]["information"])
+    head = "".join(f"{name:>10}" for name in factors)
+    print(f"{run.name}, {run.images} images; what the expert of a patch says about its class and "
+          f"so on: normalised mutual information")
+    print(f"{'block':>5}{'experts per image':>19}{head}   share of patches per expert, %")
+    for layer in run.layers:
+        known = layer["information"].values()
+        known = "".join(f"{numbers['normalized']:>10.3f}" for numbers in known)
+        load = " ".join(f"{100 * share:4.1f}" for share in layer["share"])
+        print(f"{layer['block']:>5}{layer['experts_per_image']:>19.2f}{known}   {load}")
 
 
 def main(args):
-    """The whole program: open and check everything, one pass per checkpoint, then all files, then a short table."""
+    """Open and check everything, make one pass per checkpoint, then write all files."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = [open_all(path, args, device) for path in (args.checkpoint, args.compare) if path]
-    check(args)
+    opened = [open_all(args.checkpoint, args, device)]
+    if args.compare:
+        opened.append(open_all(args.compare, args, device))
+    open_folder(args.out)
     runs = [inspect(*one, args, device) for one in opened]
     write_files(args.out, make_files(runs, args))
     for run in runs:
-        print(f"{run.name}, {run.counts[0].images} images; what the expert of a patch says about its class and so on: "
-              f"normalised mutual information\n{'block':>5}{'experts per image':>19}"
-              + "".join(f"{name:>10}" for name in run.layers[0]["information"]) + "   share of patches per expert, %")
-        for block, s in zip(run.blocks, run.layers):
-            print(f"{block:>5}{s['experts_per_image']:>19.2f}"
-                  + "".join(f"{value['normalized']:>10.3f}" for value in s["information"].values()) + "   "
-                  + " ".join(f"{100 * share:4.1f}" for share in s["share"]))
-    print(f"written to {args.out}/: report.html, summary.json, routing.csv, {len(FIGURES)} figures")
+        print_layers(run)
+    print(f"written to {args.out}/: report.html, summary.json, routing.csv, "
+          f"{len(FIGURES)} figures as SVG")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         main(parse_args())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        reason = str(error).rpartition("ValueError: ")[2].strip()  # no traceback of a worker
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)

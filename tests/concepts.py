@@ -85,17 +85,33 @@ CONCEPTS = (
             "train.train_epoch train.sum_up train.validate_epoch train.Output.write train.main", "optimizer batches checkpoints costs weights grouped",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
-    Concept("statistics", "inspect_experts.crosstab inspect_experts.mutual_information inspect_experts.similarity "
-            "inspect_experts.cumulative inspect_experts.top_classes inspect_experts.LayerCounts.add "
-            "inspect_experts.LayerCounts.add_factors inspect_experts.LayerCounts.add_surest "
-            "inspect_experts.LayerCounts.summary inspect_experts.known_factors inspect_experts.count_routing "
-            "inspect_experts.cut_out inspect_experts.surest_patches inspect_experts.inspect", "counting",
-            "Count first choices as the images pass; mutual information says what the experts follow, chance what is noise."),
-    Concept("report", "inspect_experts.svg inspect_experts.png inspect_experts.sheet inspect_experts.palette "
-            "inspect_experts.overlay inspect_experts.tint "
-            "inspect_experts.write_report inspect_experts.write_csv inspect_experts.make_files inspect_experts.write_files "
-            "inspect_experts.check inspect_experts.open_all inspect_experts.main", "statistics checkpoints classes convnext",
-            "A page that says under each figure how to read it, and files that are whole or not there."),
+    Concept(
+        "statistics",
+        "inspect_experts.crosstab inspect_experts.patches_per_level "
+        "inspect_experts.images_per_count inspect_experts.cumulative "
+        "inspect_experts.shared_patches inspect_experts.similarity inspect_experts.entropy "
+        "inspect_experts.mutual_information inspect_experts.coefficient_of_variation "
+        "inspect_experts.class_shares inspect_experts.top_classes "
+        "inspect_experts.LayerCounts.add inspect_experts.LayerCounts.add_factors "
+        "inspect_experts.LayerCounts.add_surest inspect_experts.LayerCounts.summary "
+        "inspect_experts.LayerCounts.information inspect_experts.known_factors "
+        "inspect_experts.count_choices inspect_experts.expert_map inspect_experts.cut_out "
+        "inspect_experts.surest_patches inspect_experts.inspect", "counting",
+        "Count first choices as the images pass; mutual information says what the experts follow, "
+        "chance what is noise."),
+    Concept(
+        "report",
+        "inspect_experts.palette inspect_experts.escape inspect_experts.short "
+        "inspect_experts.element inspect_experts.rect inspect_experts.line inspect_experts.text "
+        "inspect_experts.picture inspect_experts.tint inspect_experts.overlay "
+        "inspect_experts.labels_across inspect_experts.bars inspect_experts.tiles "
+        "inspect_experts.heat_map inspect_experts.plot inspect_experts.draw_panel "
+        "inspect_experts.page_svg inspect_experts.file_svg inspect_experts.report_html "
+        "inspect_experts.routing_csv inspect_experts.make_files inspect_experts.open_folder "
+        "inspect_experts.write_files inspect_experts.open_all inspect_experts.print_layers "
+        "inspect_experts.at_least inspect_experts.main", "statistics checkpoints classes convnext",
+        "A page that says under each figure how to read it, and files that are whole or not "
+        "there."),
     # ---- tests/ and README.md
     Concept("course", "", "", "A test that no mistake can fail teaches nothing; a command that fails teaches less."),
 )

@@ -1,14 +1,17 @@
-"""inspect_experts.py: what is counted, the numbers made of the counts, the pictures, and the command line.
+"""inspect_experts.py: what is counted, the numbers made of the counts, the figures and the files.
 
 Most tests write a routing down by hand: for each image the experts of its patches, row by row.
 """
 
+import base64
 import csv
 import io
 import json
 import math
 import os
+import re
 import sys
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +24,10 @@ from torch.testing import assert_close
 
 import inspect_experts
 from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader
-from inspect_experts import (FIGURES, LayerCounts, Panel, count_routing, crosstab, cumulative, cut_out, inspect,
-                             known_factors, make_files, mutual_information, overlay, palette, png, sheet, similarity, svg,
+from inspect_experts import (FIGURES, LayerCounts, Panel, bars, class_shares, count_choices,
+                             crosstab, cumulative, cut_out, escape, file_svg, heat_map, inspect,
+                             known_factors, make_files, mutual_information, overlay, page_svg,
+                             palette, picture, plot, routing_csv, short, similarity, text, tiles,
                              tint, top_classes)
 from moe import Routing
 
@@ -30,15 +35,19 @@ CPU = torch.device("cpu")
 
 
 def routing(choices, num_experts, probs=None):
-    """The Routing of a batch from nested lists: image -> token -> expert, or a tuple of k experts."""
+    """The Routing of a batch from nested lists: image -> token -> expert, or k experts."""
     experts = torch.tensor(choices)
-    experts = experts.flatten(0, 1) if experts.dim() == 3 else experts.flatten().unsqueeze(1)  # (T, K)
+    if experts.dim() == 2:
+        experts = experts.unsqueeze(2)
+    experts = experts.flatten(0, 1)  # (T, K)
     if probs is None:
         probs = torch.full((len(experts), num_experts), 1 / num_experts)
-    return Routing(probs.log(), probs, experts, probs.gather(1, experts), torch.ones_like(experts) > 0, torch.zeros(()))
+    kept = torch.ones_like(experts) > 0
+    return Routing(probs.log(), probs, experts, probs.gather(1, experts), kept, torch.zeros(()))
 
 
-def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, batch=None, **options):
+def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, batch=None,
+            **options):
     """The LayerCounts of one hand-made layer, fed `batch` images at a time (None: all at once)."""
     labels = torch.tensor(labels or [0] * len(choices))
     layer = LayerCounts(num_experts, grid, {"class": (labels, num_classes)}, **options)
@@ -63,47 +72,54 @@ def test_crosstab_by_hand():
 @pytest.mark.parametrize("counts, bits, normalized", [
     ([[3, 0], [0, 3]], 1.0, 1.0),  # the row decides the column: one bit of one
     ([[1, 2], [2, 4]], 0.0, 0.0),  # the second row is twice the first: no news
-    # p = 1/2 0 / 1/4 1/4: H(row) = 1, H(column) = H(3/4, 1/4) = 2 - 3/4 log2 3 = 0.811278, H(both) = 1.5;
-    # I = 1 + 0.811278 - 1.5 = 0.311278, and over the smaller entropy 0.311278 / 0.811278 = 0.383689
+    # p = 1/2 0 / 1/4 1/4, so H(row) = 1, H(column) = H(3/4, 1/4) = 2 - 3/4 log2 3 = 0.811278 and
+    # H(both) = 1.5. I = 1 + 0.811278 - 1.5 = 0.311278. Over the smaller: 0.311278 / 0.811278.
     ([[2, 0], [1, 1]], 0.311278, 0.383689),
     ([[5, 3]], 0.0, 0.0),  # one row: nothing to know
     ([[0, 0], [0, 0]], 0.0, 0.0),
     ([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], 2.0, 1.0)])
 def test_mutual_information_by_hand(counts, bits, normalized):
-    """Mutual information is in bits, and 1 when normalised if one side decides the other."""
-    assert_close(mutual_information(torch.tensor(counts)), (bits, normalized), atol=1e-6, rtol=0)
+    """Mutual information is in bits, and 1 when normalized if one side decides the other."""
+    found = mutual_information(torch.tensor(counts))
+    assert_close(found, (bits, normalized), atol=1e-6, rtol=0)
 
 
 @pytest.mark.statistics
 def test_similarity_by_hand():
-    """Experts are similar as far as they get equally many patches of the same images (paper, section 5.6)."""
+    """Experts are similar if they get equally many patches of the same images (section 5.6)."""
     # Patches of three images per expert: (2, 2, 0), (4, 0, 0), (1, 0, 3).
-    # S_01: both appear in the first, 2 + 2 - 0 = 4; one or both in all: 4 + 4 + 1 = 9.
-    # S_02: both in the third, 1 + 3 - 2 = 2; one or both in all: 2 + 4 + 4 = 10.  S_12: never both: 0.
+    # S_01: both appear in the first, 2 + 2 - 0 = 4. One or both appear in all: 4 + 4 + 1 = 9.
+    # S_02: both appear in the third, 1 + 3 - 2 = 2. One or both in all: 2 + 4 + 4 = 10.
+    # S_12: they never appear together: 0. Expert 3 is never chosen.
     layer = counted([[0, 1, 0, 1], [0, 0, 0, 0], [2, 0, 2, 2]], 4, (0, 2, 2))
-    assert_close(layer.summary("ab")["similarity"],
-                 [[1.0, 4 / 9, 2 / 10, 0.0], [4 / 9, 1.0, 0.0, 0.0], [2 / 10, 0.0, 1.0, 0.0], [0.0] * 4])  # 3: never chosen
+    expected = [[1.0, 4 / 9, 2 / 10, 0.0], [4 / 9, 1.0, 0.0, 0.0], [2 / 10, 0.0, 1.0, 0.0],
+                [0.0, 0.0, 0.0, 0.0]]
+    assert_close(layer.summary("ab")["similarity"], expected)
 
 
 @pytest.mark.statistics
 def test_similarity_is_the_papers_formula():
-    """2 min(c_i, c_j) over c_i + c_j, summed, is the paper's formula with its absolute difference and its two conditions."""
+    """2 min(c_i, c_j) / (c_i + c_j), summed, is the paper's formula with its two conditions."""
     c = torch.randint(0, 4, (20, 5))  # patches per image and expert
     expected = torch.zeros(5, 5, dtype=torch.float64)
     for i in range(5):
         for j in range(5):
-            both = sum(a + b - abs(a - b) for a, b in c[:, [i, j]].tolist() if a > 0 and b > 0)
-            expected[i, j] = both / sum(a + b for a, b in c[:, [i, j]].tolist() if a > 0 or b > 0)
-    assert_close(similarity(torch.minimum(c.unsqueeze(2), c.unsqueeze(1)).sum(0), c.sum(0)), expected)
+            pairs = c[:, [i, j]].tolist()
+            both = sum(a + b - abs(a - b) for a, b in pairs if a > 0 and b > 0)
+            expected[i, j] = both / sum(a + b for a, b in pairs if a > 0 or b > 0)
+    shared = torch.minimum(c.unsqueeze(2), c.unsqueeze(1)).sum(0)
+    assert_close(similarity(shared, c.sum(0)), expected)
 
 
 @pytest.mark.statistics
 def test_cumulative_distribution_by_hand():
-    """Of the images that use an expert: which share sends it at most 1, 2, 3, 4 patches; None if no image does."""
-    # Expert 0 gets 1, 3, 1 and 0 patches: of three images two send at most 1 or 2, all at most 3. Expert 1 gets 3, 1, 3, 4.
+    """Of the images that use an expert: which share sends it at most 1, 2, 3, 4 patches."""
+    # Expert 0 gets 1, 3, 1 and 0 patches: of three images two send at most 1 or 2, and all at
+    # most 3. Expert 1 gets 3, 1, 3 and 4. No image uses expert 2.
     layer = counted([[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], 3, (0, 2, 2))
-    assert_close(cumulative(layer.histogram)[:2], [[2 / 3, 2 / 3, 1.0, 1.0], [1 / 4, 1 / 4, 3 / 4, 1.0]])
-    assert cumulative(layer.histogram)[2] is None
+    curves = cumulative(layer.histogram)
+    assert_close(curves[:2], [[2 / 3, 2 / 3, 1.0, 1.0], [1 / 4, 1 / 4, 3 / 4, 1.0]])
+    assert curves[2] is None
 
 
 @pytest.mark.statistics
@@ -115,42 +131,57 @@ def test_experts_per_image_by_hand():
 
 @pytest.mark.statistics
 def test_load_by_hand():
-    """Three quarters and one quarter of the patches: standard deviation 1/4 around a mean of 1/2, so that CV = 0.5."""
+    """Loads of 3/4 and 1/4 have a standard deviation of 1/4 around a mean of 1/2: CV = 0.5."""
     summary = counted([[0, 0, 1, 0]], 2, (0, 2, 2)).summary("ab")
     assert summary["share"] == [0.75, 0.25] and summary["coefficient_of_variation"] == 0.5
 
 
 @pytest.mark.statistics
 def test_spatial_map_by_hand():
-    """A map says for which share of the images a position chooses the expert, rows and columns as in the image."""
+    """A map says for which share of the images a position chooses the expert, as in the image."""
     layer = counted([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], 2, (0, 2, 3))
     assert layer.summary("ab")["spatial"] == [[[1, 0.5, 0], [0, 0, 0]], [[0, 0.5, 1], [1, 1, 1]]]
 
 
 @pytest.mark.statistics
 def test_router_entropy_by_hand():
-    """Entropies of 1 bit (two experts alike), 2 bits (four alike), 0 and 0 (certain) have a mean of 0.75 bits."""
+    """Entropies of 1 bit (two experts alike), 2 bits (four alike), 0 and 0 have a mean of 0.75."""
     probs = torch.tensor([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0, 1]])
-    assert_close(counted([[0, 0, 0, 3]], 4, (0, 2, 2), probs=probs).summary("ab")["router_entropy_bits"], 0.75)
+    summary = counted([[0, 0, 0, 3]], 4, (0, 2, 2), probs=probs).summary("ab")
+    assert_close(summary["router_entropy_bits"], 0.75)
 
 
 @pytest.mark.statistics
 def test_top_classes_by_hand():
-    """Per expert the classes with the largest shares of its tokens, without those that have none."""
+    """Per expert the classes with the largest shares of its tokens, without empty ones."""
     table = torch.tensor([[1, 0], [3, 0], [0, 0]])  # tokens of three classes for two experts
-    assert top_classes(table, ["cat", "dog", "emu"]) == [[["dog", 0.75], ["cat", 0.25]], []]
-    assert top_classes(table, ["cat", "dog", "emu"], count=1) == [[["dog", 0.75]], []]
+    names = ["cat", "dog", "emu"]
+    assert top_classes(table, names) == [[["dog", 0.75], ["cat", 0.25]], []]
+    assert top_classes(table, names, count=1) == [[["dog", 0.75]], []]
+
+
+@pytest.mark.statistics
+def test_class_shares_by_hand():
+    """The shares of a class sum to 1 over the experts, and a class without patches has none."""
+    assert class_shares(torch.tensor([[1, 3], [0, 0]])).tolist() == [[0.25, 0.75], [0, 0]]
 
 
 @pytest.mark.statistics
 def test_the_class_token_is_counted_apart():
-    """The first token of a ViT's image goes into class_token_share only, whatever its probabilities."""
-    probs = torch.tensor([[0.5, 0.5, 0], [1, 0, 0], [1, 0, 0]] * 2)  # the class token alone has an entropy
+    """The first token of a ViT's image goes into class_token_share only."""
+    # The class token alone has an entropy.
+    probs = torch.tensor([[0.5, 0.5, 0], [1, 0, 0], [1, 0, 0]] * 2)
     summary = counted([[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2), probs=probs).summary("ab")
     assert summary["class_token_share"] == [0, 0.5, 0.5]
-    assert summary["share"] == [1, 0, 0] and summary["experts_per_image"] == 1 and summary["router_entropy_bits"] == 0
+    assert summary["share"] == [1, 0, 0]
+    assert summary["experts_per_image"] == 1 and summary["router_entropy_bits"] == 0
     assert summary["spatial"] == [[[1, 1]], [[0, 0]], [[0, 0]]]
-    assert counted([[0, 0]], 2, (0, 1, 2)).summary("ab")["class_token_share"] is None, "a ConvNeXt has none"
+
+
+@pytest.mark.statistics
+def test_without_a_class_token_it_has_no_share():
+    """A ConvNeXt has no class token: the share is None."""
+    assert counted([[0, 0]], 2, (0, 1, 2)).summary("ab")["class_token_share"] is None
 
 
 @pytest.mark.statistics
@@ -158,106 +189,159 @@ def test_the_class_token_is_counted_apart():
     (False, [1.0, 0.0, 0.0], 1), (True, [0.5, 0.25, 0.25], 3)])
 def test_first_choices_or_all(all_choices, share, experts_per_image):
     """With k = 2 a patch counts for its first expert or, on demand, for both."""
-    summary = counted([[(0, 1), (0, 2)]], 3, (0, 1, 2), all_choices=all_choices).summary("ab")
+    layer = counted([[(0, 1), (0, 2)]], 3, (0, 1, 2), all_choices=all_choices)
+    summary = layer.summary("ab")
     assert summary["share"] == share and summary["experts_per_image"] == experts_per_image
 
 
 @pytest.mark.statistics
-def test_information_on_classes():
-    """Experts that follow the class tell all about it; experts that follow the position tell nothing."""
-    by_class = counted([[0, 0], [1, 1], [0, 0], [1, 1]], 2, (0, 1, 2), [0, 1, 0, 1]).summary("ab")["information"]
-    assert by_class["class"]["normalized"] == 1 and by_class["position"]["normalized"] == 0
-    by_place = counted([[0, 1]] * 4, 2, (0, 1, 2), [0, 1, 0, 1]).summary("ab")["information"]
-    assert by_place["class"]["normalized"] == 0 and by_place["position"]["normalized"] == 1
+@pytest.mark.parametrize("choices, of_class, of_position", [
+    ([[0, 0], [1, 1], [0, 0], [1, 1]], 1, 0), ([[0, 1]] * 4, 0, 1)])
+def test_information_by_hand(choices, of_class, of_position):
+    """Experts that follow the class tell all about it, and nothing about the position."""
+    layer = counted(choices, 2, (0, 1, 2), [0, 1, 0, 1])
+    found = layer.summary("ab")["information"]
+    assert found["class"]["normalized"] == of_class
+    assert found["position"]["normalized"] == of_position
 
 
 @pytest.mark.statistics
 def test_chance_is_found_with_the_factors_of_other_images():
-    """With as many classes as images the class decides the expert, and would by chance: that information means nothing."""
+    """With as many classes as images the class decides the expert, and would so by chance."""
     choices = [[e, e] for e in (0, 1, 0, 1, 1, 0)]
-    many = counted(choices, 2, (0, 1, 2), [0, 1, 2, 3, 4, 5], 6).summary("abcdef")["information"]["class"]
-    assert_close((many["normalized"], many["normalized_by_chance"]), (1.0, 1.0))
-    two = counted(choices * 50, 2, (0, 1, 2), [0, 1, 0, 1, 1, 0] * 50).summary("ab")["information"]["class"]
-    assert two["normalized"] == 1 and two["normalized_by_chance"] < 0.05, "300 images: the chance is small"
+    many = counted(choices, 2, (0, 1, 2), [0, 1, 2, 3, 4, 5], 6).summary("abcdef")
+    found = many["information"]["class"]
+    assert_close((found["normalized"], found["normalized_by_chance"]), (1.0, 1.0))
 
 
 @pytest.mark.statistics
-def test_the_surest_patches_by_hand():
-    """Per expert the patches with the highest probability among those whose first choice it is, one per image."""
-    probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])  # three images of two
-    for batch in (1, 3):
-        layer = counted([[0, 0], [1, 0], [0, 1]], 2, (0, 1, 2), probs=probs, patches=3, batch=batch)
-        assert_close(layer.surest, torch.tensor([[0.95, 0.9, 0.6], [0.8, 0.7, 0.0]]))  # no third image chose expert 1
-        assert layer.surest_at[0].tolist() == [[2, 0], [0, 0], [1, 1]]  # (image, patch)
-        assert layer.surest_at[1, :2].tolist() == [[2, 1], [1, 0]]
+def test_chance_is_small_with_many_images():
+    """With 300 images of two classes, information by chance is below 0.05."""
+    labels = [0, 1, 0, 1, 1, 0] * 50
+    two = counted([[e, e] for e in labels], 2, (0, 1, 2), labels).summary("ab")
+    found = two["information"]["class"]
+    assert found["normalized"] == 1 and found["normalized_by_chance"] < 0.05
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_surest_patches_by_hand(batch):
+    """Per expert the patches of highest probability that chose it first, one per image."""
+    # Three images of two patches, so that place 5 is patch 1 of image 2.
+    probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])
+    layer = counted([[0, 0], [1, 0], [0, 1]], 2, (0, 1, 2), probs=probs, keep=3, batch=batch)
+    # Image 0 chose expert 0 twice, and 0.9 is the surer one. Only two images chose expert 1.
+    assert_close(layer.surest, torch.tensor([[0.95, 0.9, 0.6], [0.8, 0.7, 0.0]]))
+    assert layer.surest_at[0].tolist() == [4, 0, 3]
+    assert layer.surest_at[1, :2].tolist() == [5, 2]
 
 
 @pytest.mark.statistics
 @pytest.mark.parametrize("all_choices", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 11])
 def test_every_number_by_plain_loops(all_choices, batch):
-    """Random routing, class token, k = 2, an unused expert, a class without images: the summary is what loops find."""
+    """Random routing, class token, k = 2, an unused expert: the summary is what loops find."""
     M, rows, columns, E, C = 11, 2, 3, 5, 4
-    N, probs = rows * columns, torch.rand(M * (1 + rows * columns), E).softmax(1)
-    choices = [[tuple(torch.randperm(E - 1)[:2].tolist()) for _ in range(1 + N)] for _ in range(M)]  # never expert E - 1
+    N = rows * columns
+    probs = torch.rand(M * (1 + N), E).softmax(1)
+    choices = []  # never expert E - 1
+    for _ in range(M):
+        choices.append([torch.randperm(E - 1)[:2].tolist() for _ in range(1 + N)])
     labels = torch.randint(0, C - 1, (M,)).tolist()  # never class C - 1
-    layer = counted(choices, E, (1, rows, columns), labels, C, probs, batch, all_choices=all_choices)
+    layer = counted(choices, E, (1, rows, columns), labels, C, probs, batch,
+                    all_choices=all_choices)
     summary = layer.summary("abcd")
 
     K = 2 if all_choices else 1
-    seen = [(m, n, e) for m in range(M) for n in range(N) for e in choices[m][1 + n][:K]]  # every counted choice
+    seen = []  # every counted choice
+    for m in range(M):
+        for n in range(N):
+            seen += [(m, n, e) for e in choices[m][1 + n][:K]]
+    patches = torch.zeros(M, E)
+    for m, _, e in seen:
+        patches[m, e] += 1
+    patches = patches.tolist()
     share = [sum(e == i for _, _, e in seen) / len(seen) for i in range(E)]
     std = math.sqrt(sum((s - 1 / E) ** 2 for s in share) / E)
-    patches = [[sum((m, i) == (a, e) for a, _, e in seen) for i in range(E)] for m in range(M)]
-    entropy = sum(-p * math.log2(p) for m in range(M) for n in range(N) for p in probs[m * (1 + N) + 1 + n].tolist())
 
-    def information(rows_of):  # a list of (row, expert)
-        def h(values):
-            counts = [values.count(v) for v in set(values)]
-            return -sum(c / len(values) * math.log2(c / len(values)) for c in counts)
-        (a, b), both = zip(*rows_of), h(rows_of)
-        return h(a) + h(b) - both, (h(a) + h(b) - both) / min(h(a), h(b))
+    entropy = 0
+    for m in range(M):
+        for n in range(N):
+            entropy += sum(-p * math.log2(p) for p in probs[m * (1 + N) + 1 + n].tolist())
 
-    def with_chance(own, other):
-        return dict(zip(("bits", "normalized", "normalized_by_chance"), (*information(own), information(other)[1])))
+    def h(values):
+        counts = [values.count(v) for v in set(values)]
+        return -sum(c / len(values) * math.log2(c / len(values)) for c in counts)
 
-    expected = dict(
-        grid=[rows, columns], share=share, coefficient_of_variation=std * E,
-        class_token_share=[sum(e == i for m in range(M) for e in choices[m][0][:K]) / (M * K) for i in range(E)],
-        experts_per_image=sum(c > 0 for image in patches for c in image) / M, router_entropy_bits=entropy / (M * N),
-        information={
-            "class": with_chance([(labels[m], e) for m, _, e in seen], [(labels[layer.shuffled[m]], e) for m, _, e in seen]),
-            "position": with_chance([(n, e) for _, n, e in seen], [((n + m) % N, e) for m, n, e in seen])},
-        similarity=[[sum(a[i] + a[j] - abs(a[i] - a[j]) for a in patches if a[i] and a[j])
-                     / max(1, sum(a[i] + a[j] for a in patches if a[i] or a[j])) for j in range(E)] for i in range(E)],
-        spatial=[[[sum((r * columns + c, i) == (n, e) for _, n, e in seen) / M for c in range(columns)] for r in range(rows)]
-                 for i in range(E)],
-        patches_per_image_cdf=[[sum(0 < a[i] <= most for a in patches) / sum(a[i] > 0 for a in patches)
-                                for most in range(1, N + 1)] for i in range(E - 1)] + [None])
-    classes = {(i, name): sum((c, i) == (labels[m], e) for m, _, e in seen) / (len(seen) * share[i])
-               for i in range(E - 1) for c, name in enumerate("abcd")}
-    for i, top in enumerate(summary.pop("top_classes")):
-        assert_close(dict(top), {name: s for (e, name), s in classes.items() if e == i and s > 0}, atol=1e-6, rtol=0)
-        assert [s for _, s in top] == sorted((s for _, s in top), reverse=True)
-    assert summary["patches_per_image_cdf"].pop() is expected["patches_per_image_cdf"].pop() is None
+    def information(pairs, pairs_by_chance):  # lists of (level, expert)
+        found = []
+        for some in (pairs, pairs_by_chance):
+            a, b = zip(*some)
+            bits = h(a) + h(b) - h(some)
+            found += [bits, bits / min(h(a), h(b))]
+        return dict(bits=found[0], normalized=found[1], normalized_by_chance=found[3])
+
+    expected = dict(grid=[rows, columns], share=share, coefficient_of_variation=std * E)
+    tokens = []
+    for m in range(M):
+        tokens += choices[m][0][:K]
+    expected["class_token_share"] = [tokens.count(i) / (M * K) for i in range(E)]
+    expected["experts_per_image"] = sum(E - image.count(0) for image in patches) / M
+    expected["router_entropy_bits"] = entropy / (M * N)
+    expected["information"] = {
+        "class": information([(labels[m], e) for m, _, e in seen],
+                             [(labels[layer.shuffled[m]], e) for m, _, e in seen]),
+        "position": information([(n, e) for _, n, e in seen],
+                                [((n + m) % N, e) for m, n, e in seen])}
+    alike = torch.zeros(E, E, dtype=torch.float64)
+    for i in range(E):
+        for j in range(E):
+            pairs = [(image[i], image[j]) for image in patches]
+            both = sum(a + b - abs(a - b) for a, b in pairs if a and b)
+            alike[i, j] = both / max(1, sum(a + b for a, b in pairs if a or b))
+    expected["similarity"] = alike.tolist()
+    maps = torch.zeros(E, rows, columns, dtype=torch.float64)
+    for _, n, e in seen:
+        maps[e, n // columns, n % columns] += 1 / M
+    expected["spatial"] = maps.tolist()
+    curves = []
+    for i in range(E - 1):
+        used = [image[i] for image in patches if image[i]]
+        curves.append([sum(c <= most for c in used) / len(used) for most in range(1, N + 1)])
+
+    tops, cdf = summary.pop("top_classes"), summary.pop("patches_per_image_cdf")
+    for i in range(E - 1):
+        mine = [labels[m] for m, _, e in seen if e == i]
+        classes = {"abcd"[c]: mine.count(c) / len(mine) for c in set(mine)}
+        assert_close(dict(tops[i]), classes, atol=1e-6, rtol=0)
+        assert [s for _, s in tops[i]] == sorted(classes.values(), reverse=True)
+    assert tops[E - 1] == [] and cdf[E - 1] is None
+    assert_close(cdf[:-1], curves, atol=1e-6, rtol=0)
     assert_close(summary, expected, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------- one pass over the data
+# ---------------------------------------------------------------- one pass over the images
 
 
 class RedDecides(nn.Module):
-    """A stub: each pixel is a patch, and its red value is the expert it goes to; a second layer takes its 2x2 mean."""
+    """A stub: each pixel is a patch, and its red value is the expert that it goes to.
+
+    A second layer takes the mean of 2 x 2 pixels.
+    """
 
     def __init__(self, side, num_experts, grids=1):
         super().__init__()
-        self.grids, self.moe_blocks = [(0, side >> i, side >> i) for i in range(grids)], list(range(1, 1 + grids))
+        self.grids = [(0, side >> i, side >> i) for i in range(grids)]
+        self.moe_blocks = list(range(1, 1 + grids))
         self.num_experts = num_experts
 
     def forward(self, images, return_routing):
         red = (images[:, 0] * STD[0] + MEAN[0]) * 255  # (B, S, S), undoing normalize()
-        levels = [nn.functional.avg_pool2d(red, 1 << i).round().long().flatten(1) for i in range(len(self.grids))]
-        return None, [routing(level.tolist(), self.num_experts) for level in levels]
+        routings = []
+        for i in range(len(self.grids)):
+            level = nn.functional.avg_pool2d(red, 1 << i).round().long().flatten(1)
+            routings.append(routing(level.tolist(), self.num_experts))
+        return None, routings
 
 
 def red_images(values, side=2):
@@ -269,28 +353,33 @@ def red_images(values, side=2):
 
 def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
     """inspect() on such images: a Run, and its arguments."""
-    args = SimpleNamespace(**dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2, data="red",
-                                  split="all") | options)
+    usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
+                 data="red", split="all")
+    args = SimpleNamespace(**usual | options)
     data = TensorImages(red_images(values, side), torch.tensor(labels), classes)
     checkpoint = dict(config=dict(model="stub", num_experts=num_experts), mean=MEAN, std=STD)
-    return inspect("stub.pt", RedDecides(side, num_experts, grids), checkpoint, data, args, CPU), args
+    model = RedDecides(side, num_experts, grids)
+    return inspect("stub.pt", model, checkpoint, data, args, CPU), args
 
 
 @pytest.mark.statistics
 def test_counting_while_the_images_pass_by():
-    """Over a loader with a last, smaller batch: every image is counted once, under its own class."""
-    run, _ = red_run([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]], 2, [1, 0, 1], ["a", "b"])
-    assert run.counts[0].images == 3
-    assert run.counts[0].tables["class"].tolist() == [[0, 4], [5, 3]]  # b: 3 + 2 patches for expert 0, 1 + 2 for expert 1
+    """Over a loader with a last, smaller batch every image is counted once, under its class."""
+    values = [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+    run, _ = red_run(values, 2, [1, 0, 1], ["a", "b"])
+    assert run.images == 3
+    # b: 3 + 2 patches for expert 0, and 1 + 2 for expert 1
+    assert run.class_tables[0].tolist() == [[0, 4], [5, 3]]
 
 
 @pytest.mark.statistics
 def test_two_grid_sizes():
     """A ConvNeXt has fewer patches in its later stages: each layer is counted on its own grid."""
-    run, _ = red_run([[0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]], 2, [0], ["a"], side=4, grids=2)
+    values = [[0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]]
+    run, _ = red_run(values, 2, [0], ["a"], side=4, grids=2)
     assert [layer["grid"] for layer in run.layers] == [[4, 4], [2, 2]]
     assert run.layers[1]["spatial"][1] == [[0, 1], [1, 0]]
-    assert len(run.layers[0]["patches_per_image_cdf"][0]) == 16 and len(run.layers[1]["patches_per_image_cdf"][0]) == 4
+    assert [len(layer["patches_per_image_cdf"][0]) for layer in run.layers] == [16, 4]
 
 
 @pytest.mark.statistics
@@ -302,36 +391,60 @@ def test_max_images_are_spread_over_the_data():
 
 @pytest.mark.statistics
 def test_examples_show_their_own_routing():
-    """An example is the image as loaded, its class, and the experts of its patches as a picture."""
+    """An example is the image as loaded, its label, and the experts of its patches."""
     values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
-    run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)  # the middles of the two halves: images 1 and 4
-    assert [name for name, _, _ in run.examples] == ["b", "a"]
+    # The middles of the two halves are images 1 and 4.
+    run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)
+    assert [label for label, _, _ in run.examples] == [1, 0]
     for (_, image, maps), i in zip(run.examples, (1, 4)):
-        assert torch.equal(image, red_images(values)[i]) and maps[0].flatten().tolist() == values[i]
-    assert len(red_run(values[:1], 4, [0], ["a"], examples=8)[0].examples) == 1, "an image is shown once"
+        assert torch.equal(image, red_images(values)[i])
+        assert maps[0].flatten().tolist() == values[i]
+
+
+@pytest.mark.statistics
+def test_an_image_is_shown_once():
+    """With fewer images than examples each image is one example."""
+    run, _ = red_run([[0, 1, 2, 3]], 4, [0], ["a"], examples=8)
+    assert len(run.examples) == 1
 
 
 @pytest.mark.statistics
 def test_an_image_that_cannot_be_read_is_named():
     """Numbers without an image would not be comparable: the run stops and names the file."""
     class Broken(TensorImages):
-        def __getitem__(self, index):
-            return self.images[index], 0, index if index == 1 else -1
+        def __getitem__(self, indices):
+            unreadable = torch.tensor([i if i == 1 else -1 for i in indices])
+            return self.images[indices], self.labels[indices], unreadable
 
-    data = torch.utils.data.Subset(Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"]), [0, 1, 2])
+    data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
     layer = LayerCounts(2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
     with pytest.raises(ValueError, match="cannot read image 1: repair or remove"):
-        count_routing(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
+        count_choices(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
+
+
+@pytest.mark.statistics
+def test_a_router_that_computes_nan_is_refused():
+    """A checkpoint with broken weights gets no report with NaN in it."""
+    class Broken(RedDecides):
+        def forward(self, images, return_routing):
+            _, (good,) = super().forward(images, return_routing)
+            return None, [good._replace(probs=good.probs * math.nan)]
+
+    data = TensorImages(red_images([[0, 1, 1, 1]]), torch.tensor([0]), ["a"])
+    checkpoint = dict(config=dict(num_experts=2), mean=MEAN, std=STD)
+    args = SimpleNamespace(max_images=None, batch_size=2, workers=0, all_choices=False, examples=0)
+    with pytest.raises(ValueError, match="a.pt: the router of block 1 computes .* not finite"):
+        inspect("a.pt", Broken(2, 2), checkpoint, data, args, CPU)
 
 
 @pytest.mark.statistics
 def test_known_factors_of_shapes():
-    """A patch shows the object if more than half its pixels do; shape, texture and colour count on these patches only."""
-    data = Shapes(20, seed=2)
-    chosen = torch.arange(20)
-    factors = known_factors(data, chosen, (0, 8, 8), lambda images: images)
+    """A patch shows the object if more than half its pixels do, and only then has a shape."""
+    data = Shapes(20, seed=2, transform=lambda images: images)
+    factors = known_factors(data, torch.arange(20), (0, 8, 8))
     assert list(factors) == ["class", "object", "shape", "texture", "colour"]
-    assert [count for _, count in factors.values()] == [16, 2, 4, 4, int(data.factors["colour"].max()) + 1]
+    colours = int(data.factors["colour"].max()) + 1
+    assert [count for _, count in factors.values()] == [16, 2, 4, 4, colours]
     for m in range(20):
         for n in range(64):
             r, c = n // 8 * 4, n % 8 * 4
@@ -343,92 +456,229 @@ def test_known_factors_of_shapes():
 
 @pytest.mark.statistics
 def test_experts_that_follow_the_object_are_found():
-    """Experts 0 and 1 for background and object: information 1 with `object`, none with shape, and more than by chance."""
-    data = Shapes(200, seed=2)
-    factors = known_factors(data, torch.arange(200), (0, 8, 8), lambda images: images)
+    """Experts for background and object have an information of 1 with `object`, 0 with shape."""
+    data = Shapes(200, seed=2, transform=lambda images: images)
+    factors = known_factors(data, torch.arange(200), (0, 8, 8))
     layer = LayerCounts(2, (0, 8, 8), factors)
     layer.add(routing(factors["object"][0].tolist(), 2))
     found = layer.summary(data.classes)["information"]
     assert_close(found["object"]["normalized"], 1.0)
     assert found["shape"]["bits"] == 0, "on the object there is one expert only"
-    assert 0.2 < found["object"]["normalized_by_chance"] < 0.8, "objects are in the centre: position alone tells something"
+    by_chance = found["object"]["normalized_by_chance"]
+    assert 0.2 < by_chance < 0.8, "objects are in the centre: the position alone tells something"
 
 
 @pytest.mark.statistics
-@pytest.mark.parametrize("patch, top, left", [(0, 0, 0), (27, 6, 6), (63, 20, 20)])
+@pytest.mark.parametrize("patch, top, left", [(0, 0, 0), (27, 8, 8), (63, 20, 20)])
 def test_cut_outs_stay_inside(patch, top, left):
-    """A patch of an 8x8 grid on 32 pixels with its neighbours is 12 x 12 pixels, moved inside at the border."""
-    image = torch.arange(3 * 32 * 32).view(3, 32, 32)  # patch 27 is row 3, column 3: centre 14, so from 14 - 6 = 8
-    top, left = (8, 8) if patch == 27 else (top, left)
-    assert torch.equal(cut_out(image, patch, (0, 8, 8), size=12), image[:, top:top + 12, left:left + 12])
+    """A patch of an 8 x 8 grid on 32 pixels with its neighbours is 12 x 12 pixels."""
+    image = torch.arange(3 * 32 * 32).view(3, 32, 32)
+    # Patch 27 is in row 3 and column 3, so its centre is 14 and the cut begins at 14 - 6 = 8.
+    cut = cut_out(image, patch, (0, 8, 8), size=12)
+    assert torch.equal(cut, image[:, top:top + 12, left:left + 12])
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- figures
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def parse(panel):
+    """A panel's elements by kind, {"rect": [attributes, ...], ...}, and its texts by position.
+
+    Numbers are relative to the panel's corner below the title.
+    """
+    root = ET.fromstring(f'<g xmlns="http://www.w3.org/2000/svg">{"".join(panel.marks)}</g>')
+    marks = dict(rect=[], image=[], polyline=[])
+    texts = {}
+    for mark in root:
+        kind = mark.tag.removeprefix(SVG)
+        if kind == "text":
+            texts[float(mark.get("x")), float(mark.get("y"))] = mark.text
+        else:
+            marks[kind].append(mark.attrib)
+    return marks, texts
+
+
+def place(mark):
+    """x, y, width and height of a rect or an image."""
+    return [float(mark[name]) for name in ("x", "y", "width", "height")]
+
+
+def pixels(mark):
+    """The Pillow image inside an element `image` of SVG."""
+    return Image.open(io.BytesIO(base64.b64decode(mark["href"].partition(",")[2])))
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("num_experts", [2, 8, 9, 16, 64])
+@pytest.mark.parametrize("num_experts", [2, 8, 9, 16, 64, 200])
 def test_every_expert_has_its_own_colour(num_experts):
     """No two experts share a colour."""
     assert len(set(palette(num_experts))) == num_experts
 
 
 @pytest.mark.report
+@pytest.mark.parametrize("num_experts", [8, 16, 200])
+def test_no_tint_looks_like_no_tint(num_experts):
+    """On a grey photograph every expert's tint has a colour: its channels differ by 20 or more."""
+    colours = palette(num_experts)
+    photograph = torch.full((3, 2, 2), 128, dtype=torch.uint8)
+    for e in range(num_experts):
+        tinted = overlay(photograph, torch.tensor([[e]]), colours)[:, 0, 0].int()
+        assert tinted.max() - tinted.min() >= 20, f"expert {e} is grey: {colours[e]}"
+
+
+@pytest.mark.report
 def test_a_patch_is_tinted_by_its_expert():
     """On black, the overlay is 0.6 of the expert's colour, each patch in its place."""
-    picture = overlay(torch.zeros(3, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
-    red, blue = (60, 0, 0), (0, 0, 120)
-    assert [picture.getpixel(xy) for xy in ((0, 0), (3, 1), (1, 2), (2, 3))] == [red, blue, red, red]
+    black = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    tinted = overlay(black, torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
+    red, blue = [60, 0, 0], [0, 0, 120]
+    assert tinted[:, 0, 0].tolist() == tinted[:, 2, 1].tolist() == tinted[:, 3, 2].tolist() == red
+    assert tinted[:, 1, 3].tolist() == blue
 
 
 @pytest.mark.report
-def test_tint_is_transparent_at_zero():
-    """A heat map has one colour and the values as opacity, so it can lie on a light and on a dark page."""
-    picture = tint(torch.tensor([[0.0, 1.0], [0.2, 0.0]]), (1, 2, 3))
-    assert [picture.getpixel(xy) for xy in ((0, 0), (1, 0), (0, 1))] == [(1, 2, 3, 0), (1, 2, 3, 255), (1, 2, 3, 51)]
+def test_tint_has_one_colour_and_the_values_as_opacity():
+    """A map is 10% opaque at 0 and 80% at 1, so that it lies on a light and on a dark page."""
+    tinted = tint(torch.tensor([[0.0, 1.0, 0.5]]), (1, 2, 3))
+    assert tinted[:3, 0, 1].tolist() == [1, 2, 3]
+    assert tinted[3, 0].tolist() == [26, 204, 115]  # 255 * 0.1, 255 * 0.8, 255 * 0.45, rounded
 
 
 @pytest.mark.report
-def test_a_panel_is_drawn_alike_in_both_ways():
-    """The same marks become SVG with these coordinates, and pixels at twice these coordinates below the title."""
-    panel = Panel("<title>", 30)
-    panel.rect(10, 5, 20, 10, (200, 0, 0), 0.5)
-    panel.line([(0, 25), (320, 25)], (0, 0, 200), 2)
-    panel.text(5, 20, "a<b")
-    panel.image(40, 5, 10, 10, Image.new("RGB", (2, 2), (0, 200, 0)))
-    page = svg(panel)
-    assert '<rect x="10.0" y="5.0" width="20.0" height="10.0" fill="rgb(200, 0, 0)" fill-opacity="0.50"/>' in page
-    assert 'points="0.0,25.0 320.0,25.0"' in page
-    assert "a&lt;b</text>" in page and "&lt;title&gt;" in page and "<title>" not in page
-    picture = png(panel, scale=2, top=22)
-    assert picture.size == (640, 2 * 52)
-    half = (228, 127, 127)  # red at half strength on white: 255 - 0.5 * 55 = 227.5, 255 - 0.5 * 255 = 127.5
-    assert max(abs(a - b) for a, b in zip(picture.getpixel((40, 64)), half)) <= 1
-    assert picture.getpixel((300, 94)) == (0, 0, 200) and picture.getpixel((90, 64)) == (0, 200, 0)
+def test_bars_by_hand():
+    """Values of 1 and 0.5 of a top of 1 are bars of 110 and 55 pixels on the same base line."""
+    marks, texts = parse(bars("", [1, 0.5], 1, [(1, 2, 3), (4, 5, 6)], ["a", "b"], ["100%", "50%"]))
+    # Half of 320 pixels each, with a tenth free on either side.
+    assert [place(bar) for bar in marks["rect"]] == [[16, 5, 128, 110], [176, 60, 128, 55]]
+    assert [bar["fill"] for bar in marks["rect"]] == ["rgb(1, 2, 3)", "rgb(4, 5, 6)"]
+    assert texts == {(80, 129): "a", (240, 129): "b", (80, 143): "100%", (240, 143): "50%"}
 
 
 @pytest.mark.report
-def test_a_sheet_has_four_panels_to_a_row():
-    """Six panels are two rows, and the row's height is that of its highest panel."""
-    last = Panel("", 200)
-    last.rect(0, 0, 320, 200, (0, 0, 200))
-    picture = sheet([Panel("", 100)] * 5 + [last])
-    assert picture.size == (40 + 4 * 680, 40 + 2 * (100 + 22) + 40 + 2 * (200 + 22) + 40)
-    x, y = 40 + 680, 40 + 2 * (100 + 22) + 40 + 2 * 22  # the second of the second row, below its title
-    assert picture.getpixel((x, y)) == (0, 0, 200)
-    assert picture.getpixel((x - 1, y)) == picture.getpixel((x, y - 1)) == (255, 255, 255)
+@pytest.mark.parametrize("count", [16, 64, 200, 1000])
+def test_labels_have_room(count):
+    """However many bars there are, their labels do not overlap and the bars have a width."""
+    numbers = list(range(count))
+    marks, texts = parse(bars("", [1] * count, 1, palette(count), numbers, [""] * count))
+    assert all(place(bar)[2] > 0 for bar in marks["rect"])
+    at = sorted(x for x, _ in texts)
+    wide = 7 * len(str(count - 1))
+    assert all(b - a >= wide for a, b in zip(at, at[1:])) and len(at) >= 2
+
+
+@pytest.mark.report
+def test_a_curve_by_hand():
+    """A curve from (1, 0) to (5, 1) goes from the corner of the axes to the opposite corner."""
+    marks, texts = parse(plot("", [[(1, 0), (3, 0.5), (5, 1)]], [(1, 2, 3)], 5))
+    curve = marks["polyline"][-1]
+    assert curve["points"] == "34.0,150.0 171.0,78.0 308.0,6.0"
+    assert curve["stroke"] == "rgb(1, 2, 3)"
+    ticks = {(34, 165): "1", (171, 165): "3", (308, 165): "5"}
+    assert ticks.items() <= texts.items()
+
+
+@pytest.mark.report
+def test_tiles_by_hand():
+    """Three pictures, two to a row, stand in reading order below their labels; None has none."""
+    red = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red[0] = 255
+    marks, texts = parse(tiles("", [red, None, red], ["a", "b", "c"], 2))
+    # (320 - 6) / 2 = 157 pixels wide and high, 6 apart, and 20 pixels for the label
+    assert [place(image) for image in marks["image"]] == [[0, 15, 157, 157], [0, 192, 157, 157]]
+    assert texts == {(0, 11): "a", (163, 11): "b", (0, 188): "c"}
+    assert pixels(marks["image"][1]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.report
+def test_heat_map_by_hand():
+    """A cell per value in one small picture, rows down and columns across, with the numbers."""
+    values = torch.tensor([[0.0, 0.5], [0.13, 0.25]])
+    marks, texts = parse(heat_map("", values, ["r0", "r1"], ["c0", "c1"], 20, 30, top=0.5))
+    cells = marks["image"][0]
+    assert place(cells) == [20, 16, 300, 60] and cells["image-rendering"] == "pixelated"
+    opacity = [pixels(cells).getpixel(xy)[3] for xy in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    assert opacity == [26, 204, 72, 115]  # 255 * (0.1 + 0.7 * value / 0.5), rounded
+    assert texts[95, 35] == ".00" and texts[245, 35] == ".50"
+    assert texts[95, 65] == ".13" and texts[245, 65] == ".25"
+    assert texts[15, 35] == "r0" and texts[15, 65] == "r1" and texts[95, 11] == "c0"
+
+
+@pytest.mark.report
+def test_the_rows_of_a_large_heat_map_have_labels_with_room():
+    """With 1,000 rows of a pixel every twelfth has a label."""
+    names = [str(c) for c in range(1000)]
+    _, texts = parse(heat_map("", torch.zeros(1000, 16), names, range(16), 110, 1))
+    rows = [name for (x, _), name in texts.items() if x == 105]
+    assert rows == [str(c) for c in range(0, 1000, 12)]
+
+
+@pytest.mark.report
+def test_large_pictures_are_reduced():
+    """A picture has at most twice the pixels that the page shows, and a small one keeps its own."""
+    large = pixels(ET.fromstring(picture(0, 0, 75, 50, torch.zeros(4, 400, 400).byte())).attrib)
+    small = pixels(ET.fromstring(picture(0, 0, 75, 50, torch.zeros(4, 8, 8).byte())).attrib)
+    assert large.size == (150, 100) and small.size == (8, 8)
+
+
+@pytest.mark.report
+def test_texts_are_escaped():
+    """Markup in a name is shown and not obeyed."""
+    assert ET.fromstring(text(1, 2, "<b>&\"'")).text == "<b>&\"'"
+
+
+@pytest.mark.report
+def test_what_xml_forbids_is_replaced():
+    """A control character or half a character of a file name would make the SVG unreadable."""
+    assert escape("a\x01b\udce9c\ufffe") == "a□b□c□"
+    assert escape("猫 🐦 العربية") == "猫 🐦 العربية"
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("name, expected", [
+    ("abcd", "abcd"), ("abcde", "abc…"), ("猫犬", "猫犬"), ("猫犬鳥", "猫…")])
+def test_short_names_by_hand(name, expected):
+    """A long name is cut to four places, of which a Chinese character takes two."""
+    assert short(name, 4) == expected
+
+
+@pytest.mark.report
+def test_a_panel_of_the_page_has_its_title_above_the_marks():
+    """The title is the alt text and the first line, and the marks are moved below it."""
+    svg = page_svg(Panel("a & b", 30, [text(5, 20, "inside")]))
+    root = ET.fromstring(svg)
+    assert root.get("aria-label") == "a & b" and root.get("viewBox") == "0 0 320 54"
+    group = root.find("g")
+    assert group.get("transform") == "translate(0 24)"
+    title, inside = group.findall("text")
+    assert (title.text, title.get("y")) == ("a & b", "-10")
+    assert (inside.text, inside.get("y")) == ("inside", "20")
+
+
+@pytest.mark.report
+def test_a_file_has_four_panels_to_a_row():
+    """Six panels are two rows, as far apart as the highest panel needs, on white."""
+    panels = [Panel(str(i), 100, []) for i in range(5)] + [Panel("5", 200, [])]
+    root = ET.fromstring(file_svg(panels))
+    assert root.tag == SVG + "svg"
+    corners = [group.get("transform") for group in root.findall(SVG + "g")]
+    # Columns are 320 + 24 pixels apart, and rows 24 (title) + 200 + 24.
+    assert corners[3] == "translate(1056 48)" and corners[4] == "translate(24 296)"
+    assert (root.get("width"), root.get("height")) == (str(24 + 4 * 344), str(24 + 2 * 248))
+    assert root.find(SVG + "rect").get("fill") == "rgb(255, 255, 255)"
 
 
 # ---------------------------------------------------------------- the files
 
 
 class Page(HTMLParser):
-    """Collects tags, attributes and text, and sees to it that what is opened is closed."""
+    """Collects tags, links and text, and sees to it that what is opened is closed."""
 
-    def __init__(self, text):
+    def __init__(self, source):
         super().__init__()
         self.tags, self.links, self.text, self.open = [], [], "", []
-        self.feed(text)
+        self.feed(source)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
@@ -436,7 +686,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.handle_startendtag(tag, attributes)
-        if tag in ("svg", "figure", "div", "table", "text", "p", "h2", "h3"):
+        if tag in ("svg", "g", "div", "table", "text", "p", "h2", "h3"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -450,8 +700,11 @@ class Page(HTMLParser):
 EXTREMES = {  # values, E, labels, classes, options
     "two classes": ([[0, 1, 1, 1], [0, 0, 0, 1]], 2, [0, 1], ["a", "b"], {}),
     "one image": ([[0, 1, 2, 3]], 8, [0], ["a"], {}),
+    "one expert": ([[0, 0, 0, 0]], 1, [0], ["a"], {}),
     "64 experts": ([[0, 11, 22, 33], [63, 62, 61, 60]], 64, [0, 1], ["a", "b"], {}),
-    "1000 classes": ([[0, 1, 2, 3]] * 10, 4, list(range(10)), [f"class number {i}" for i in range(1000)], {}),
+    "200 experts": ([[0, 11, 22, 199]], 200, [0], ["a"], {}),
+    "1000 classes": ([[0, 1, 2, 3]] * 10, 4, list(range(10)), [f"class {i}" for i in range(1000)],
+                     {}),
     "two grids": ([[0, 0, 1, 1] * 4] * 2, 3, [0, 0], ["a", "b"], dict(side=4, grids=2)),
     "no examples": ([[0, 1, 1, 1]], 2, [0], ["a"], dict(examples=0))}
 
@@ -459,50 +712,133 @@ EXTREMES = {  # values, E, labels, classes, options
 @pytest.mark.report
 @pytest.mark.parametrize("case", EXTREMES)
 def test_the_report_has_a_picture_per_layer(case):
-    """From 2 to 64 experts and to 1,000 classes: well-formed, all figures there, and every figure also a PNG that opens."""
+    """From 1 to 200 experts and to 1,000 classes: well-formed, and all figures are there."""
+    *values, options = EXTREMES[case]
+    run, args = red_run(*values, **options)
+    page = Page(make_files([run], args)["report.html"].decode())
+    layers, examples = len(run.layers), len(run.examples)
+    # Per layer: load, map, classes, similarity, patches and curves. Then one per example, two
+    # legends, depth, and factors measured and by chance.
+    assert page.open == [] and page.tags.count("svg") == 6 * layers + examples + 2 + 1 + 2
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("case", EXTREMES)
+def test_every_figure_is_also_an_svg_file(case):
+    """Each file is XML, has the panels of the page, and no mark with a negative size."""
     *values, options = EXTREMES[case]
     run, args = red_run(*values, **options)
     files = make_files([run], args)
-    page, layers, examples = Page(files["report.html"].decode()), len(run.layers), len(run.examples)
-    # per layer: load, map, classes, similarity, patches, curves; per example one; two legends; depth; factors and by chance
-    assert page.open == [] and page.tags.count("svg") == 6 * layers + examples + 2 + 1 + 2
-    assert set(files) == {"summary.json", "routing.csv", "report.html"} | {f"{figure[0]}.png" for figure in FIGURES}
-    for figure in FIGURES:
-        Image.open(io.BytesIO(files[f"{figure[0]}.png"])).verify()
-    json.loads(files["summary.json"], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    names = {f"{figure}.svg" for figure in FIGURES}
+    assert set(files) == {"summary.json", "routing.csv", "report.html"} | names
+    panels = 0
+    for name in names:
+        root = ET.fromstring(files[name])
+        panels += len(root.findall(SVG + "g"))
+        sizes = [float(mark.get("width")) for mark in root.iter() if mark.get("width")]
+        assert min(sizes) > 0, name
+    assert panels == files["report.html"].count(b"<svg")
+
+
+@pytest.mark.report
+def test_the_caption_of_a_figure_is_its_docstring():
+    """The report says above each figure what its function's docstring says."""
+    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    said = " ".join(Page(make_files([run], args)["report.html"].decode()).text.split())
+    for draw in FIGURES.values():
+        heading, caption = draw.__doc__.split("\n", 1)
+        assert heading in said and " ".join(caption.split()) in said
+
+
+@pytest.mark.report
+def test_summary_is_json_without_nan():
+    """Other programs read summary.json: NaN is no JSON."""
+    run, args = red_run([[0, 1, 1, 1]], 8, [0], ["a", "empty"])
+    summary = make_files([run], args)["summary.json"]
+    json.loads(summary, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.report
+def test_summary_keeps_names_as_they_are():
+    """Numbers share a line, and a name that looks like numbers keeps its spaces."""
+    name = "[1,  2,\n 3]"
+    run, args = red_run([[0, 0, 1, 1]], 2, [0], [name])
+    files = make_files([run], args)
+    summary = json.loads(files["summary.json"])
+    assert summary["layers"][0]["top_classes"][0] == [[name, 1.0]]
+    assert b"0.5, 0.5" in files["summary.json"]
 
 
 @pytest.mark.report
 def test_names_are_only_text():
-    """Class names and paths with markup in them are shown and not obeyed; the page loads nothing from elsewhere."""
+    """Names with markup in them are shown and not obeyed, and the page loads nothing."""
     name = "<script>alert(1)</script>"
     run, args = red_run([[0, 1, 1, 1]], 2, [0], [name, 'a" onload="x'])
     page = Page(make_files([run._replace(name=name)], args)["report.html"].decode())
     assert "script" not in page.tags and name in page.text
-    assert all(link.startswith("data:image/") for link in page.links) and page.links
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+
+
+@pytest.mark.report
+def test_names_of_any_characters():
+    """Chinese, Arabic, emojis, control characters and bytes that are no UTF-8 can be written."""
+    names = ["猫", "العربية", "🐦 bird", "a\x01b\nc", os.fsdecode(b"caf\xe9")]
+    run, args = red_run([[0, 1, 1, 1]] * 5, 2, [0, 1, 2, 3, 4], names, examples=5)
+    files = make_files([run], args)
+    titles = [mark.text for mark in ET.fromstring(files["fig6.svg"]).iter(SVG + "text")]
+    assert {"猫", "العربية", "🐦 bird"} <= set(titles)
+    assert "猫" in files["routing.csv"].decode("utf-8-sig")
 
 
 @pytest.mark.report
 def test_routing_csv_by_hand():
-    """One row per layer, class and expert; a class without images has 0 tokens and a share of 0; commas are quoted."""
-    run, args = red_run([[0, 0, 0, 1], [1, 1, 1, 1]], 2, [0, 2], ["a,b", "empty", "c"])
-    rows = list(csv.reader(io.StringIO(make_files([run], args)["routing.csv"].decode())))
+    """One row per layer, class and expert; a class without images has 0 tokens and a share of 0."""
+    values, classes = [[0, 0, 0, 1], [1, 1, 1, 1]], ["a,b", "empty", "c"]
+    run, _ = red_run(values, 2, [0, 2], classes)
+    rows = list(csv.reader(io.StringIO(routing_csv(run), newline="")))
     assert rows == [["layer", "block", "class", "expert", "tokens", "share"],
-                    ["0", "1", "a,b", "0", "3", "0.750000"], ["0", "1", "a,b", "1", "1", "0.250000"],
-                    ["0", "1", "empty", "0", "0", "0.000000"], ["0", "1", "empty", "1", "0", "0.000000"],
-                    ["0", "1", "c", "0", "0", "0.000000"], ["0", "1", "c", "1", "4", "1.000000"]]
+                    ["0", "1", "a,b", "0", "3", "0.750000"],
+                    ["0", "1", "a,b", "1", "1", "0.250000"],
+                    ["0", "1", "empty", "0", "0", "0.000000"],
+                    ["0", "1", "empty", "1", "0", "0.000000"],
+                    ["0", "1", "c", "0", "0", "0.000000"],
+                    ["0", "1", "c", "1", "4", "1.000000"]]
+
+
+@pytest.mark.report
+def test_a_spreadsheet_takes_no_class_for_a_formula():
+    """A name that starts with = + - @ or a tab gets an apostrophe, and other names get none."""
+    names = ["=1+1", "+1", "-2+3", "@SUM(1)", "\t=1", "a=1", "001"]
+    run, _ = red_run([[0, 1, 1, 1]], 2, [0], names)
+    rows = csv.reader(io.StringIO(routing_csv(run), newline=""))
+    cells = list(dict.fromkeys(row[2] for row in rows))
+    expected = ["'=1+1", "'+1", "'-2+3", "'@SUM(1)", "'\t=1", "a=1", "001"]
+    assert cells == ["class"] + expected
+
+
+@pytest.mark.report
+def test_a_spreadsheet_knows_the_encoding():
+    """routing.csv begins with UTF-8's byte order mark, without which Excel shows café wrong."""
+    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["café"])
+    content = make_files([run], args)["routing.csv"]
+    assert content.startswith(b"\xef\xbb\xbflayer,") and "café".encode() in content
 
 
 @pytest.mark.report
 def test_two_checkpoints_side_by_side():
-    """With --compare the page, the PNG files and summary.json hold both; each routing has a CSV of its own."""
-    (run, args), (other, _) = (red_run([values], 2, [0], ["a"]) for values in ([0, 1, 1, 1], [0, 0, 0, 1]))
+    """With --compare the page and summary.json hold both; CSV and figures have files each."""
+    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    other, _ = red_run([[0, 0, 0, 1]], 2, [0], ["a"])
     files = make_files([run, other._replace(name="other.pt")], args)
     summary = json.loads(files["summary.json"])
-    assert summary["layers"][0]["share"] == [0.25, 0.75] and summary["compare"]["layers"][0]["share"] == [0.75, 0.25]
-    assert files["routing.csv"] != files["routing_compare.csv"]
+    assert summary["layers"][0]["share"] == [0.25, 0.75]
+    assert summary["compare"]["layers"][0]["share"] == [0.75, 0.25]
+    for name in ("routing.csv", "fig5.svg"):
+        assert files[name] == make_files([run], args)[name]
+        assert files[name] != files[name.replace(".", "_compare.")]
     alone = make_files([run], args)["report.html"].count(b"<svg")
-    assert files["report.html"].count(b"<svg") == 2 * alone and b"<h3>other.pt</h3>" in files["report.html"]
+    page = files["report.html"]
+    assert page.count(b"<svg") == 2 * alone and b"<h3>other.pt</h3>" in page
 
 
 # ---------------------------------------------------------------- command line
@@ -510,14 +846,15 @@ def test_two_checkpoints_side_by_side():
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """Saves untrained checkpoints in an empty folder, which becomes the current one: name.pt from options of the model."""
+    """Saves untrained checkpoints in an empty folder, which becomes the current one."""
     monkeypatch.chdir(tmp_path)
 
     def save(name, **options):
         config = dict(model="convnext_nano", num_classes=16, num_experts=4) | options
-        torch.save(dict(config=config, classes=Shapes(1, 2).classes, image_size=32, crop_ratio=1.0, mean=MEAN, std=STD,
-                        model=build_model(config).state_dict(), ema={}, optimizer={}, epoch=1, step=1, best=0.0, args={}),
-                   name)
+        model = build_model(config).state_dict()
+        usual = dict(image_size=32, crop_ratio=1.0, mean=MEAN, std=STD, ema={}, optimizer={},
+                     epoch=1, step=1, best=0.0, args={})
+        torch.save(usual | dict(config=config, classes=Shapes(1, 2).classes, model=model), name)
         return name
     return save
 
@@ -532,19 +869,41 @@ def run_main(monkeypatch, *argv):
 
 @pytest.mark.report
 def test_one_command_writes_everything(checkpoint, monkeypatch):
-    """A ViT with k = 2 beside a ConvNeXt with three grids, 40 images: all files are there and say what they are about."""
+    """A ViT with k = 2 beside a ConvNeXt with three grids: all files say what they are about."""
     vit = checkpoint("vit.pt", model="vit_nano", moe_layers="every2", k=2)
     conv = checkpoint("conv.pt", moe_layers="every2", k=1)
-    run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40", "--all-choices",
-             "--out", "deep/out")
-    assert sorted(os.listdir("deep/out")) == sorted(
-        ["summary.json", "routing.csv", "routing_compare.csv", "report.html"] + [f"{figure[0]}.png" for figure in FIGURES])
+    run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40",
+             "--all-choices", "--out", "deep/out")
+    expected = ["summary.json", "report.html"]
+    for name in ("routing.csv", *(f"{figure}.svg" for figure in FIGURES)):
+        expected += [name, name.replace(".", "_compare.")]
+    assert sorted(os.listdir("deep/out")) == sorted(expected)
     summary = json.loads(Path("deep/out/summary.json").read_text())
-    assert (summary["images"], summary["data"], summary["choices"], summary["checkpoint"]) == (40, "shapes", "all", "vit.pt")
-    assert summary["versions"]["torch"] == torch.__version__ and summary["model"]["model"] == "vit_nano"
-    assert [layer["block"] for layer in summary["layers"]] == [1, 3] and summary["layers"][0]["grid"] == [4, 4]
-    assert [layer["grid"] for layer in summary["compare"]["layers"]] == [[8, 8], [4, 4], [2, 2]]
-    assert set(summary["layers"][0]["information"]) == {"class", "object", "shape", "texture", "colour", "position"}
+    assert (summary["images"], summary["data"], summary["choices"]) == (40, "shapes", "all")
+    assert (summary["checkpoint"], summary["model"]["model"]) == ("vit.pt", "vit_nano")
+    assert summary["versions"]["torch"] == torch.__version__
+    layers = summary["layers"]
+    assert [layer["block"] for layer in layers] == [1, 3] and layers[0]["grid"] == [4, 4]
+    assert set(layers[0]["information"]) == {
+        "class", "object", "shape", "texture", "colour", "position"}
+    grids = [layer["grid"] for layer in summary["compare"]["layers"]]
+    assert grids == [[8, 8], [4, 4], [2, 2]]
+
+
+@pytest.mark.report
+def test_what_is_printed(checkpoint, monkeypatch, capsys):
+    """A line per MoE layer: block, experts per image, information per factor, load per expert."""
+    path = checkpoint("a.pt", moe_layers="last2")
+    run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
+    summary = json.loads(Path("out/summary.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    for layer, line in zip(summary["layers"], lines[2:]):
+        numbers = re.findall(r"[\d.]+", line)
+        assert int(numbers[0]) == layer["block"]
+        found = [known["normalized"] for known in layer["information"].values()]
+        load = [100 * share for share in layer["share"]]
+        expected = [layer["experts_per_image"], *found, *load]
+        assert_close([float(number) for number in numbers[1:]], expected, atol=0.051, rtol=0)
 
 
 @pytest.mark.report
@@ -553,9 +912,11 @@ def test_folders_have_class_and_position_only(checkpoint, monkeypatch):
     for name in ("circle-plain", "cross-dots"):
         os.makedirs(f"images/{name}")
         Image.new("RGB", (40, 36), (200, 100, 50)).save(f"images/{name}/1.png")
-    run_main(monkeypatch, checkpoint("a.pt", moe_layers="last2"), "--data", "images", "--workers", "0", "--out", "out")
+    path = checkpoint("a.pt", moe_layers="last2")
+    run_main(monkeypatch, path, "--data", "images", "--workers", "0", "--out", "out")
     summary = json.loads(Path("out/summary.json").read_text())
-    assert set(summary["layers"][0]["information"]) == {"class", "position"} and summary["images"] == 2
+    assert set(summary["layers"][0]["information"]) == {"class", "position"}
+    assert summary["images"] == 2
 
 
 @pytest.mark.report
@@ -563,27 +924,42 @@ def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
     """Data of other classes is refused, with their names."""
     os.makedirs("images/zebra")
     Image.new("RGB", (32, 32)).save("images/zebra/1.png")
+    path = checkpoint("a.pt", moe_layers="last2")
     with pytest.raises(ValueError, match="zebra"):
-        run_main(monkeypatch, checkpoint("a.pt", moe_layers="last2"), "--data", "images", "--workers", "0", "--out", "out")
+        run_main(monkeypatch, path, "--data", "images", "--workers", "0", "--out", "out")
 
 
 @pytest.mark.report
 @pytest.mark.parametrize("argv, message", [
     (["dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
-    (["sparse.pt", "--compare", "dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
-    (["sparse.pt", "--max-images", "0"], "--max-images 0: expected at least 1"),
-    (["sparse.pt", "--examples", "-1"], "--examples -1: expected at least 0"),
-    (["sparse.pt", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    (["sparse.pt", "--compare", "dense.pt"], "dense.pt is a dense model, it has no experts"),
     (["sparse.pt", "--out", "sparse.pt"], "--out sparse.pt cannot be a folder"),
+    (["sparse.pt", "--out", "/proc/out"], "--out /proc/out cannot be a folder"),
     (["missing.pt"], "no checkpoint at missing.pt")])
 def test_refusals_come_before_any_work(checkpoint, monkeypatch, argv, message):
-    """What cannot be done is said in one line, before an image is looked at and before a file is written."""
+    """What cannot be done is said in one line, before an image is read or a file is written."""
     checkpoint("dense.pt"), checkpoint("sparse.pt", moe_layers="last2")
-    monkeypatch.setattr(inspect_experts, "count_routing", lambda *args: pytest.fail("work was done"))
+    monkeypatch.setattr(inspect_experts, "count_choices", lambda *args: pytest.fail("it worked"))
     with pytest.raises(ValueError, match=message) as error:
         run_main(monkeypatch, "--data", "shapes", "--out", "out", *argv)
     assert "\n" not in str(error.value)
     assert not os.path.exists("out") or os.listdir("out") == []
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("flag, least", [
+    ("--max-images", 1), ("--examples", 0), ("--batch-size", 1), ("--workers", 0)])
+def test_numbers_that_cannot_be(flag, least, capsys):
+    """A number out of range is refused by the parser, with the range, and status 2."""
+    usual = ["a.pt", "--data", "shapes", "--out", "out", flag]
+    args = inspect_experts.parse_args([*usual, str(least)])
+    assert getattr(args, flag.strip("-").replace("-", "_")) == least
+    for word in (str(least - 1), "1.5", "many"):
+        with pytest.raises(SystemExit) as stop:
+            inspect_experts.parse_args([*usual, word])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2
+        assert said.endswith(f"argument {flag}: expected a whole number from {least}, got {word}")
 
 
 @pytest.mark.report
@@ -594,6 +970,6 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 
     (tmp_path / "summary.json").write_text("old")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match="No space left on device.*make room or choose another --out"):
+    with pytest.raises(ValueError, match="No space left.*make room or choose another --out"):
         inspect_experts.write_files(str(tmp_path), {"summary.json": b"new"})
     assert (tmp_path / "summary.json").read_text() == "old"

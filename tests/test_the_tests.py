@@ -172,9 +172,9 @@ MUTANTS = [
     ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),
-    ("inspect_experts.py", "bits / min(entropies)", "bits / max(entropies)", "statistics"),
+    ("inspect_experts.py", "smaller = min(h_rows", "smaller = max(h_rows", "statistics"),
     ("inspect_experts.py", "else routing.experts[:, :1]", "else routing.experts[:, -1:]", "statistics"),  # the last choice
-    ("inspect_experts.py", "title, marks = html.escape(panel.title)", "title, marks = panel.title", "report"),
+    ("inspect_experts.py", 'element("text", escape(words)', 'element("text", words', "report"),
 ]
 
 
