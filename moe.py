@@ -12,10 +12,10 @@ What's the Sweet Spot?" (Videau et al., TMLR 2025, section 3):
 Letters, the same in every file: B images, N tokens per image, T = B*N tokens, D width, H hidden
 width, E experts, K experts per token, C slots per expert, R = T*K rows, one per token and choice.
 
-A worked example: T = 3 tokens of width D = 1, E = 2 experts, K = 1 and C = 1. The router's logits
-are x ln 3 for expert 0 and 0 for expert 1. Expert 0 answers 10 x, expert 1 answers 100 x.
+A worked example: T = 3 tokens of width D = 1, E = 2 experts, K = 1; no noise, and C = 1 from a
+capacity_factor of 0.5. The router's logits are x ln 3 and 0. The experts answer 10 x and 100 x.
 
-    token   x     logits          probs      expert  gate   slot              row  answer     y
+    token   x     logits          probs      chosen  gate   slot              row  answer     y
       0     1  ( 1.10, 0.00)  (0.75, 0.25)     0     0.75   none: dropped      2       0      0
       1     2  ( 2.20, 0.00)  (0.90, 0.10)     0     0.90   that of expert 0   0      20     18
       2    -1  (-1.10, 0.00)  (0.25, 0.75)     1     0.75   that of expert 1   1    -100    -75
@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     logits: torch.Tensor  # (T, E) float32, the router's scores without training noise
     probs: torch.Tensor  # (T, E) float32, softmax of these logits
     experts: torch.Tensor  # (T, K) int64, the chosen experts, best first
-    gates: torch.Tensor  # (T, K) float32, their probabilities (in training: with the noise)
+    gates: torch.Tensor  # (T, K) float32, their probabilities (with noise, while training)
     kept: torch.Tensor  # (T, K) bool, False where the expert was full and the choice was dropped
     balance_loss: torch.Tensor  # scalar, importance + load
 
@@ -53,7 +53,7 @@ class MoE(nn.Module):
     dim, hidden: D and H of each expert. num_experts, k: E experts, of which a token meets k.
     router: "linear", "cosine" or "l2", see Router.
     capacity_factor: limits an expert to expert_capacity() slots in training. None is no limit.
-    eval_capacity_factor: the same in evaluation; then a prediction depends on the whole batch.
+    eval_capacity_factor: the same in evaluation. If set, a prediction depends on the whole batch.
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
     Raises ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
@@ -115,7 +115,7 @@ class Router(nn.Module):
     cosine:  scale * cosine(P x, code_e)        Chi et al. 2022
     l2:      -scale * distance(P x, code_e)     the same with a distance
 
-    Parameters: `codes`, a vector per expert; `proj`, the P, to half the width, at most 256;
+    Parameters: `codes`, a vector per expert; `proj`, the P, projects to min(256, D / 2) dimensions;
     `log_scale`: the scale starts at 2 and stays at most 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
     Logits are float32, also under autocast and for bfloat16 tokens; float64 stays float64. Raises
@@ -162,10 +162,7 @@ def top_k_gates(probs, k):
 
 
 def expert_capacity(num_tokens, k, num_experts, factor):
-    """Return the slots per expert, C = ceil(T K factor / E), an int in 1 .. T.
-
-    Example: 8 tokens, k = 2, 4 experts, and V-MoE's factor of 1.05 give ceil(4.2) = 5 slots.
-    """
+    """Return the slots per expert, C = ceil(T K factor / E), an int in 1 .. T."""
     # Rounded first: in floats 100 * 1.1 / 10 is 11.000000000000002, which must give 11, not 12.
     slots = math.ceil(round(num_tokens * k * factor / num_experts, 6))
     return max(1, min(slots, num_tokens))
@@ -184,9 +181,9 @@ def assign_slots(experts, num_experts, capacity, priority=None):
     served = torch.arange(T, device=experts.device)  # (T,) tokens in the order of service
     if priority is not None:
         served = priority.argsort(descending=True, stable=True)
-    queue = experts[served].T.reshape(-1)  # (T, K) -> (K*T,) first choices, then second choices
-    asked = F.one_hot(queue, num_experts).cumsum(0)  # (K*T, E) requests so far
-    place = asked.gather(1, queue.unsqueeze(1))  # (K*T, 1) 1 for the first in line
+    queue = experts[served].T.reshape(-1)  # (T, K) -> (K*T,) all first choices, then all second
+    asked = F.one_hot(queue, num_experts).cumsum(0)  # (K*T, E) requests per expert up to here
+    place = asked.gather(1, queue.unsqueeze(1))  # (K*T, 1) its place in the expert's line, from 1
     kept = torch.empty_like(experts, dtype=torch.bool)
     kept[served] = (place <= capacity).view(K, T).T  # (K*T, 1) -> (T, K), by position again
     return kept
@@ -196,27 +193,26 @@ def importance_loss(probs):
     """Return CV^2 of the experts' summed probabilities (Shazeer et al. 2017, equations 6, 7).
 
     probs (T, E): without noise. Scalar: 0 if all sums are equal, E - 1 if one expert gets all.
-    Example: the sums 1.9 and 1.1 are both 0.4 from their mean: 0.4^2 / 1.5^2 = 0.071.
+    In the worked example the sums 1.9 and 1.1 are both 0.4 from their mean: 0.4^2 / 1.5^2 = 0.071.
     """
     return cv_squared(probs.sum(0))
 
 
 def load_loss(logits, noisy_logits, k, noise_std):
-    """Return CV^2 of the number of tokens each expert can expect (Shazeer et al. 2017, section 4).
+    """Return CV^2 of the tokens each expert can expect (Shazeer et al. 2017; V-MoE, appendix A).
 
     logits (T, E) are clean; noisy_logits (T, E) = logits + N(0, noise_std^2) made the choice.
-    A count has no gradient. So ask: if the noise of expert e were drawn again, how probably would e
-    reach this token's top k? The threshold is the k-th largest NOISY logit: the probability is
-    1 - Phi((threshold - logit) / noise_std), and its sum over tokens is the load of e.
-    Example: logit 1, threshold 2, noise_std 0.5: 2 deviations short, so 1 - Phi(2) = 0.02.
-    noise_std = 0 gives the plain count, with a zero gradient. Dropped choices count, or the loss
-    would not see an expert that overflows.
+    A count has no gradient. So ask: with new noise, how probably does expert e reach the top k of
+    this token? V-MoE takes the k-th largest NOISY logit as threshold: the probability is
+    1 - Phi((threshold - logit) / noise_std), Phi the normal distribution. Its sum over tokens is
+    the load of e. Example: logit 1, threshold 2, noise_std 0.5: 1 - Phi(2) = 0.02.
+    noise_std = 0 gives the plain count, with a zero gradient. Dropped choices are included.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std > 0:
         reaches = torch.special.ndtr((logits - threshold) / noise_std)  # 1 - Phi(z) = Phi(-z)
     else:
-        reaches = (logits >= threshold) + 0.0 * logits  # a zero gradient, not a missing one
+        reaches = (logits >= threshold) + 0.0 * logits  # a zero gradient: backward() must work
     return cv_squared(reaches.sum(0))
 
 
@@ -227,10 +223,8 @@ def cv_squared(x):
 
 
 def balance_loss(routings):
-    """Return the SUM of the layers' balance losses, as V-MoE does: a scalar, 0 for an empty list.
-
-    Under DDP each process balances its own share of the batch, and DDP averages the gradients.
-    """
+    """Return the SUM of the layers' balance losses, as V-MoE does: a scalar, 0 for no layers."""
+    # Under DDP each process balances its own tokens, and DDP averages the gradients.
     return sum((routing.balance_loss for routing in routings), torch.tensor(0.0))
 
 
@@ -242,23 +236,20 @@ def dispatch(tokens, experts, kept, num_experts):
     tokens (T, D), experts (T, K), kept (T, K) bool -> rows (R, D), counts (E,) int64, order (R,).
     Rows of expert 0 come first, dropped rows last. counts: rows per expert. order[r] = t * K + j
     says that row r is choice j of token t.
-    No shape depends on the choices: a GPU need not tell the CPU how many rows an expert has.
+    No shape here depends on the choices: a GPU need not tell the CPU how many rows an expert has.
     """
     T, K = experts.shape
     owner = experts.masked_fill(~kept, num_experts).flatten()  # (T, K) -> (R,), dropped: E
     order = owner.argsort(stable=True)
-    places = order.argsort()  # the inverse permutation: row i of the copies goes to places[i]
+    places = order.argsort()  # the inverse permutation: copy i goes to row places[i]
     copies = tokens.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (T, D) -> (T, K, D) -> (R, D)
     counts = F.one_hot(owner, num_experts + 1).sum(0)[:num_experts]
     return place_rows(copies, places), counts, order
 
 
 def place_rows(rows, places):
-    """Move row i of rows (R, D) to places[i], where places (R,) is a permutation.
-
-    Indexing by the inverse permutation does the same, but backward it adds up gradients: slow on a
-    GPU. Here the backward pass is a plain copy.
-    """
+    """Move row i of rows (R, D) to places[i], where places (R,) is a permutation."""
+    # Indexing could do it, too, but backward it would add up gradients. This copies them.
     return torch.empty_like(rows).index_copy_(0, places, rows)
 
 
@@ -288,38 +279,34 @@ class Experts(nn.ModuleList):
 
     @torch.compiler.disable  # its shapes depend on the data: compiled models call it as it is
     def loop(self, rows, counts):
-        """Call each expert on its rows, also on 0: a zero gradient, not None, so DDP is content."""
-        counts = counts.tolist()
-        *groups, dropped = rows.split([*counts, len(rows) - sum(counts)])
+        """Call each expert on its rows, even on 0: DDP needs a gradient of 0 there, not None."""
+        counts = counts.tolist()  # the CPU waits for them
+        *groups, dropped = rows.split([*counts, len(rows) - sum(counts)])  # a group per expert
         answers = [expert(group) for expert, group in zip(self, groups)]
         return torch.cat([*answers, torch.zeros_like(dropped, dtype=answers[0].dtype)])
 
     def grouped(self, rows, counts):
-        """Call all experts in one kernel per linear layer, without a wait for the counts.
-
-        grouped_mm leaves rows behind its last group unset, perhaps NaN. So the last expert takes
-        the dropped rows in, and the mask at the end makes them 0, forward and backward.
-        """
+        """Call all experts in one kernel per linear layer, without a wait for the counts."""
+        # grouped_mm leaves rows behind its last group unset, perhaps NaN, and 0 * NaN is NaN. So
+        # the last expert takes the dropped rows in, and a mask makes them 0, backward too.
         dtype = compute_dtype(rows)
         parameters = zip(*(expert.parameters() for expert in self))
         w1, b1, w2, b2 = (torch.stack(each).to(dtype) for each in parameters)  # (E, H, D), (E, H)
         ends = counts.cumsum(0)  # (E,) the row behind each expert's last
         row = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # (R, 1)
-        owner = ((row >= ends - counts) & (row < ends)).to(dtype)  # (R, E) one-hot
+        member = ((row >= ends - counts) & (row < ends)).to(dtype)  # (R, E) 1: the expert's row
         groups = torch.cat([ends[:-1], torch.full_like(ends[-1:], len(rows))]).to(torch.int32)
-        # The kernel has no bias. owner @ b is the bias of each row, with a fast backward pass.
+        # The kernel has no bias. member @ b is the bias of each row, with a fast backward pass.
         hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=groups)  # (R, H)
-        hidden = F.gelu(torch.addmm(hidden, owner, b1))
+        hidden = F.gelu(torch.addmm(hidden, member, b1))
         answers = F.grouped_mm(hidden, w2.transpose(1, 2), offs=groups)  # (R, D)
-        return torch.where(row < ends[-1], torch.addmm(answers, owner, b2), 0)
+        return torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0)
 
     def use_grouped_mm(self, rows):
-        """Return whether to call grouped(): in bfloat16, or for torch.export, which cannot loop.
-
-        In float32 most GPUs have no kernel for it, and torch before 2.15 cannot trace it.
-        """
+        """Return whether grouped_mm fits rows (R, D): in bfloat16, with D and H multiples of 8."""
+        # In float32 torch before 2.15 cannot trace it, but torch.export has no other way.
         dtype = compute_dtype(rows)
-        aligned = all(width * dtype.itemsize % 16 == 0 for width in self[0][0].weight.shape)
+        aligned = all(width % 8 == 0 for width in self[0][0].weight.shape)
         return aligned and (dtype == torch.bfloat16 or torch.compiler.is_exporting())
 
 
@@ -333,10 +320,12 @@ def combine(rows, weights, order):
     """Bring the answers back to their tokens and add them, weighted: y (T, D).
 
     rows (R, D) and order (R,) as dispatch() made them. weights (T, K): the gates, 0 if dropped.
-    This product is how a router learns. A choice has no gradient, but its gate has one: the answer.
-    If an answer lowers the loss, the softmax raises its expert's logit and lowers the others.
+    This product is how a router learns. A choice has no gradient, but y has one by the gate: the
+    answer. If more of an answer lowers the loss, the gradient step raises the gate, through the
+    softmax: its expert's logit goes up, the others go down.
     """
     T, K = weights.shape
+    # Row r came from choice order[r], and goes back there.
     answers = place_rows(rows, order).unflatten(0, (T, K))  # (R, D) -> (T, K, D)
     return (answers * weights.unsqueeze(-1)).sum(1)
 

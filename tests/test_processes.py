@@ -5,6 +5,7 @@ both. test_train.py has a run under torchrun itself.
 """
 
 import json
+import math
 import os
 import signal
 import time

@@ -108,9 +108,9 @@ MUTANTS = [
     ("convnext.py", "self.dwconv(x).permute(0, 2, 3, 1)", "self.dwconv(x).permute(0, 3, 2, 1)", "convnext"),  # H and W swapped
     ("convnext.py", "x + self.drop_path(y.permute", "x + (y.permute", "convnext"),
 
-    ("moe.py", "torch.where(row < ends[-1], torch.addmm(answers, owner, b2), 0)",
-     "torch.addmm(answers, owner, b2)", "grouped"),  # dropped rows pass through the last expert
-    ("moe.py", "torch.where(row < ends[-1], torch.addmm(answers, owner, b2), 0)",
+    ("moe.py", "torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0)",
+     "torch.addmm(answers, member, b2)", "grouped"),  # dropped rows pass through the last expert
+    ("moe.py", "torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0)",
      "torch.where(row < ends[-1], answers, 0)", "grouped"),  # no bias
 
     ("moe.py", "(layer.num_experts - layer.k) * expert", "(layer.num_experts - 1) * expert",
