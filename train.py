@@ -1,17 +1,26 @@
 """Train a dense or sparse image classifier, on a laptop or under torchrun.
 
-    python train.py                                            a sparse ConvNeXt on the embedded data, about 1 minute
-    python train.py --data FOLDER --model vit_nano             your own images, one folder per class
-    torchrun --nproc-per-node=8 train.py --data /imagenet --model vit_s --moe-layers every2 --experts 8 --k 2
+    python train.py                                  a sparse ConvNeXt on drawn shapes: a minute
+    python train.py --data FOLDER --model vit_nano   your own images, one folder per class
+    torchrun --nproc-per-node=8 train.py --data /imagenet --model convnext_t
 
-Results go to runs/<model>-<data>-<number>/, or to --out DIR; a run named by --out continues by itself when started
-again. There: last.pt and best.pt (checkpoints), log.jsonl (one line per epoch).
+A run writes to runs/<model>-<data>-<number>/ or to --out DIR: last.pt and best.pt (checkpoints) and
+log.jsonl (one line per epoch). A run named by --out continues when it is started again.
 
-Every random draw depends only on the seed and on what it is for: an image's augmentation on (seed,
-epoch, image); the mixing, noise and drop path of one process in one pass on (seed, step, its share
-of the batch). There is no generator state to save, and neither the number of worker processes nor
-an interruption changes a run: stopped by kill, Ctrl-C or a scheduler's SIGTERM and started again,
-it ends with the weights of a run that was never interrupted.
+Read train() first. It is the whole loop: batch, forward, loss, backward, step, log.
+
+The way of an image: eval.py opens the data set and reads the file. train_transform() augments it,
+in a process of the loader. next_batch() normalizes and mixes the batch, and train() computes the
+loss.
+
+The way of the learning rate: a recipe gives `base_lr`, or --lr is given. fit_to_data() scales it to
+the batch. For each step learning_rate() makes the rate of it, and train() hands it to the
+optimizer.
+
+Draws: each random draw depends on the seed and on what it is for. An image's augmentation depends
+on (seed, epoch, image). Mixing, noise and drop path depend on (seed, step, share of the batch). So
+no generator has to be saved, and the number of loader processes changes nothing. A run that was
+stopped by kill, Ctrl-C or SIGTERM and started again ends with the weights of an uninterrupted one.
 """
 
 import argparse
@@ -28,7 +37,6 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from itertools import count
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -42,15 +50,16 @@ from tqdm import tqdm
 
 import convnext
 import vit
-from eval import (
+from eval import (  # what all programs share: data sets, checkpoints, processes, evaluate()
     MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
     eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
     open_dataset, read_checkpoint, setup_processes, start_loader, together)
 from moe import MoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
-# One dictionary per model; a flag of the same name overrides an entry. `lr` holds for a global
-# batch of `lr_batch` images and is scaled linearly with the batch.
+# One dictionary per model. A flag of the same name overrides an entry. `base_lr` is the peak
+# learning rate for `base_batch` images per step, which is also the usual batch. A run with another
+# batch scales the rate linearly; --lr and --batch-size replace both.
 #
 # Placement, experts, k and ratio are the paper's own choice for each model. Its table of
 # hyperparameters could not be obtained: router noise, capacity and balance weight are V-MoE's
@@ -72,14 +81,14 @@ IMAGENET = BASE | dict(
 
 # Liu et al. 2022, TRAINING.md
 CONVNEXT = IMAGENET | dict(
-    experts=4, k=1, expert_ratio=2, lr=4e-3, lr_batch=4096, batch_size=4096, min_lr=1e-6,
+    experts=4, k=1, expert_ratio=2, base_lr=4e-3, base_batch=4096, min_lr=1e-6,
     warmup_epochs=20, ema=0.9999)
 CONVNEXT_ISO = CONVNEXT | dict(experts=8, expert_ratio=4, warmup_epochs=50)
 
 # DeiT: Touvron et al. 2021, README_deit.md. Not here: repeated augmentation. DeiT reports its raw
 # weights (`top1` in the log), never its EMA (`ema_top1`).
 VIT = IMAGENET | dict(
-    moe_layers="every2", k=2, lr=1e-3, lr_batch=1024, batch_size=1024, min_lr=1e-5,
+    moe_layers="every2", k=2, base_lr=1e-3, base_batch=1024, min_lr=1e-5,
     warmup_epochs=5, drop_path=0.1, ema=0.99996)
 
 # V-MoE's S/32: Riquelme et al. 2021, their vmoe_s32_last2_ilsvrc2012_randaug_light1.py.
@@ -88,25 +97,25 @@ VIT = IMAGENET | dict(
 # [-1, 1], routing in groups of 8 images. It trains on 99% of the images, and drops tokens by
 # their position in the batch (ours: by their gate).
 VMOE = IMAGENET | dict(
-    k=2, lr=3e-3, lr_batch=8192, batch_size=8192, min_lr=1e-5, decay="linear",
+    k=2, base_lr=3e-3, base_batch=8192, min_lr=1e-5, decay="linear",
     warmup_epochs=64.1,  # 10,000 steps
     weight_decay=0.1, clip_grad=1.0, loss="sigmoid", label_smoothing=0.0, mixup=0.2, cutmix=0.0,
     randaug=10, erasing=0.0, crop_scale=0.05, drop_path=0.0, ema=0.0)
 
 # Ours, for 32-pixel images and a minute or two on a CPU: 5 to 50 epochs, for about `steps` steps.
 NANO = BASE | dict(
-    batch_size=64, lr_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0,
+    base_batch=64, min_lr=1e-5, warmup_epochs=1, weight_decay=0.05, clip_grad=1.0,
     label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, crop_scale=1.0, flip=0,
     image_size=32, crop_ratio=1.0, capacity_factor=0.0, drop_path=0.0, ema=0.0)
 
 RECIPES = dict(
-    convnext_nano=NANO | dict(k=1, lr=4e-3, steps=1250),
+    convnext_nano=NANO | dict(k=1, base_lr=4e-3, steps=1250),
     convnext_t=CONVNEXT | dict(drop_path=0.1),
     convnext_s=CONVNEXT | dict(drop_path=0.4),
     convnext_b=CONVNEXT | dict(drop_path=0.5),
     convnext_iso_s=CONVNEXT_ISO | dict(drop_path=0.1),
     convnext_iso_b=CONVNEXT_ISO | dict(drop_path=0.2),
-    vit_nano=NANO | dict(k=2, lr=3e-3, steps=1750),
+    vit_nano=NANO | dict(k=2, base_lr=3e-3, steps=1750),
     vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT,
     vmoe_s32=VMOE)
 
@@ -115,12 +124,12 @@ RECIPES = dict(
 
 # TRAINING.md, "Fine-tune from ImageNet-22K". 8 experts of ratio 4: the paper's choice on 21k.
 CONVNEXT_TUNE = CONVNEXT | dict(
-    experts=8, expert_ratio=4, epochs=30, lr=5e-5, lr_batch=512, batch_size=512, warmup_epochs=0,
+    experts=8, expert_ratio=4, epochs=30, base_lr=5e-5, base_batch=512, warmup_epochs=0,
     weight_decay=1e-8, mixup=0.0, cutmix=0.0, ema=0.0, layer_decay=0.8, head_scale=0.001)
 
 # DeiT III's line with AdamW (README_revenge.md). Its other one, lr 3e-4, is for LAMB.
 VIT_TUNE = VIT | dict(
-    epochs=20, lr=1e-5, lr_batch=512, batch_size=512, weight_decay=0.1, erasing=0.0,
+    epochs=20, base_lr=1e-5, base_batch=512, weight_decay=0.1, erasing=0.0,
     drop_path=0.2, crop_ratio=1.0)
 
 FINE_TUNING = dict(
@@ -134,151 +143,182 @@ FINE_TUNING = dict(
     vmoe_s32=VIT_TUNE | dict(moe_layers="last2"))  # V-MoE fine-tunes with SGD
 
 # The torchvision model whose weights fit, for --init-from torchvision.
-TORCHVISION = dict(vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
-                   convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
+TORCHVISION = dict(
+    vit_b="vit_b_16", vit_b32="vit_b_32", vit_l="vit_l_16",
+    convnext_t="convnext_tiny", convnext_s="convnext_small", convnext_b="convnext_base")
+
+
+def find_recipe(args):
+    """Return the recipe of args.model, a dict: with args.init_from the one for fine-tuning."""
+    tuned = FINE_TUNING.get(args.model) if args.init_from else None
+    return tuned or RECIPES[args.model]
+
+
+# ---------------------------------------------------------------- command line
 
 
 def blocks(text):
-    """Turn "3,5" into [3, 5], and leave a name such as every2 as it is."""
+    """Turn "3,5" into [3, 5]. Leave a name such as every2 as it is."""
     return [int(i) for i in text.split(",")] if text[:1].isdigit() else text
 
 
 def parse_args(argv=None):
-    """The flags as a namespace; those that are not given and belong to a recipe are None."""
-    parser = argparse.ArgumentParser(description="Train a dense or sparse image classifier. A flag that is not given has "
-                                     "the value of the model's recipe (top of train.py).")
+    """Return the flags as a namespace. One that belongs to a recipe and is not given is None."""
+    parser = argparse.ArgumentParser(
+        description="Train a dense or sparse image classifier. A flag that is not given has the "
+                    "value of the model's recipe (top of train.py).")
     flag = parser.add_argument
     whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
-    flag("--data", default="shapes", help="shapes, shapes:COUNT, cifar10, cifar100 or a folder (default: shapes)")
-    flag("--model", default="convnext_nano", help=f"one of {', '.join(RECIPES)} (default: convnext_nano)")
-    flag("--out", help="folder of the run, continued if it holds one (default: a new runs/<model>-<data>-<number>)")
-    flag("--init-from", help="start from `torchvision`'s ImageNet weights or a checkpoint of ours; a dense one is upcycled")
-    flag("--freeze-backbone", action="store_true", help="train the head only (linear probe)")
-    flag("--seed", type=number("[0, 4294967296)", int), default=0,
-         help="start of all random draws (default: 0)")
 
-    flag("--moe-layers", type=blocks,
-         help="none, every2, last2, last3, stage, or block indices such as 3,5")
+    flag("--data", default="shapes", help="shapes[:COUNT], cifar10, cifar100 or a folder")
+    flag("--model", default="convnext_nano", choices=list(RECIPES), metavar="NAME",
+         help=f"{', '.join(RECIPES)} (default: convnext_nano)")
+    flag("--out", help="folder of the run, continued if it holds one (default: a new one)")
+    flag("--init-from", help="`torchvision` for its weights, or a checkpoint of ours")
+    flag("--freeze-backbone", action="store_true", help="train the head only")
+    flag("--seed", type=number("[0, 4294967296)", int), default=0)
+
+    flag("--moe-layers", type=blocks, help="none, every2, last2, last3, stage, or as 3,5")
     flag("--experts", type=whole, help="experts E per MoE layer")
     flag("--k", type=whole, help="experts K per token")
-    flag("--expert-ratio", type=number("[0.1, inf)"),
-         help="hidden width of an expert, in units of the model's width")
+    flag("--expert-ratio", type=number("[0.1, inf)"), help="an expert's H over D")
     flag("--router", help="linear, cosine or l2")
-    flag("--router-noise", type=amount,
-         help="std of the training noise on the router's logits, in units of 1/E; 0 is off")
-    flag("--capacity-factor", type=amount,
-         help="slots per expert in training, in units of the even share; 0: no limit")
-    flag("--balance-weight", type=amount, help="weight of the balance loss")
+    flag("--router-noise", type=amount, help="std on training logits, in 1/E; 0: off")
+    flag("--capacity-factor", type=amount, help="slots over the even share; 0: no limit")
+    flag("--balance-weight", type=amount, help="of the balance loss")
 
     flag("--epochs", type=whole)
-    flag("--batch-size", type=whole, help="global: images per step over all processes")
-    flag("--accumulate", type=whole, default=1,
-         help="split each step's batch into this many passes (default: 1)")
-    flag("--lr", type=amount,
-         help="peak learning rate for this batch (default: the recipe's, scaled with the batch)")
+    flag("--batch-size", type=whole, help="images per step, over all processes")
+    flag("--accumulate", type=whole, default=1, help="passes per step (default: 1)")
+    flag("--lr", type=amount, help="peak (default: the recipe's, scaled to the batch)")
     flag("--min-lr", type=amount, help="learning rate at the end")
     flag("--decay", choices=("cosine", "linear"), help="from the peak to the end")
     flag("--warmup-epochs", type=amount)
     flag("--weight-decay", type=amount)
-    flag("--expert-weight-decay", type=amount,
-         help="of the experts' weights (default: --weight-decay)")
-    flag("--layer-decay", type=number("(0, 1]"),
-         help="factor on the learning rate from a group of layers to the one below it "
-         "(ConvNeXt T, S, B); 1 is off")
-    flag("--head-scale", type=amount, help="scale of a head that starts fresh under --init-from")
-    flag("--clip-grad", type=amount, help="largest norm of the gradient; 0 is off")
-    flag("--ema", type=number("[0, 1)"),
-         help="decay per step of the averaged weights, less at the start; 0 is off")
+    flag("--expert-weight-decay", type=amount, help="default: --weight-decay")
+    flag("--layer-decay", type=number("(0, 1]"), help="rate over that of the layer above")
+    flag("--head-scale", type=amount, help="of a head that is fresh with --init-from")
+    flag("--clip-grad", type=amount, help="largest norm of the gradient; 0: off")
+    flag("--ema", type=number("[0, 1)"), help="decay of averaged weights; 0: off")
     flag("--drop-path", type=number("[0, 1)"), help="rate at the last block")
-    flag("--loss", choices=("softmax", "sigmoid"), help="cross-entropy over the classes, or of each class for itself")
+    flag("--loss", choices=("softmax", "sigmoid"))
     flag("--label-smoothing", type=share)
-    flag("--mixup", type=amount, help="alpha; 0 is off")
-    flag("--cutmix", type=amount, help="alpha; 0 is off")
-    flag("--randaug", type=number("[0, 10]", int),
-         help="magnitude of RandAugment, 1 to 10; 0 is off")
+    flag("--mixup", type=amount, help="alpha; 0: off")
+    flag("--cutmix", type=amount, help="alpha; 0: off")
+    flag("--randaug", type=number("[0, 10]", int), help="magnitude; 0: off")
     flag("--erasing", type=share, help="probability of erasing a rectangle")
-    flag("--crop-scale", type=number("(0, 1]"),
-         help="smallest part of an image's area that a training crop shows; 1: no random crop")
-    flag("--flip", type=int, choices=(0, 1), help="1: mirror every other training image")
+    flag("--crop-scale", type=number("(0, 1]"), help="smallest area of a crop; 1: off")
+    flag("--flip", type=int, choices=(0, 1), help="1: mirror every other image")
     flag("--image-size", type=whole, help="pixels")
-    flag("--crop-ratio", type=number("(0, 1]"),
-         help="image size over the size to which evaluation resizes before its centre crop")
+    flag("--crop-ratio", type=number("(0, 1]"), help="crop over resized size, evaluation")
 
     flag("--workers", type=number("[0, inf)", int),
-         help="processes that load images, for each training process (default: 0 if the images "
-         "are in memory, else its share of the processors, at most 12)")
-    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
+         help="image loaders per process (default: 0 if in memory, else up to 12)")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0,
-         help="also save within an epoch, this often (default: 30)")
+    flag("--save-every-minutes", type=number("[0, inf]"), default=30.0)
     return parser.parse_args(argv)
 
 
 def resolve(args):
-    """The configuration of a run: the model's recipe, overridden by the flags. Plain values; ValueError if wrong."""
-    if args.model not in RECIPES:
-        raise ValueError(f"unknown model {args.model!r}: expected one of {', '.join(RECIPES)}")
+    """Return the configuration of a run: the flags, and the recipe where a flag is not given.
+
+    lr, batch_size and epochs may still be None: they depend on the data, see fit_to_data(). Raise
+    ValueError if flags do not go together.
+    """
     if args.freeze_backbone and not args.init_from:
-        raise ValueError("--freeze-backbone trains the head only, on a random backbone: give --init-from, too")
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    config = vars(args) | find_recipe(vars(args)) | given
-    for name in ("lr", "batch_size", "epochs"):
-        config[name] = given.get(name)  # None: fit_to_data() will settle it
-    config["expert_weight_decay"] = given.get("expert_weight_decay", config["weight_decay"])
-    if config["layer_decay"] != 1 and config["model"] not in LAYER_DECAYED:
-        raise ValueError(f"--layer-decay {config['layer_decay']} is for {', '.join(LAYER_DECAYED)} "
+        raise ValueError("--freeze-backbone trains the head only, on a random backbone: "
+                         "give --init-from, too")
+    config = argparse.Namespace(**find_recipe(args))
+    for name, value in vars(args).items():
+        if value is not None or name not in config:
+            setattr(config, name, value)
+    if config.expert_weight_decay is None:
+        config.expert_weight_decay = config.weight_decay
+    if config.layer_decay != 1 and config.model not in LAYER_DECAYED:
+        raise ValueError(f"--layer-decay {config.layer_decay} is for {', '.join(LAYER_DECAYED)} "
                          f"only: leave it out, or give 1")
     return config
-
-
-def find_recipe(config):
-    """Return the recipe of config["model"]: with --init-from the one for fine-tuning, if any."""
-    table = FINE_TUNING if config["init_from"] else RECIPES
-    return table.get(config["model"], RECIPES[config["model"]])
 
 
 def fit_to_data(config, num_images, world):
     """Settle batch size, learning rates, epochs and warm-up, in place in the config.
 
-    num_images: those to train on. world: the number of processes. Raises ValueError if they do
-    not fit together.
+    num_images are trained on by `world` processes. Raise ValueError if they do not go together.
     """
-    recipe, share = find_recipe(config), world * config["accumulate"]
-    batch = config["batch_size"]
-    if batch is None:  # the recipe's, or all images where there are fewer
-        batch = min(recipe["batch_size"], num_images)
-        batch = max(share, batch - batch % share)
-    if batch % share:
-        raise ValueError(f"--batch-size {batch} is not a multiple of {share} ({world} processes x {config['accumulate']} "
-                         f"accumulation passes): use {max(share, batch - batch % share)}")
-    if batch > num_images:
-        raise ValueError(f"--batch-size {batch} is more than the {num_images} training images: use {num_images} or less")
-    config["batch_size"] = batch
-    if config["lr"] is None:
-        config["lr"] = recipe["lr"] * batch / recipe["lr_batch"]
-    if config["epochs"] is None:
-        steps = recipe.get("steps", 0) / (num_images // batch)
-        config["epochs"] = recipe.get("epochs") or min(50, max(5, round(steps)))
-    config["min_lr"] = min(config["min_lr"], config["lr"])  # a rate only falls after its warm-up
-    if config["warmup_epochs"] > config["epochs"]:
-        if config["warmup_epochs"] != recipe["warmup_epochs"]:
-            raise ValueError(f"--warmup-epochs {config['warmup_epochs']:g} is longer than the run "
-                             f"of {config['epochs']} epochs: give fewer")
-        config["warmup_epochs"] = config["epochs"] / 10  # the recipe's is for its own, longer run
+    parts = world * config.accumulate  # of a step's batch
+    batch = config.batch_size or config.base_batch
+    fitting = max(parts, min(batch, num_images) // parts * parts)
+    if config.batch_size is None:
+        batch = config.batch_size = fitting
+    if batch != fitting or batch > num_images:
+        raise ValueError(
+            f"--batch-size {batch}: expected a multiple of {parts} ({world} processes x "
+            f"{config.accumulate} passes) up to {num_images}, the number of training images: "
+            f"use {fitting}")
+    if config.lr is None:
+        config.lr = config.base_lr * batch / config.base_batch
+    config.min_lr = min(config.min_lr, config.lr)  # a rate only falls after its warm-up
+    if config.epochs is None:  # nano: about `steps` steps
+        epochs = round(config.steps / (num_images // batch))
+        config.epochs = min(50, max(5, epochs))
+    if config.warmup_epochs > config.epochs:
+        if config.warmup_epochs != find_recipe(config)["warmup_epochs"]:
+            raise ValueError(f"--warmup-epochs {config.warmup_epochs:g} is longer than the run "
+                             f"of {config.epochs} epochs: give fewer")
+        config.warmup_epochs = config.epochs / 10  # the recipe's is for its own, longer run
 
 
 def model_config(config, num_classes):
-    """What eval.build_model needs to build this run's model again."""
-    names = ("model", "moe_layers", "k", "expert_ratio", "router", "router_noise", "drop_path", "image_size")
-    return {name: config[name] for name in names} | dict(
-        num_classes=num_classes, num_experts=config["experts"], capacity_factor=config["capacity_factor"] or None)
+    """Return what eval.build_model() needs to build this run's model again, a dict."""
+    names = ("model", "moe_layers", "k", "expert_ratio", "router", "router_noise", "drop_path",
+             "image_size")
+    options = {name: getattr(config, name) for name in names}
+    options["num_classes"] = num_classes
+    options["num_experts"] = config.experts
+    options["capacity_factor"] = config.capacity_factor or None
+    return options
 
 
 # ---------------------------------------------------------------- data
 
 
+def open_data(config):
+    """Return (training set, validation set). Raise ValueError if their classes differ."""
+    resized = eval_transform(config.image_size, config.crop_ratio)
+    train_set = open_dataset(config.data, "train", train_transform(config))
+    val_set = open_dataset(config.data, "val", resized)
+    differing = sorted(set(train_set.classes) ^ set(val_set.classes))
+    if differing:
+        more = ", ..." if len(differing) > 5 else ""
+        raise ValueError(f"train and val of {config.data} have different classes; only one of "
+                         f"them has {', '.join(differing[:5])}{more}")
+    return train_set, val_set
+
+
+def train_transform(config):
+    """Return the augmentation of the recipe, uint8 (3, H, W) -> uint8 (3, S, S)."""
+    size, grey = config.image_size, [round(255 * mean) for mean in MEAN]  # the mean colour
+    steps = [eval_transform(size, config.crop_ratio)]
+    if config.crop_scale < 1:
+        bicubic = v2.InterpolationMode.BICUBIC
+        scale = (config.crop_scale, 1.0)
+        steps = [v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True)]
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if config.randaug:
+        # As timm's rand-m9-inc1: two operations, each with probability 1/2, magnitude 9 of 10.
+        # One of torchvision's 14 operations is Identity, hence 7/13: 7/13 * 13/14 = 1/2.
+        operation = v2.RandAugment(1, config.randaug, num_magnitude_bins=11, fill=grey,
+                                   interpolation=v2.InterpolationMode.BILINEAR)
+        steps += [v2.RandomApply([operation], p=7 / 13)] * 2
+    if config.erasing:
+        steps.append(v2.RandomErasing(config.erasing, value=grey))
+    return v2.Compose(steps)
+
+
 def draw_seed(*numbers):
-    """One 32-bit seed (an int) from several whole numbers, such as (seed, epoch, image)."""
+    """Mix whole numbers, such as (seed, epoch, image), into one seed of 32 bits, an int."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 0x9E3779B1 + number + 0x7F4A7C15) % 2 ** 32
@@ -287,34 +327,14 @@ def draw_seed(*numbers):
 
 def seed_draws(device, *numbers):
     """Start the draws of this process, on the CPU and its device, from several whole numbers."""
-    # On a CPU torch.manual_seed() would also write down a stack trace, for the GPU that might come.
-    seed = torch.manual_seed if device.type == "cuda" else torch.default_generator.manual_seed
-    seed(draw_seed(*numbers))
-
-
-def train_transform(config):
-    """Augmentation of one image by the recipe: uint8 (3, H, W) -> uint8 (3, S, S)."""
-    if config["crop_scale"] < 1:
-        steps = [v2.RandomResizedCrop(config["image_size"], scale=(config["crop_scale"], 1.0),
-                                      interpolation=v2.InterpolationMode.BICUBIC, antialias=True)]
-    else:
-        steps = [eval_transform(config["image_size"], config["crop_ratio"])]
-    if config["flip"]:
-        steps.append(v2.RandomHorizontalFlip())
-    grey = [round(255 * mean) for mean in MEAN]  # the mean colour
-    if config["randaug"]:
-        # As timm's rand-m9-inc1: two operations, each with probability 1/2, magnitude 9 of 10.
-        # One of torchvision's 14 operations is Identity, hence 7/13: 7/13 * 13/14 = 1/2.
-        operation = v2.RandAugment(1, config["randaug"], num_magnitude_bins=11, fill=grey,
-                                   interpolation=v2.InterpolationMode.BILINEAR)
-        steps += [v2.RandomApply([operation], p=7 / 13)] * 2
-    if config["erasing"]:
-        steps.append(v2.RandomErasing(config["erasing"], value=grey))
-    return v2.Compose(steps)
+    # On a CPU torch.manual_seed() would also write down a stack trace, for a GPU that might come.
+    gpu = device.type == "cuda"
+    start = torch.manual_seed if gpu else torch.default_generator.manual_seed
+    start(draw_seed(*numbers))
 
 
 class Augmented:
-    """A data set whose items are asked for by a key (epoch, index): the transform's draws depend on these two alone."""
+    """A data set whose items are asked for by (epoch, index), on which alone their draws depend."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -327,17 +347,17 @@ class Augmented:
 
 
 class Batches:
-    """The order of the images: an iterable of lists of (epoch, index), what DataLoader calls a batch sampler.
+    """The order of the images: lists of (epoch, index), for DataLoader a batch sampler.
 
-    Each epoch is a permutation of all images, cut into steps of `batch_size`; the last, incomplete step is left out.
-    A step is cut into world * accumulate shares. A process takes `accumulate` of them, one in each
-    of its passes: so two passes of one process see the shares of two processes.
-    Before iterating set .epoch, and .first_step to continue inside an epoch.
+    Each epoch is a permutation of all images, cut into steps of `batch_size`. The last, incomplete
+    step is left out. A step is cut into world * accumulate shares, of which a process takes
+    `accumulate`, one in each of its passes: two passes of one process see what two processes see.
+    Set .epoch before iterating, and .first_step to enter an epoch in the middle.
     """
 
     def __init__(self, num_images, batch_size, accumulate, seed, rank, world):
-        self.num_images, self.batch_size, self.accumulate, self.seed = num_images, batch_size, accumulate, seed
-        self.rank, self.world = rank, world
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.accumulate, self.rank, self.world = accumulate, rank, world
         self.epoch, self.first_step = 0, 0
         self.steps = num_images // batch_size  # per epoch
 
@@ -347,37 +367,43 @@ class Batches:
     def __iter__(self):
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        steps = order[:self.steps * self.batch_size].split(self.batch_size)
         first = self.rank * self.accumulate
-        for step in steps[self.first_step:]:
-            shares = step.chunk(self.world * self.accumulate)
+        for step in range(self.first_step, self.steps):
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            shares = batch.chunk(self.world * self.accumulate)
             for share in shares[first:first + self.accumulate]:
-                yield [(self.epoch, int(index)) for index in share]
+                yield [(self.epoch, index) for index in share.tolist()]
 
 
 def make_mixer(config, num_classes):
-    """MixUp or CutMix, by lot for each batch: (images, labels (B,)) -> (images, targets (B, num_classes)); or None."""
-    mixers = [kind(alpha=config[name], num_classes=num_classes)
-              for name, kind in (("mixup", v2.MixUp), ("cutmix", v2.CutMix)) if config[name]]
+    """Return MixUp and CutMix, of which each batch draws one, or None.
+
+    It maps images and labels (B,) to images and targets (B, num_classes).
+    """
+    mixers = []
+    if config.mixup:
+        mixers.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+    if config.cutmix:
+        mixers.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
     return v2.RandomChoice(mixers) if mixers else None
 
 
-# ---------------------------------------------------------------- optimisation
+# ---------------------------------------------------------------- weights to start from
 
 
-def start_from(model, config, classes=None):
+def start_from(model, config, classes):
     """Load the weights that --init-from names into the model. Return the names left fresh.
 
-    Among them is the head, if the checkpoint's classes are not these. Raises ValueError if the
-    weights do not fit, or if torchvision's weights cannot be had.
+    The head is fresh if the checkpoint is for other classes. Raise ValueError if the weights do
+    not fit, or if torchvision's weights cannot be had.
     """
     family = vit if isinstance(model, vit.ViT) else convnext
-    if config["init_from"] == "torchvision":
-        weights = family.from_torchvision(torchvision_weights(config["model"]))
+    if config.init_from == "torchvision":
+        weights = family.from_torchvision(torchvision_weights(config.model))
     else:
-        there, checkpoint = load_checkpoint(config["init_from"], "cpu")
+        there, checkpoint = load_checkpoint(config.init_from, "cpu")
         weights = there.state_dict()
-        if classes not in (None, checkpoint["classes"]):  # as many, perhaps, but others
+        if checkpoint["classes"] != classes:  # as many, perhaps, but others
             weights |= {"head.weight": torch.empty(0), "head.bias": torch.empty(0)}
     if family is vit:
         weights = vit.resize_positions(weights, model)
@@ -389,11 +415,10 @@ def upcycle(weights, model, exact=True):
     """Load the state dict of a model of the same backbone, dense or sparse, into a model.
 
     Where the weights have an MLP and the model has a MoE, each expert becomes this MLP, see
-    experts_from_mlp. A head for another number of classes stays fresh. Returns the names left
-    fresh. Raises ValueError that names the first tensor which does not fit; then nothing is loaded.
+    experts_from_mlp(). A head for another number of classes stays fresh. Return the names left
+    fresh. Raise ValueError that names the first tensor which does not fit; then nothing is loaded.
     """
-    state, own = dict(weights), model.state_dict()
-    fresh = []
+    state, own, fresh = dict(weights), model.state_dict(), []
     for name in ("head.weight", "head.bias"):
         if name in state and state[name].shape != own[name].shape:
             state[name] = own[name]
@@ -436,16 +461,22 @@ def experts_from_mlp(mlp, layer, exact):
 
 
 def torchvision_weights(name):
-    """torchvision's ImageNet weights for our model of that name, a state dict, from its cache or the network."""
+    """Return torchvision's ImageNet weights, a state dict, from its cache or the network."""
     if name not in TORCHVISION:
-        raise ValueError(f"torchvision has no weights for {name}: expected one of {', '.join(TORCHVISION)}")
+        raise ValueError(f"torchvision has no weights for {name}: "
+                         f"expected one of {', '.join(TORCHVISION)}")
     weights = torchvision.models.get_model_weights(TORCHVISION[name]).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        raise ValueError(f"torchvision's weights for {name} cannot be loaded ({str(error).splitlines()[0]}): download "
-                         f"{weights.url} by hand and place it at {place}") from None
+        file = os.path.basename(weights.url)
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+        raise ValueError(f"torchvision's weights for {name} cannot be loaded "
+                         f"({first_line(error)}): download {weights.url} by hand and place it at "
+                         f"{place}") from None
+
+
+# ---------------------------------------------------------------- optimisation
 
 
 def classification_loss(logits, targets, config):
@@ -456,8 +487,8 @@ def classification_loss(logits, targets, config):
     --loss softmax: the classes exclude each other. --loss sigmoid (V-MoE): each class is a yes or
     no of its own, summed over the classes.
     """
-    smoothing = config["label_smoothing"]
-    if config["loss"] == "softmax":
+    smoothing = config.label_smoothing
+    if config.loss == "softmax":
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
     B, C = logits.shape
     if targets.ndim == 1:
@@ -491,7 +522,7 @@ def layer_group(name):
 def parameter_groups(model, weight_decay, expert_weight_decay, layer_decay=1.0):
     """Return a model's parameters in groups for the optimizer, a list of dicts.
 
-    Keys: params, weight_decay, and lr_scale, by which train_step() multiplies the learning rate.
+    Keys: params, weight_decay, and lr_scale, by which train() multiplies the learning rate.
     weight_decay holds for weight matrices and convolutions, expert_weight_decay for the experts'
     matrices, 0 for the rest: norms, biases, layer scale, embeddings, router temperatures.
     layer_decay: the head has the whole learning rate, each group of layers below it (see
@@ -512,46 +543,356 @@ def parameter_groups(model, weight_decay, expert_weight_decay, layer_decay=1.0):
 
 
 def learning_rate(step, steps_per_epoch, config):
-    """The rate of optimizer step `step`: linear warmup to the peak, then half a cosine or a line to the minimum.
+    """Return the rate of an optimizer step: linear warm-up to the peak, then decay to the minimum.
 
-    Steps count from 0 through the whole run, steps_per_epoch in each epoch. The last step of the warmup has the peak, the
-    last step of the run the minimum.
+    Steps count from 0 through the whole run. The last step of the warm-up has the peak, the last
+    step of the run the minimum. The decay is half a cosine or a line.
     """
-    total, warmup = config["epochs"] * steps_per_epoch, round(config["warmup_epochs"] * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        return config["lr"] * (step + 1) / warmup
+        return config.lr * (step + 1) / warmup
     progress = (step + 1 - warmup) / max(1, total - warmup)
-    left = 1 - progress if config["decay"] == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config["min_lr"] + (config["lr"] - config["min_lr"]) * left
+    if config.decay == "linear":
+        left = 1 - progress
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def ema_decay(step, decay):
-    """Decay of the averaged weights at optimizer step `step`, counted from 0: min(decay, (1 + step) / (10 + step)), a float.
+    """Return the decay of the averaged weights: min(decay, (1 + step) / (10 + step)).
 
-    So they always average over about the last ninth of the run. With a decay of 0.9999 from the start a run of 1,000 steps
-    would end with nine tenths of its random start; at the end of a published recipe the ramp makes no difference.
+    So they always average over about the last ninth of the run. With a decay of 0.9999 from the
+    start a run of 1,000 steps would end with nine tenths of its random start. At the end of a
+    published recipe the ramp makes no difference.
     """
     return min(decay, (1 + step) / (10 + step))
 
 
-# ---------------------------------------------------------------- runs and checkpoints
+def averaged(model, decay):
+    """Return a copy of the model whose weights update_parameters() averages."""
+    def average(ema, now, step):
+        get_ema_multi_avg_fn(ema_decay(int(step), decay))(ema, now, step)
+
+    return AveragedModel(model, multi_avg_fn=average)
+
+
+# ---------------------------------------------------------------- what a run is made of
+
+
+class Run:
+    """All that a run consists of, from its flags. It is continued if its folder holds a run.
+
+    Raise ValueError for whatever is wrong. No file is written before all options and data were
+    found to be right.
+    """
+
+    def __init__(self, args):
+        # ---- this process: rank 0 prints and writes
+        self.rank, self.world, self.device = setup_processes()
+
+        # ---- what to do
+        with together():
+            self.config = config = resolve(args)
+            self.train_set, self.val_set = open_data(config)
+            fit_to_data(config, len(self.train_set), self.world)
+            self.model, self.fresh = make_model(config, self.train_set.classes)
+        classes, data = self.train_set.classes, len(self.train_set)
+
+        # ---- images: the order of them, their loaders, and what mixes them
+        workers = config.workers
+        if workers is None:
+            workers = auto_workers(self.train_set, self.world)
+        self.batches = Batches(
+            data, config.batch_size, config.accumulate, config.seed, self.rank, self.world)
+        self.loader = DataLoader(
+            Augmented(self.train_set, config.seed), batch_sampler=self.batches,
+            num_workers=workers, pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0, worker_init_fn=leave_signals)
+        self.images_per_pass = config.batch_size // self.world // config.accumulate
+        self.val_loader = eval_loader(self.val_set, self.images_per_pass, workers, self.device)
+        self.mixer = make_mixer(config, len(classes))
+        self.unreadable = set()  # indices of images
+
+        # ---- model and optimizer
+        # In channels_last the permutes of a ConvNeXt on a GPU cost nothing.
+        nhwc = self.device.type == "cuda" and isinstance(self.model, convnext.ConvNeXt)
+        self.layout = torch.channels_last if nhwc else torch.contiguous_format
+        self.model.to(self.device, memory_format=self.layout)
+        self.dtype = best_dtype(self.device)  # bfloat16 means autocast
+        if config.dtype != "auto":
+            self.dtype = getattr(torch, config.dtype)
+        self.ema = averaged(self.model, config.ema) if config.ema else None
+        groups = parameter_groups(
+            self.model, config.weight_decay, config.expert_weight_decay, config.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+        # ---- where it stands; with the weights and the optimizer this makes a checkpoint
+        self.epoch = 0  # how many are trained, validated and logged
+        self.step = 0  # of the optimizer, over all epochs
+        self.best = None  # top1 and epoch of best.pt
+        self.signal = 0  # the last SIGTERM or SIGINT
+        self.saved_at = time.monotonic()
+        self.unsaved = False  # whether the last attempt to save failed
+        enter_folder(self)
+
+        # ---- what the loop calls: the model, wrapped
+        self.net = self.model
+        if self.world > 1:
+            # DDP complains about the strides of depthwise convolutions, which is harmless.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            self.net = DistributedDataParallel(self.model)
+        if config.compile:
+            self.net = torch.compile(self.net)
+
+
+def make_model(config, classes):
+    """Return (the model on the CPU, names of its weights that --init-from did not bring)."""
+    torch.manual_seed(config.seed)
+    model, fresh = build_model(model_config(config, len(classes))), []
+    for parameter in model.head.parameters():
+        parameter.data *= config.head_scale  # --init-from may have a head for these classes
+    continued = config.out and os.path.exists(os.path.join(config.out, "last.pt"))
+    if config.init_from and not continued:
+        fresh = start_from(model, config, classes)
+    if config.freeze_backbone:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    return model, fresh
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(run):
+    """Train and validate, from where the run stands to its last epoch.
+
+    An epoch that was interrupted goes on inside; the log then has the means since the interruption.
+    Raise SystemExit(128 + signal) after SIGTERM or SIGINT, when everything is saved.
+    """
+    config, model, steps = run.config, run.model, run.batches.steps
+    first_epoch = run.epoch
+    for epoch in range(first_epoch, config.epochs):
+        first = run.step - epoch * steps  # more than 0 in an interrupted epoch
+        run.batches.epoch, run.batches.first_step = epoch, first
+        run.net.train(not config.freeze_backbone)  # frozen layers work as in evaluation
+        meter = Meter(run)
+        passes = start_loader(run.loader)
+
+        for _ in show_progress(run, first):
+            # ---- the rate of this step
+            rate = learning_rate(run.step, steps, config)
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * rate
+
+            # ---- batch, forward, loss, backward: `accumulate` times
+            losses = torch.zeros(2, device=run.device)  # cross-entropy, balance
+            for part in range(config.accumulate):
+                images, targets = next_batch(run, passes, part, meter)
+                last = part == config.accumulate - 1  # then DDP averages over the processes
+                with nullcontext() if last or run.world == 1 else run.net.no_sync():
+                    with autocast(run.device, run.dtype):
+                        logits, routings = run.net(images, return_routing=True)
+                    loss = classification_loss(logits.float(), targets, config)
+                    balance = balance_loss(routings).to(run.device)
+                    total = loss + config.balance_weight * balance
+                    (total / config.accumulate).backward()
+                losses += torch.stack([loss.detach(), balance.detach()]) / config.accumulate
+                meter.count(routings)
+
+            # ---- step
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+            stop, due = agree(run, losses, norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if run.ema:
+                run.ema.update_parameters(model)
+            run.step += 1
+            meter.add(losses)
+            if stop or due:
+                save(run, "last.pt")
+            if stop:
+                raise SystemExit(128 + stop)
+
+        # ---- validate, log, save
+        save(run, "last.pt")  # before anything else can go wrong
+        line = dict(epoch=epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"])
+        line |= meter.summary(run)
+        line |= validate(run)
+        run.epoch = epoch + 1
+        top1 = line.get("ema_top1", line["top1"])
+        improved = run.best is None or top1 > run.best["top1"]
+        if improved:
+            run.best = dict(top1=top1, epoch=run.epoch)
+        if run.rank == 0:
+            write_log(run, line)
+        save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
+        if run.rank == 0:
+            print_epoch(run, line, first=epoch == first_epoch)
+
+
+def show_progress(run, first):
+    """Return an iterable of the rest of an epoch's steps, shown as a bar on rank 0's terminal."""
+    steps = run.batches.steps
+    disable = None if run.rank == 0 else True  # None: if it is no terminal
+    return tqdm(range(first, steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
+                initial=first, total=steps, disable=disable)
+
+
+def next_batch(run, passes, part, meter):
+    """Return the images and targets of the next pass, normalized and mixed, on the device.
+
+    Start the draws of the pass: mixing here, noise and drop path in the model.
+    """
+    waiting = time.perf_counter()
+    images, labels, unreadable = next(passes)
+    meter.wait += time.perf_counter() - waiting
+    for index in set(unreadable.tolist()) - run.unreadable - {-1}:
+        run.unreadable.add(index)
+        tqdm.write(f"warning: cannot read {run.train_set.path(index)}: the next image takes its "
+                   f"place", file=sys.stderr)
+    images = normalize(images.to(run.device, non_blocking=True), MEAN, STD)
+    images = images.contiguous(memory_format=run.layout)
+    targets = labels.to(run.device, non_blocking=True)
+    share = run.rank * run.config.accumulate + part  # of the step's images, as in Batches
+    seed_draws(run.device, run.config.seed, run.step, share)
+    return run.mixer(images, targets) if run.mixer else (images, targets)
+
+
+def agree(run, losses, norm):
+    """Share three flags across all processes: a non-finite loss or gradient, a stop signal, and
+    whether it is time to save. Called before the optimizer step, so that all ranks act alike.
+
+    losses (2,), norm: of the gradient. Return (signal or 0, whether to save). Raise
+    FloatingPointError if a number is not finite.
+    """
+    due = time.monotonic() - run.saved_at >= 60 * run.config.save_every_minutes
+    flags = torch.tensor([0, run.signal, due], dtype=torch.float32, device=run.device)
+    flags[0] = ~(losses.isfinite().all() & norm.isfinite())
+    if run.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    broken, stop, due = flags.tolist()
+    if broken:
+        cross_entropy, balance = losses.tolist()
+        rate = run.optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(
+            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): "
+            f"cross-entropy {cross_entropy:.4g}, balance {balance:.4g}, "
+            f"norm of the gradient {norm.item():.4g}, lr {rate:.3g}; {advise(run)}")
+    return int(stop), bool(due)
+
+
+class Meter:
+    """What the log says of an epoch's training: sums over the steps of this process."""
+
+    def __init__(self, run):
+        layers, E = len(run.model.moe_blocks), run.config.experts
+        self.steps, self.wait, self.begin = 0, 0.0, time.perf_counter()  # seconds
+        self.losses = torch.zeros(2, dtype=torch.float64, device=run.device)
+        self.load = torch.zeros(layers, E, dtype=torch.int64, device=run.device)
+        self.dropped = torch.zeros((), dtype=torch.int64, device=run.device)
+
+    def count(self, routings):
+        """Count the choices of each expert, before any is dropped, and the dropped ones."""
+        for load, routing in zip(self.load, routings):
+            load += F.one_hot(routing.experts, len(load)).sum((0, 1))  # (T, K) -> (T, K, E) -> (E,)
+            self.dropped += (~routing.kept).sum()
+
+    def add(self, losses):
+        """Add the losses (2,) of a step."""
+        self.losses += losses
+        self.steps += 1
+
+    def summary(self, run):
+        """Return the means over steps and processes, a dict for the log. Empty without a step."""
+        seconds = time.perf_counter() - self.begin
+        unreadable = torch.tensor(len(run.unreadable), device=run.device)
+        if run.world > 1:
+            for sums in (self.losses, self.load, self.dropped, unreadable):
+                dist.all_reduce(sums)
+        if self.steps == 0:  # all were done before an interruption
+            return {}
+        loss, balance = (self.losses / self.steps / run.world).tolist()
+        load = self.load.double()
+        return dict(
+            train_loss=loss, balance_loss=balance, seconds=seconds, data_wait=self.wait / seconds,
+            images_per_s=self.steps * run.config.batch_size / seconds,
+            dropped=(self.dropped / load.sum().clamp(min=1)).item(),
+            unreadable=unreadable.item(), load=(load / load.sum(1, keepdim=True)).tolist())
+
+
+def validate(run):
+    """Evaluate the weights, and the averaged ones. Return losses and accuracies for the log.
+
+    Raise SystemExit(128 + signal) after a signal. Raise FloatingPointError if a loss is not finite;
+    last.pt is then renamed, so that nobody continues from it.
+    """
+    line, models = {}, {"": run.model}
+    if run.ema:
+        models["ema_"] = run.ema.module
+    for prefix, model in models.items():
+        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype,
+                       loss=run.config.loss, stop=lambda: run.signal)
+        if val is None:
+            raise SystemExit(128 + (run.signal or signal.SIGTERM))  # which another process got
+        if not math.isfinite(val["loss"]):
+            last, bad = (os.path.join(run.folder, name) for name in ("last.pt", "not_finite.pt"))
+            if run.rank == 0 and os.path.exists(last):
+                os.replace(last, bad)
+            raise FloatingPointError(
+                f"the validation loss after epoch {run.epoch + 1} is {val['loss']}: last.pt is now "
+                f"{bad}; to continue from the best epoch, if there is one, copy best.pt to last.pt")
+        line |= {f"{prefix}val_loss": val["loss"], f"{prefix}top1": val["top1"],
+                 f"{prefix}top5": val["top5"]}
+    return line
+
+
+# ---------------------------------------------------------------- the run's folder
 
 
 FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # when a run is continued
 
 
+def enter_folder(run):
+    """Settle where all processes write the run, and continue the run that is there."""
+    data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
+    found = [None, data]
+    with together():
+        if run.rank == 0:
+            found[0], run.log = claim_folder(run.config)
+    if run.world > 1:
+        dist.broadcast_object_list(found)  # rank 0 decides for all
+    run.folder = found[0]
+    with together():
+        for there, here in zip(found[1], data):
+            differing = compare_data(there, here)
+            if differing:
+                raise ValueError(f"{run.config.data} is not the same as that of process 0 "
+                                 f"({differing})")
+        checkpoint = open_last(run)
+        if checkpoint:
+            restore(run, checkpoint)
+        if run.rank == 0:
+            cut_log(run.log, run.epoch)
+            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now
+            write_checkpoint(make_checkpoint(run), trial)
+            os.remove(trial)
+
+
 def claim_folder(config):
-    """Make the folder of this run and open its log.jsonl: (path, file). ValueError if impossible.
+    """Make the folder of this run and open its log.jsonl. Return (path, file).
 
     While this process lives the log is locked: no second run can write here. Without --out each run
-    makes a folder of its own; of several that start at once only one can make the same.
+    makes a folder of its own, also when several start at once. Raise ValueError if the folder
+    cannot be written or is in use.
     """
-    name = os.path.basename(os.path.normpath(config["data"])).replace(":", "-")
-    numbered = (f"runs/{config['model']}-{name}-{i}" for i in count(1))
+    data = os.path.basename(os.path.normpath(config.data)).replace(":", "-")
+    numbered = (f"runs/{config.model}-{data}-{i}" for i in count(1))
     try:
-        for folder in [config["out"]] if config["out"] else numbered:
+        for folder in [config.out] if config.out else numbered:
             with suppress(FileExistsError):
-                os.makedirs(folder, exist_ok=folder == config["out"])
+                os.makedirs(folder, exist_ok=folder == config.out)
                 break
         log = open(os.path.join(folder, "log.jsonl"), "a+", encoding="utf-8", errors="replace")
     except OSError as error:
@@ -568,9 +909,9 @@ def claim_folder(config):
 
 
 def open_last(run):
-    """Read the checkpoint with which the run in run.folder continues. None if it is a new run.
+    """Return the checkpoint with which the run in run.folder continues. None if it is a new run.
 
-    ValueError if the file cannot be read, or is from another configuration or other images.
+    Raise ValueError if it cannot be read, or is of other images or another configuration.
     """
     last, best = (os.path.join(run.folder, name) for name in ("last.pt", "best.pt"))
     if not os.path.exists(last) and not os.path.exists(best):
@@ -587,11 +928,13 @@ def open_last(run):
     there, free = checkpoint["args"], FREE_TO_CHANGE
     if isinstance(run.train_set, FolderImages):
         free = free | {"data"}  # it may have moved: the images count
-    differing = [f"--{name.replace('_', '-')} {there.get(name)} there, {now} now"
-                 for name, now in run.config.items() if name not in free and there.get(name) != now]
-    if differing:
+    options = []
+    for name, now in vars(run.config).items():
+        if name not in free and there.get(name) != now:
+            options.append(f"--{name.replace('_', '-')} {there.get(name)} there, {now} now")
+    if options:
         raise ValueError(f"{run.folder} holds a run of another configuration "
-                         f"({'; '.join(differing)}): give the same options to continue it, or "
+                         f"({'; '.join(options)}): give the same options to continue it, or "
                          f"another --out")
     return checkpoint
 
@@ -609,18 +952,18 @@ def compare_data(then, now):
     return ", ".join(words) or "as many images, with other names"
 
 
-def make_checkpoint(run):
-    """Return the run as a dict of plain values and tensors.
+# ---------------------------------------------------------------- checkpoints and the log
 
-    epoch: how many are trained. line: what sum_up() said of the last, if it is not validated yet.
-    """
-    config = run.config
+
+def make_checkpoint(run):
+    """Return the run as a dict of plain values and tensors."""
+    config, classes = run.config, run.train_set.classes
     return dict(
-        config=model_config(config, len(run.train_set.classes)), classes=run.train_set.classes,
-        image_size=config["image_size"], crop_ratio=config["crop_ratio"], mean=MEAN, std=STD,
-        model=run.model.state_dict(), ema=run.ema.module.state_dict() if run.ema else None,
+        config=model_config(config, len(classes)), classes=classes, image_size=config.image_size,
+        crop_ratio=config.crop_ratio, mean=MEAN, std=STD, model=run.model.state_dict(),
+        ema=run.ema.module.state_dict() if run.ema else None,
         optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best,
-        args=config, line=run.line, data=run.train_set.fingerprint())
+        args=vars(config), data=run.train_set.fingerprint())
 
 
 def restore(run, checkpoint):
@@ -636,8 +979,31 @@ def restore(run, checkpoint):
     if run.ema:
         run.ema.module.load_state_dict(checkpoint["ema"])
         run.ema.n_averaged.fill_(checkpoint["step"])
-    run.epoch, run.step, run.best = checkpoint["epoch"], checkpoint["step"], checkpoint["best"]
-    run.line = checkpoint.get("line")
+    run.epoch, run.step, run.best = (checkpoint[name] for name in ("epoch", "step", "best"))
+
+
+def save(run, *names):
+    """Write the run's checkpoint to the files of these names, by rank 0, while the others wait.
+
+    If the disk is full the old file stays, run.unsaved is set, and the run goes on: the next save
+    may have more luck. Raise FloatingPointError if a weight is not finite: nothing is written.
+    """
+    weights = list(run.model.parameters())
+    if run.ema:
+        weights += run.ema.parameters()
+    if not torch.nn.utils.get_total_norm(weights).isfinite():
+        raise FloatingPointError(f"weights are not finite after step {run.step}; {advise(run)}")
+    if run.rank == 0:
+        run.unsaved = False
+        for name in names:
+            try:
+                write_checkpoint(make_checkpoint(run), os.path.join(run.folder, name))
+            except ValueError as error:
+                run.unsaved = True
+                tqdm.write(f"warning: {error}; the old file is untouched", file=sys.stderr)
+    run.saved_at = time.monotonic()
+    if run.world > 1:
+        dist.barrier()
 
 
 def write_checkpoint(checkpoint, path):
@@ -656,28 +1022,6 @@ def write_checkpoint(checkpoint, path):
             os.remove(path + ".tmp")
         reason = first_line(error.__context__ or error)
         raise ValueError(f"cannot write {path} ({reason})") from None
-
-
-def save(run, *names):
-    """Write the run's checkpoint to the files of these names, by rank 0, while the others wait.
-
-    If the disk is full the old file stays, run.unsaved is set, and the run goes on: the next save
-    may have more luck. FloatingPointError if a weight is not finite: then nothing is written.
-    """
-    weights = [*run.model.parameters(), *(run.ema.parameters() if run.ema else [])]
-    if not torch.nn.utils.get_total_norm(weights).isfinite():
-        raise FloatingPointError(f"weights are not finite after step {run.step}; {advise(run)}")
-    if run.rank == 0:
-        run.unsaved = False
-        for name in names:
-            try:
-                write_checkpoint(make_checkpoint(run), os.path.join(run.folder, name))
-            except ValueError as error:
-                run.unsaved = True
-                tqdm.write(f"warning: {error}; the old file is untouched", file=sys.stderr)
-    run.saved_at = time.monotonic()
-    if run.world > 1:
-        dist.barrier()
 
 
 def advise(run):
@@ -709,234 +1053,7 @@ def write_log(run, line):
         tqdm.write(f"warning: cannot write log.jsonl ({error})", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- the run
-
-
-def open_data(config):
-    """(training set, validation set), their classes checked to be the same."""
-    train = open_dataset(config["data"], "train", train_transform(config))
-    val = open_dataset(config["data"], "val", eval_transform(config["image_size"], config["crop_ratio"]))
-    differing = sorted(set(train.classes) ^ set(val.classes))
-    if differing:
-        raise ValueError(f"train and val of {config['data']} have different classes; only one of them has "
-                         f"{', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''}")
-    return train, val
-
-
-def count_routing(routings, num_experts):
-    """The routings of L MoE layers as (L, E + 1) int64, E = num_experts: choices per expert, before any is dropped, and in
-    the last column the number of dropped ones."""
-    rows = [torch.cat([(r.experts.reshape(-1, 1) == torch.arange(num_experts, device=r.experts.device)).sum(0),
-                       (~r.kept).sum().view(1)]) for r in routings]
-    return torch.stack(rows) if rows else torch.zeros(0, num_experts + 1, dtype=torch.int64)
-
-
-def prepare(args):
-    """Settle everything a run needs: a namespace. Raises ValueError for whatever is wrong.
-
-    No file is written before all options and data were found to be right.
-    """
-    rank, world, device = setup_processes()
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP's word on depthwise convolutions: harmless
-    run = SimpleNamespace(rank=rank, world=world, device=device, epoch=0, step=0, best=None,
-                          line=None, unreadable=set(), signal=0, stop=0, unsaved=False,
-                          saved_at=time.monotonic())
-    with together():
-        config = run.config = resolve(args)
-        run.dtype = best_dtype(device)
-        if config["dtype"] != "auto":
-            run.dtype = getattr(torch, config["dtype"])
-        run.train_set, run.val_set = open_data(config)
-        fit_to_data(config, len(run.train_set), world)
-        torch.manual_seed(config["seed"])
-        run.model = build_model(model_config(config, len(run.train_set.classes)))
-        # On a GPU, in this layout, a ConvNeXt's permutes cost nothing.
-        nhwc = device.type == "cuda" and isinstance(run.model, convnext.ConvNeXt)
-        run.layout = torch.channels_last if nhwc else torch.contiguous_format
-        run.model.to(device, memory_format=run.layout)
-        with torch.no_grad():
-            for parameter in run.model.head.parameters():
-                parameter.mul_(config["head_scale"])  # --init-from may have a head for these classes
-        continued = config["out"] and os.path.exists(os.path.join(config["out"], "last.pt"))
-        start = config["init_from"] and not continued
-        run.fresh = start_from(run.model, config, run.train_set.classes) if start else []
-    if config["freeze_backbone"]:
-        run.model.requires_grad_(False)
-        run.model.head.requires_grad_(True)
-
-    workers = auto_workers(run.train_set, world) if config["workers"] is None else config["workers"]
-    run.batches = Batches(len(run.train_set), config["batch_size"], config["accumulate"], config["seed"], rank, world)
-    run.loader = DataLoader(Augmented(run.train_set, config["seed"]), batch_sampler=run.batches, num_workers=workers,
-                            pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                            worker_init_fn=leave_signals)
-    per_pass = max(1, config["batch_size"] // world // config["accumulate"])
-    run.val_loader = eval_loader(run.val_set, per_pass, workers, device)
-    run.mixer = make_mixer(config, len(run.train_set.classes))
-    decays = (config[name] for name in ("weight_decay", "expert_weight_decay", "layer_decay"))
-    run.optimizer = torch.optim.AdamW(parameter_groups(run.model, *decays),
-                                      betas=(0.9, 0.999), eps=1e-8, fused=True)
-    average = lambda ema, now, _: get_ema_multi_avg_fn(ema_decay(run.step, config["ema"]))(ema, now, _)  # noqa: E731
-    run.ema = AveragedModel(run.model, multi_avg_fn=average) if config["ema"] else None
-    find_folder(run)
-    run.first_epoch = run.epoch
-    run.net = DistributedDataParallel(run.model) if world > 1 else run.model
-    run.net = torch.compile(run.net) if config["compile"] else run.net
-    return run
-
-
-def find_folder(run):
-    """Settle where all processes write the run, and continue the run that is there."""
-    data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
-    found = [None, data]
-    with together():
-        if run.rank == 0:
-            found[0], run.log = claim_folder(run.config)
-    if run.world > 1:
-        dist.broadcast_object_list(found)  # rank 0 decides for all
-    run.folder = found[0]
-    with together():
-        differing = [compare_data(*pair) for pair in zip(found[1], data)]
-        if any(differing):
-            raise ValueError(f"{run.config['data']} is not the same as that of process 0 "
-                             f"({max(differing)})")
-        checkpoint = open_last(run)
-        if checkpoint:
-            restore(run, checkpoint)
-        if run.rank == 0:
-            cut_log(run.log, run.epoch - bool(run.line))
-            trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now
-            write_checkpoint(make_checkpoint(run), trial)
-            os.remove(trial)
-
-
-def train_step(run, parts):
-    """One optimizer step on the next batch, a loader's next `accumulate` parts; adds its numbers to run.progress."""
-    config, accumulate = run.config, run.config["accumulate"]
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * learning_rate(run.step, run.batches.steps, config)
-    losses = torch.zeros(2, device=run.device)  # cross-entropy, balance
-    for part in range(accumulate):
-        waiting = time.perf_counter()
-        images, labels, unreadable = next(parts)
-        run.progress["wait"] += time.perf_counter() - waiting
-        report_unreadable(run, unreadable)
-        images = normalize(images.to(run.device, non_blocking=True), MEAN, STD).contiguous(memory_format=run.layout)
-        targets = labels.to(run.device, non_blocking=True)
-        share = run.rank * accumulate + part  # of the step's images, as in Batches
-        seed_draws(run.device, config["seed"], run.step, share)  # mixing, noise, drop path: its own
-        if run.mixer:
-            images, targets = run.mixer(images, targets)
-        send = run.world == 1 or part == accumulate - 1  # DDP averages the gradients over the processes once per step
-        with nullcontext() if send else run.net.no_sync():
-            with autocast(run.device, run.dtype):
-                logits, routings = run.net(images, return_routing=True)
-            loss = classification_loss(logits.float(), targets, config)
-            balance = balance_loss(routings).to(run.device)
-            ((loss + config["balance_weight"] * balance) / accumulate).backward()
-        losses += torch.stack([loss.detach(), balance.detach()]) / accumulate
-        run.progress["routed"] += count_routing(routings, config["experts"]).to(run.device)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config["clip_grad"] or math.inf)
-    agree(run, losses, norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    if run.ema:
-        run.ema.update_parameters(run.model)
-    run.step += 1
-    run.progress["losses"] += losses
-
-
-def agree(run, losses, norm):
-    """Share three flags across all processes: a loss or gradient that is not finite, a signal to
-    stop, and whether it is time to save. Called before the optimizer step, so that all act alike.
-
-    losses (2,), norm: of the gradient. Sets run.stop and run.save_now. Raises FloatingPointError.
-    """
-    minutes = (time.monotonic() - run.saved_at) / 60
-    flags = torch.tensor([0.0, run.signal, minutes >= run.config["save_every_minutes"]], device=run.device)
-    flags[0] = ~(losses.isfinite().all() & norm.isfinite())
-    if run.world > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    broken, run.stop, run.save_now = (int(flag) for flag in flags.tolist())
-    if broken:
-        raise FloatingPointError(
-            f"loss or gradient is not finite at step {run.step} (epoch {run.epoch + 1}): "
-            f"cross-entropy {losses[0].item():.4g}, balance {losses[1].item():.4g}, "
-            f"norm of the gradient {norm.item():.4g}, lr {run.optimizer.param_groups[0]['lr']:.3g}; "
-            f"{advise(run)}")
-
-
-def train_epoch(run):
-    """Train to the end of the epoch, from where it was left. Return what sum_up() says of it.
-
-    After a signal it saves and returns None. The losses are means over the steps since the run was
-    started or continued.
-    """
-    layers, first = len(run.model.moe_blocks), run.step - run.epoch * run.batches.steps
-    run.progress = dict(
-        losses=torch.zeros(2, dtype=torch.float64, device=run.device), wait=0.0,
-        routed=torch.zeros(layers, run.config["experts"] + 1, dtype=torch.int64, device=run.device))
-    run.batches.epoch, run.batches.first_step = run.epoch, first
-    run.net.train(not run.config["freeze_backbone"])  # frozen, it works as in evaluation: no noise, no drop path
-    parts = start_loader(run.loader)
-    begin = time.perf_counter()
-    for _ in tqdm(range(first, run.batches.steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
-                  initial=first, total=run.batches.steps, disable=None if run.rank == 0 else True):
-        train_step(run, parts)
-        if run.stop or run.save_now:
-            save(run, "last.pt")
-        if run.stop:
-            return None
-    return sum_up(run, run.batches.steps - first, time.perf_counter() - begin)
-
-
-def sum_up(run, steps, seconds):
-    """Return the training half of an epoch's line for the log: a dict, means over `steps` steps."""
-    losses, routed = run.progress["losses"] / steps / run.world, run.progress["routed"]
-    unreadable = torch.tensor(len(run.unreadable), device=run.device)
-    if run.world > 1:
-        for numbers in (losses, routed, unreadable):
-            dist.all_reduce(numbers)
-    choices, dropped = routed[:, :-1].double(), routed[:, -1]
-    loss, balance = losses.tolist()
-    lr = run.optimizer.param_groups[0]["lr"]
-    return dict(epoch=run.epoch + 1, step=run.step, lr=lr, train_loss=loss, balance_loss=balance,
-                images_per_s=steps * run.config["batch_size"] / seconds,
-                data_wait=run.progress["wait"] / seconds, seconds=seconds,
-                dropped=(dropped.sum() / choices.sum().clamp(min=1)).item(), unreadable=unreadable.item(),
-                load=(choices / choices.sum(1, keepdim=True)).tolist())
-
-
-def validate_epoch(run):
-    """Evaluate the weights, and the averaged ones. Return the other half of the epoch's line.
-
-    After a signal it is None. FloatingPointError if a loss is not finite; last.pt is then renamed.
-    """
-    line = {}
-    for prefix, model in (("", run.model), ("ema_", run.ema and run.ema.module)):
-        if model is None:
-            break
-        val = evaluate(model, run.val_loader, run.device, MEAN, STD, dtype=run.dtype,
-                       loss=run.config["loss"], stop=lambda: run.signal)
-        if val is None:
-            run.stop = run.signal or signal.SIGTERM  # which another process got
-            return None
-        if not math.isfinite(val["loss"]):
-            last, bad = (os.path.join(run.folder, name) for name in ("last.pt", "not_finite.pt"))
-            if run.rank == 0 and os.path.exists(last):
-                os.replace(last, bad)
-            raise FloatingPointError(
-                f"the validation loss after epoch {run.epoch} is {val['loss']}: "
-                f"last.pt is now {bad}; to continue from the best epoch, if there is one, copy best.pt to last.pt")
-        line[f"{prefix}val_loss"] = val["loss"]
-        line[f"{prefix}top1"], line[f"{prefix}top5"] = val["top1"], val["top5"]
-    return line
-
-
-def report_unreadable(run, indices):
-    """Name each image that could not be read, once."""
-    for index in set(indices.tolist()) - run.unreadable - {-1}:
-        run.unreadable.add(index)
-        tqdm.write(f"warning: cannot read {run.train_set.path(index)}: the next image takes its place", file=sys.stderr)
+# ---------------------------------------------------------------- what a run prints
 
 
 def paper_row(config):
@@ -945,7 +1062,7 @@ def paper_row(config):
     Its Table 1: trained from scratch on ImageNet-1k, at 224 pixels, with the linear router.
     """
     model = model_config(config, num_classes=1000)
-    if config["init_from"] or config["image_size"] != 224:
+    if config.init_from or config.image_size != 224:
         return None
     for name, preset, options, *_, top1, _ in vit.TABLE + convnext.TABLE:
         if preset.__name__ == model["model"] and options.items() <= model.items():
@@ -957,70 +1074,80 @@ def paper_row(config):
 
 
 def print_summary(run):
-    """Print what was chosen, and what follows from it: a row per subject."""
-    config, blocks = run.config, run.model.moe_blocks
-    total, active = (count / 1e6 for count in count_parameters(run.model))
-    recipe = find_recipe(config)
-    per_pass = config["batch_size"] // run.world // config["accumulate"]
+    """Print what was chosen, and what follows from it: a line per subject."""
+    config, blocks, recipe = run.config, run.model.moe_blocks, find_recipe(run.config)
+    total, active = count_parameters(run.model)
 
-    model = f"{config['model']}, dense"
-    if blocks:
-        model = (f"{config['model']}, {config['experts']} experts, top {config['k']}, "
-                 f"in blocks {blocks}")
-    start = None
-    if config["init_from"]:
-        start = f"from {config['init_from']}, fresh: {', '.join(run.fresh) or 'nothing'}"
-    warmup = f"warm-up {config['warmup_epochs']:g} epochs"
-    if recipe["warmup_epochs"] > config["epochs"]:
-        warmup += f" (the recipe's {recipe['warmup_epochs']:g} are longer than this run)"
-    values = [f"{name} {config[name]}" for name in sorted(recipe) if name in config]
+    print(f"data        {config.data}: {len(run.train_set)} images to train on, "
+          f"{len(run.val_set)} to validate, {len(run.train_set.classes)} classes")
+    sparse = f"{config.experts} experts, top {config.k}, in blocks {blocks}"
+    print(f"model       {config.model}, {sparse if blocks else 'dense'}")
+    if config.init_from:
+        print(f"start       from {config.init_from}, fresh: {', '.join(run.fresh) or 'nothing'}")
+    if paper_row(config):
+        print(f"paper       {paper_row(config)}")
+    print(f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M")
+    print(f"batch       {config.batch_size} = {run.world} process(es) x "
+          f"{config.accumulate} pass(es) x {run.images_per_pass}")
+    print(f"schedule    {config.epochs} epochs x {run.batches.steps} steps, "
+          f"peak lr {config.lr:.3g}, warm-up {config.warmup_epochs:g} epochs")
+    if recipe["warmup_epochs"] > config.epochs:
+        print(f"            (the recipe's warm-up of {recipe['warmup_epochs']:g} epochs is longer "
+              f"than this run)")
+    print(f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}")
+    print(f"results     {run.folder}/")
+    values = ", ".join(f"{name} {getattr(config, name)}" for name in sorted(recipe))
+    print(textwrap.fill(f"recipe      {values}", 98, subsequent_indent=12 * " "))
+    if run.step:
+        state = "finished" if run.epoch == config.epochs else "continuing"
+        print(f"{state} after epoch {run.epoch}, step {run.step}")
 
-    rows = dict(
-        data=f"{config['data']}: {len(run.train_set)} images to train on, {len(run.val_set)} to "
-             f"validate, {len(run.train_set.classes)} classes",
-        model=model,
-        start=start,
-        paper=paper_row(config),
-        parameters=f"{total:.2f}M, active per token {active:.2f}M",
-        batch=f"{config['batch_size']} = {run.world} process(es) x {config['accumulate']} pass(es) "
-              f"x {per_pass}",
-        schedule=f"{config['epochs']} epochs x {run.batches.steps} steps, "
-                 f"peak lr {config['lr']:.3g}, {warmup}",
-        machine=f"{run.device}, {str(run.dtype).removeprefix('torch.')}",
-        results=f"{run.folder}/",
-        recipe=textwrap.fill(", ".join(values), 98, subsequent_indent=12 * " "))
-    for subject, words in rows.items():
-        if words:
-            print(f"{subject:<12}{words}")
+
+COLUMNS = (  # field of the log, title, format
+    ("train_loss", "loss", ".4f"),
+    ("balance_loss", "balance", ".3f"),
+    ("val_loss", "val loss", ".4f"),
+    ("top1", "top-1 %", ".2f"),
+    ("top5", "top-5 %", ".2f"),
+    ("ema_top1", "EMA top-1", ".2f"),
+    ("images_per_s", "images/s", ".0f"),
+    ("data_wait", "data wait", ".0%"))
+
+
+def print_epoch(run, line, first):
+    """Print a line of the log in columns, below a header if it is the first."""
+    hidden = set()
+    if not run.ema:
+        hidden.add("ema_top1")
+    if len(run.train_set.classes) <= 5:
+        hidden.add("top5")
+    header, row = f"{'epoch':>9}", f"{line['epoch']:>5}/{run.config.epochs:<3}"
+    for name, title, form in COLUMNS:
+        if name not in hidden:
+            header += f"{title:>10}"
+            row += f"{line.get(name, math.nan):>10{form}}"
+    if first:
+        print(header)
+    print(row, flush=True)
+    wait = line.get("data_wait", 0)
+    if first and wait > 0.2 and isinstance(run.train_set, FolderImages):
+        print(f"warning: {wait:.0%} of the time went into waiting for data; more --workers (now "
+              f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
 
 
 def print_result(run):
-    """The last lines: how good it got, and what to do with it."""
-    best, data = os.path.join(run.folder, "best.pt"), run.config["data"]
-    no_val = getattr(run.train_set, "root", None) == data  # a folder of class folders
-    held_out = " --split val" if no_val else ""
+    """Print the last lines: how good it got, and what to do with it."""
+    best, data = os.path.join(run.folder, "best.pt"), run.config.data
     print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
     if not os.path.exists(best):
         return
-    print(f"evaluate    python eval.py {shlex.quote(best)} --data {shlex.quote(data)}{held_out}")
+    flags = f"{shlex.quote(best)} --data {shlex.quote(data)}"
+    if getattr(run.val_set, "flat", False):  # a fifth of a folder is held out
+        flags += " --split val"
+    print(f"evaluate    python eval.py {flags}")
     if run.model.moe_blocks:
         out = os.path.join(run.folder, "inspect")
-        print(f"inspect     python inspect_experts.py {shlex.quote(best)} "
-              f"--data {shlex.quote(data)}{held_out} --out {shlex.quote(out)}")
-
-
-def print_epoch(run, line):
-    """One aligned line per epoch, and once a warning if the data come too slowly."""
-    if run.epoch == run.first_epoch + 1:
-        print(f"{'epoch':>9}{'loss':>9}{'balance':>9}{'val loss':>10}{'top-1 %':>9}{'top-5 %':>9}"
-              + f"{'EMA top-1':>11}" * bool(run.ema) + f"{'images/s':>10}{'data wait':>11}")
-    print(f"{line['epoch']:>5}/{run.config['epochs']:<3}{line['train_loss']:>9.4f}{line['balance_loss']:>9.3f}"
-          f"{line['val_loss']:>10.4f}{line['top1']:>9.2f}{line['top5']:>9.2f}"
-          + (f"{line['ema_top1']:>11.2f}" if run.ema else "")
-          + f"{line['images_per_s']:>10.0f}{line['data_wait']:>11.0%}", flush=True)
-    if line["data_wait"] > 0.2 and run.epoch == run.first_epoch + 1:
-        print(f"warning: {line['data_wait']:.0%} of the time went into waiting for data; more --workers (now "
-              f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
+        print(f"inspect     python inspect_experts.py {flags} --out {shlex.quote(out)}")
 
 
 class Output:
@@ -1045,40 +1172,14 @@ class Output:
 
 
 def main(args):
-    """Prepare, then for each epoch train, save, validate, log. A signal exits with 128 + signal."""
-    run = prepare(args)
+    """Prepare a run, train it, and say how good it got. After a signal the status is 128 + it."""
+    run = Run(args)
     if run.rank == 0:
         print_summary(run)
-        if run.step:
-            finished = run.epoch >= run.config["epochs"] and not run.line
-            state = "finished" if finished else "continuing"
-            print(f"{state} after epoch {run.epoch}, step {run.step}")
-    for name in (signal.SIGTERM, signal.SIGINT):
-        # Finish the step, save, exit.
+    for name in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit
         signal.signal(name, lambda name, frame: setattr(run, "signal", name))
-    while run.line or run.epoch < run.config["epochs"]:
-        if not run.line:  # else the last epoch was trained, but not validated
-            run.line = train_epoch(run)
-            if run.stop:
-                break
-            run.epoch += 1
-            save(run, "last.pt")  # before anything else can go wrong
-        validation = validate_epoch(run)
-        if run.stop:
-            break
-        line, run.line = run.line | validation, None
-        top1 = line.get("ema_top1", line["top1"])
-        improved = run.best is None or top1 > run.best["top1"]
-        if improved:
-            run.best = dict(top1=top1, epoch=run.epoch)
-        if run.rank == 0:
-            write_log(run, line)
-        save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
-        if run.rank == 0:
-            print_epoch(run, line)
+    train(run)
     run.loader = run.val_loader = None  # ends their processes
-    if run.stop:
-        raise SystemExit(128 + run.stop)
     if run.rank == 0:
         print_result(run)
     if run.world > 1:
