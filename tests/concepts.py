@@ -79,10 +79,14 @@ CONCEPTS = (
             "Warm up, decay to the end, and do not let weight decay touch biases, norms and embeddings."),
     Concept("batches", "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__", "recipe counting",
             "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),
-    Concept("training", "train.prepare train.open_data train.start_from train.torchvision_weights train.claim_folder "
-            "train.open_last train.compare_data train.make_checkpoint train.restore train.write_checkpoint "
-            "train.save train.cut_log train.write_log train.find_folder train.count_routing train.train_step train.agree "
-            "train.train_epoch train.sum_up train.validate_epoch train.Output.write train.main", "optimizer batches checkpoints costs weights grouped",
+    Concept("training",
+            "train.Run.__init__ train.make_model train.open_data train.start_from "
+            "train.torchvision_weights train.enter_folder train.claim_folder train.open_last "
+            "train.compare_data train.make_checkpoint train.restore train.save "
+            "train.write_checkpoint train.cut_log train.write_log train.train train.next_batch "
+            "train.agree train.Meter.count train.Meter.add train.Meter.summary train.validate "
+            "train.Output.write train.main",
+            "optimizer batches checkpoints costs weights grouped",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
     Concept(

@@ -146,10 +146,10 @@ MUTANTS = [
 
     ("eval.py", 'row["params"], row["active"] = ', 'row["active"], row["params"] = ', "evaluator"),
 
-    ("train.py", 'recipe["lr"] * batch / recipe["lr_batch"]', 'recipe["lr"]', "recipe"),
-    ("train.py", 'config["epochs"] / 10', 'recipe["warmup_epochs"]', "recipe"),  # ends at its peak
+    ("train.py", "config.base_lr * batch / config.base_batch", "config.base_lr", "recipe"),
+    ("train.py", "config.warmup_epochs = config.epochs / 10", "pass", "recipe"),  # ends at its peak
     ("train.py", "options.items() <= model.items()", "True", "recipe"),  # all are dense
-    ("train.py", "table = FINE_TUNING if", "table = RECIPES if", "recipe"),
+    ("train.py", "tuned = FINE_TUNING.get", "tuned = RECIPES.get", "recipe"),
     ("train.py", "return min(decay, (1 + step) / (10 + step))", "return decay", "optimizer"),  # a short run ends near its start
     ("train.py", "layer_decay ** (13 - layer_group(name))", "layer_decay ** layer_group(name)",
      "optimizer"),
@@ -162,14 +162,14 @@ MUTANTS = [
     ("train.py", "num_magnitude_bins=11, fill=grey", "num_magnitude_bins=11", "batches"),  # black
     ("train.py", "draw_seed(self.seed, self.epoch)", "draw_seed(self.seed)", "batches"),  # every epoch in the same order
 
-    ("train.py", "share = run.rank * accumulate + part", "share = part", "training"),  # alike
-    ("train.py", 'group["lr_scale"] * learning_rate', "learning_rate", "training"),
-    ("train.py", 'size"] // world // config["accumulate"]', 'size"] // world', "training"),
-    ("train.py", "* balance) / accumulate).backward()", "* balance)).backward()", "training"),
+    ("train.py", "share = run.rank * run.config.accumulate + part", "share = part", "training"),  # alike
+    ("train.py", 'group["lr_scale"] * rate', "rate", "training"),
+    ("train.py", "config.batch_size // self.world // config.accumulate", "config.batch_size // self.world", "training"),
+    ("train.py", "(total / config.accumulate).backward()", "total.backward()", "training"),
     ("train.py", "~(losses.isfinite().all() & norm.isfinite())", "~losses.isfinite().all()", "training"),  # NaN weights
-    ("train.py", 'save(run, "last.pt")  # before', 'run.stop  # before', "training"),  # lost if it cannot be validated
+    ("train.py", 'save(run, "last.pt")  # before', 'run.step  # before', "training"),  # lost if it cannot be validated
     ("train.py", "torch.empty_like(like).copy_(value)", "value.clone()", "training"),  # permuted moments
-    ("train.py", "SystemExit(128 + run.stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
+    ("train.py", "SystemExit(128 + stop)", "SystemExit(1)", "training"),  # a scheduler would not requeue it
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),
     ("inspect_experts.py", "smaller = min(h_rows", "smaller = max(h_rows", "statistics"),

@@ -61,15 +61,14 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
 
 @pytest.mark.training
 @pytest.mark.parametrize("flags, expected", [
-    ("--model resnet", "unknown model 'resnet': expected one of convnext_nano"),
     ("--moe-layers every3", "expected one of none, every2, last2, last3"),
     ("--moe-layers stage", "'stage' does not exist in a ViT"),
     ("--moe-layers 1,9", "names block 9"),
     ("--router quadratic", "linear, cosine, l2"),
     ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
     ("--data nowhere", "no data at 'nowhere'"),
-    ("--batch-size 31 --accumulate 2", "not a multiple of 2"),
-    ("--batch-size 1000", "more than the 96 training images"),
+    ("--batch-size 31 --accumulate 2", "expected a multiple of 2 (1 processes x 2 passes) up to 96"),
+    ("--batch-size 1000", "up to 96, the number of training images: use 96"),
     ("--freeze-backbone", "give --init-from"),
     ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
     ("--init-from torchvision", "torchvision has no weights for vit_nano"),
@@ -87,7 +86,7 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tm
     "--epochs 0", "--lr nan", "--lr -1", "--ema 1.5", "--ema 1", "--crop-ratio 0", "--k 1.5",
     "--crop-scale -1", "--randaug 20", "--label-smoothing 2", "--capacity-factor inf", "--mixup -1",
     "--weight-decay -1", "--warmup-epochs -1", "--moe-layers 1-3", "--expert-ratio 0",
-    "--workers -1", "--accumulate 0"])
+    "--workers -1", "--accumulate 0", "--model resnet"])
 def test_a_number_out_of_range_is_refused(flag, capsys):
     """The last line names the flag and the value, and the exit status is 2."""
     with pytest.raises(SystemExit) as stop:
@@ -101,7 +100,7 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
 def test_the_batch_must_be_a_multiple_of_the_processes():
     """32 images cannot be shared equally by 3 processes; 30 can."""
     config = train.resolve(train.parse_args(TINY))
-    with pytest.raises(ValueError, match="--batch-size 32 is not a multiple of 3 .* use 30"):
+    with pytest.raises(ValueError, match="--batch-size 32: expected a multiple of 3 .* use 30"):
         train.fit_to_data(config, num_images=96, world=3)
 
 
@@ -110,20 +109,21 @@ def test_the_learning_rate_follows_the_batch():
     """DeiT's rule: 1e-3 at 1024 images per step, so 5e-4 at 512; a given --lr is taken as it is."""
     config = train.resolve(train.parse_args("--model vit_s --batch-size 512".split()))
     train.fit_to_data(config, num_images=10_000, world=1)
-    assert config["lr"] == 5e-4
+    assert config.lr == 5e-4
     config = train.resolve(train.parse_args("--model vit_s --batch-size 512 --lr 0.002".split()))
     train.fit_to_data(config, num_images=10_000, world=1)
-    assert config["lr"] == 0.002
+    assert config.lr == 0.002
 
 
 @pytest.mark.recipe
 def test_a_flag_overrides_the_recipe():
     """What is given holds, also 0; the rest is the model's recipe; experts decay like all weights unless told otherwise."""
     config = train.resolve(train.parse_args("--model vit_s --mixup 0 --weight-decay 0.2 --experts 4".split()))
-    assert (config["mixup"], config["weight_decay"], config["experts"]) == (0, 0.2, 4)
-    assert (config["cutmix"], config["k"]) == (1.0, 2), "DeiT's, and the paper's two experts per token"
-    assert config["expert_weight_decay"] == 0.2
-    assert train.resolve(train.parse_args("--moe-layers 3,5".split()))["moe_layers"] == [3, 5]
+    assert (config.mixup, config.weight_decay, config.experts) == (0, 0.2, 4)
+    assert (config.cutmix, config.k) == (1.0, 2), "DeiT's, and the paper's two experts per token"
+    assert config.expert_weight_decay == 0.2
+    config = train.resolve(train.parse_args("--moe-layers 3,5".split()))
+    assert config.moe_layers == [3, 5]
 
 
 # From the sources that train.py names. "-": there is no such entry; drop_path is in the next table.
@@ -138,9 +138,8 @@ PUBLISHED = """
     capacity_factor  1.05      1.05    1.05     1.05    1.05           1.05      1.05
     balance_weight   0.005     0.005   0.005    0.005   0.005          0.005     0.005
     epochs           300       300     300      300     30             30        20
-    lr               4e-3      4e-3    1e-3     3e-3    5e-5           5e-5      1e-5
-    lr_batch         4096      4096    1024     8192    512            512       512
-    batch_size       4096      4096    1024     8192    512            512       512
+    base_lr          4e-3      4e-3    1e-3     3e-3    5e-5           5e-5      1e-5
+    base_batch       4096      4096    1024     8192    512            512       512
     weight_decay     0.05      0.05    0.05     0.1     1e-8           1e-8      0.1
     warmup_epochs    20        50      5        64.1    0              0         5
     min_lr           1e-6      1e-6    1e-5     1e-5    1e-6           1e-6      1e-5
@@ -187,7 +186,7 @@ def test_every_hyperparameter_is_as_published(model, recipe, drop_path, tuned, t
         expected = {line.split()[0]: line.split()[column] for line in lines} | dict(drop_path=rate)
         if init_from and model == "vmoe_s32":
             expected["moe_layers"] = "last2"  # its experts stay where they are
-        found = train.find_recipe(dict(model=model, init_from=init_from))
+        found = train.find_recipe(SimpleNamespace(model=model, init_from=init_from))
         assert found.keys() == expected.keys()
         for option, value in found.items():
             published = expected[option] if isinstance(value, str) else float(expected[option])
@@ -200,7 +199,7 @@ def test_all_models_are_in_the_table():
     unchecked = set(train.RECIPES) - {model for model, *_ in MODELS_IN_TABLE}
     assert unchecked == {"convnext_nano", "vit_nano"}
     for model in unchecked:
-        assert "steps" in train.find_recipe(dict(model=model, init_from=None)), "as only ours"
+        assert "steps" in train.find_recipe(SimpleNamespace(model=model, init_from=None)), "as only ours"
 
 
 @pytest.mark.recipe
@@ -234,7 +233,7 @@ def test_a_warm_up_fits_into_its_run():
     """Longer than the run, a recipe's becomes a tenth of the run, and a given one is refused."""
     config = train.resolve(train.parse_args("--model convnext_t --epochs 5".split()))
     train.fit_to_data(config, num_images=10_000, world=1)
-    assert config["warmup_epochs"] == 0.5, "and not 20"
+    assert config.warmup_epochs == 0.5, "and not 20"
     config = train.resolve(train.parse_args("--model vit_s --epochs 5 --warmup-epochs 6".split()))
     with pytest.raises(ValueError, match="--warmup-epochs 6 is longer than the run of 5 epochs"):
         train.fit_to_data(config, num_images=10_000, world=1)
@@ -248,7 +247,7 @@ def test_a_rate_never_rises_after_its_warm_up():
     flags = "--model vit_s --init-from x.pt --batch-size 64".split()
     config = train.resolve(train.parse_args(flags))
     train.fit_to_data(config, num_images=10_000, world=1)
-    assert config["lr"] == config["min_lr"] == 1e-5 / 8
+    assert config.lr == config.min_lr == 1e-5 / 8
 
 
 @pytest.mark.recipe
@@ -264,7 +263,7 @@ def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epoch
     """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would make 125."""
     config = train.resolve(train.parse_args([]))
     train.fit_to_data(config, num_images, world=1)
-    assert config["epochs"] == epochs
+    assert config.epochs == epochs
 
 
 @pytest.mark.training
@@ -282,7 +281,7 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
 @pytest.mark.optimizer
 def test_learning_rate_by_hand():
     """Warmup of 2 of 10 steps to the peak 1.0, then half a cosine to 0.1 at the last step."""
-    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="cosine")
+    config = SimpleNamespace(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="cosine")
     rates = [train.learning_rate(step, 2, config) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]  # 1/2 and 2/2 of the peak
     assert math.isclose(rates[5], 0.1 + 0.9 * 0.5)  # step 5 is 4 of the 8 steps after the warmup: cos(pi/2) = 0
@@ -293,7 +292,7 @@ def test_learning_rate_by_hand():
 @pytest.mark.optimizer
 def test_linear_decay_by_hand():
     """The same run with --decay linear: 8 equal steps of 0.9 / 8 from the peak 1.0 down to 0.1."""
-    config = dict(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="linear")
+    config = SimpleNamespace(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="linear")
     rates = [train.learning_rate(step, 2, config) for step in range(10)]
     for i, rate in enumerate(rates[1:]):
         assert math.isclose(rate, 1.0 - i * 0.9 / 8)
@@ -302,7 +301,7 @@ def test_linear_decay_by_hand():
 @pytest.mark.optimizer
 def test_vmoe_warms_up_for_10000_steps():
     """V-MoE-S/32 on ImageNet: 1,281,167 images in batches of 8,192 are 156 steps per epoch."""
-    config = dict(train.RECIPES["vmoe_s32"])
+    config = SimpleNamespace(**train.RECIPES["vmoe_s32"], lr=3e-3)
     rates = [train.learning_rate(step, 1_281_167 // 8192, config) for step in (4_999, 9_999, 10_000)]
     assert math.isclose(rates[0], 3e-3 / 2) and rates[1] == 3e-3 and rates[2] < 3e-3
 
@@ -317,7 +316,8 @@ def test_ema_decay_by_hand():
 @pytest.mark.optimizer
 def test_sigmoid_loss_by_hand():
     """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for the other."""
-    logits, config = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), dict(loss="sigmoid", label_smoothing=0.0)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    config = SimpleNamespace(loss="sigmoid", label_smoothing=0.0)
     expected = math.log(1 + math.exp(-2)) + math.log(2)  # the same for both images, so also their mean
     assert math.isclose(train.classification_loss(logits, torch.tensor([0, 1]), config).item(), expected, rel_tol=1e-6)
     mixed = train.classification_loss(logits, torch.tensor([[0.5, 0.5], [0.5, 0.5]]), config).item()
@@ -328,7 +328,7 @@ def test_sigmoid_loss_by_hand():
 @pytest.mark.optimizer
 def test_sigmoid_loss_is_smoothed_by_hand():
     """Smoothing 0.2 over 2 classes: the targets 1 and 0 become 0.9 and 0.1."""
-    config = dict(loss="sigmoid", label_smoothing=0.2)
+    config = SimpleNamespace(loss="sigmoid", label_smoothing=0.2)
     yes, no = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))  # of logit 2
     expected = 0.9 * yes + 0.1 * no + math.log(2)  # logit 0 costs log 2, whatever is right
     logits = torch.tensor([[2.0, 0.0]])
@@ -364,11 +364,9 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
 def test_each_group_has_its_share_of_the_rate():
     """With --layer-decay 0.5 the head has the whole rate, the stem 0.5 ** 13 of it."""
     flags = "--model convnext_t --image-size 32 --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
-    state = train.prepare(train.parse_args([*TINY, *flags.split()]))
-    progress = dict(losses=torch.zeros(2), routed=torch.zeros(2, 5, dtype=torch.int64), wait=0.0)
-    state.progress = progress
-    train.train_step(state, iter(state.loader))
-    peak = train.learning_rate(0, 3, state.config)
+    state = train.Run(train.parse_args([*TINY, *flags.split()]))
+    train.train(state)
+    peak = train.learning_rate(2, 3, state.config)  # of the last of three steps
     rates = {round(math.log2(peak / group["lr"])) for group in state.optimizer.param_groups}
     assert rates == {0, 1, 8, 9, 10, 11, 12, 13}, "head, last stage, third, second, first, stem"
 
@@ -390,25 +388,29 @@ def test_what_decays_and_what_does_not():
     assert {name: rate[name] for name in expected} == expected
 
 
+def mixing(mixup=0, cutmix=0):
+    return SimpleNamespace(mixup=mixup, cutmix=cutmix)
+
+
 @pytest.mark.optimizer
 def test_mixup_blends_pictures_and_cutmix_cuts_them():
     """Of one black and one white picture MixUp makes even greys, CutMix black and white with a rectangle of the other."""
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16)
     for name in ("mixup", "cutmix"):
-        mixer = train.make_mixer(dict(mixup=0, cutmix=0) | {name: 1.0}, num_classes=2)
+        mixer = train.make_mixer(mixing(**{name: 1.0}), num_classes=2)
         values = [mixer(images, torch.tensor([0, 1]))[0][0].unique() for _ in range(5)]  # of the first picture
         if name == "mixup":
             assert all(len(v) == 1 and 0 < v < 1 for v in values), "one grey for the whole picture"
         else:
             assert all(set(v.tolist()) <= {0.0, 1.0} for v in values), "pixels are taken, not blended"
-    assert train.make_mixer(dict(mixup=0, cutmix=0), num_classes=2) is None
+    assert train.make_mixer(mixing(), num_classes=2) is None
 
 
 @pytest.mark.optimizer
 def test_mixed_targets_sum_to_one():
     """MixUp and CutMix make two-class targets: probabilities, one row per image."""
     for name in ("mixup", "cutmix"):
-        mixer = train.make_mixer(dict(mixup=0, cutmix=0) | {name: 1.0}, num_classes=5)
+        mixer = train.make_mixer(mixing(**{name: 1.0}), num_classes=5)
         images, targets = mixer(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
         assert targets.shape == (4, 5) and images.shape == (4, 3, 8, 8)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
@@ -479,7 +481,7 @@ def test_a_training_image_has_the_size_asked_for(flags):
     """With or without a random crop, uint8 (3, H, W) becomes uint8 (3, S, S)."""
     config = train.resolve(train.parse_args(flags.split()))
     image = train.train_transform(config)(torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8))
-    assert image.shape == (3, config["image_size"], config["image_size"]) and image.dtype == torch.uint8
+    assert image.shape == (3, config.image_size, config.image_size) and image.dtype == torch.uint8
 
 
 @pytest.mark.batches
@@ -524,7 +526,7 @@ def test_randaugment_applies_each_of_two_operations_with_probability_a_half(monk
 
     for name in OPERATIONS:
         monkeypatch.setattr(v2.functional, name, recorded(getattr(v2.functional, name)))
-    augment = train.train_transform(PLAIN | dict(randaug=9))
+    augment = train.train_transform(SimpleNamespace(**PLAIN | dict(randaug=9)))
     images = torch.randint(0, 256, (2000, 3, 8, 8), dtype=torch.uint8)
     numbers = collections.Counter()
     for image in images:
@@ -546,7 +548,7 @@ def test_randaugment_applies_each_of_two_operations_with_probability_a_half(monk
 def test_flips_and_erasing_have_their_probability(option, value, probability):
     """Of 2,000 images half are mirrored, a quarter have a rectangle erased."""
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8)
-    augment = train.train_transform(PLAIN | {option: value})
+    augment = train.train_transform(SimpleNamespace(**PLAIN | {option: value}))
     changed = sum(not torch.equal(augment(image), image) for _ in range(2000))
     assert within_chance(changed, probability), f"{changed} of 2000"
 
@@ -555,7 +557,7 @@ def test_flips_and_erasing_have_their_probability(option, value, probability):
 
 
 def record_mixing(state):
-    """Train the first epoch of a prepared run; return its mixed images, a tensor for each step."""
+    """Train a prepared run of one epoch; return its mixed images, a tensor for each step."""
     mixed, mixer = [], state.mixer
 
     def mix_and_keep(images, labels):
@@ -564,7 +566,7 @@ def record_mixing(state):
         return images, targets
 
     state.mixer = mix_and_keep
-    train.train_epoch(state)
+    train.train(state)
     return mixed
 
 
@@ -576,7 +578,7 @@ def test_each_process_draws_its_own_mixing():
     """Four ranks that get the same images mix them in four ways, in each step."""
     ranks = []
     for rank in range(4):
-        state = train.prepare(train.parse_args(MIXING))
+        state = train.Run(train.parse_args(MIXING))
         state.rank = rank  # its batches are still those of rank 0
         ranks.append(record_mixing(state))
     for step in range(3):
@@ -592,7 +594,7 @@ def test_mixing_is_the_same_with_any_number_of_workers(rank):
     """1, 2 and 4 processes that load images: the same mixed images, bit for bit."""
     mixed = []
     for workers in ("1", "2", "4"):
-        state = train.prepare(train.parse_args([*MIXING, "--workers", workers]))
+        state = train.Run(train.parse_args([*MIXING, "--workers", workers]))
         state.rank = rank
         mixed.append(torch.stack(record_mixing(state)))
         state.loader = None  # ends its processes
@@ -603,7 +605,7 @@ def test_mixing_is_the_same_with_any_number_of_workers(rank):
 def test_half_of_the_batches_are_mixed_by_mixup():
     """Of 2,000 batches half are blended and half are cut, as with DeiT and ConvNeXt."""
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
-    mixer = train.make_mixer(dict(mixup=0.8, cutmix=1.0), num_classes=2)
+    mixer = train.make_mixer(mixing(mixup=0.8, cutmix=1.0), num_classes=2)
     blended = 0
     for _ in range(2000):
         mixed, targets = mixer(images, torch.tensor([0, 1]))
@@ -616,7 +618,7 @@ def test_half_of_the_batches_are_mixed_by_mixup():
 @pytest.mark.training
 def test_validation_takes_no_more_memory_than_training():
     """32 images a step in 4 passes: batches of 8, in validation, too."""
-    state = train.prepare(train.parse_args([*TINY, "--accumulate", "4"]))
+    state = train.Run(train.parse_args([*TINY, "--accumulate", "4"]))
     assert {len(images) for images, _, _ in state.val_loader} == {8}  # 40 pictures
     assert len(next(iter(state.loader))[0]) == 8
 
@@ -637,10 +639,10 @@ def test_both_losses_in_the_log_are_of_one_kind(loss):
 def test_the_summary_says_what_was_scaled(capsys):
     """A warm-up longer than the run is printed with its new length."""
     flags = "--model vit_s --image-size 32 --epochs 1 --out r"
-    state = train.prepare(train.parse_args([*TINY, *flags.split()]))
+    state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "warm-up 0.1 epochs (the recipe's 5 are longer than this run)" in printed
+    assert "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is longer than this run)" in printed
 
 
 @pytest.mark.training
@@ -659,7 +661,7 @@ def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
 
     def keep_gradient(run, *noticed):
         gradients.append(run.model.head.weight.grad.clone())
-        agree(run, *noticed)
+        return agree(run, *noticed)
 
     monkeypatch.setattr(train, "agree", keep_gradient)
     for passes in ("1", "2"):
@@ -719,7 +721,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
         calls.append(1)
         if len(calls) == 5:  # in the second of epoch 2's three steps
             os.kill(os.getpid(), signal.SIGTERM)
-        original(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(train, "agree", agree_and_interrupt)
     with pytest.raises(SystemExit) as stop:
@@ -799,8 +801,14 @@ def test_a_checkpoint_that_would_run_code_is_refused():
 @pytest.mark.training
 def test_ema_by_formula(monkeypatch):
     """The averaged weights start as those of step 0, then become d * average + (1 - d) * weights, d = ema_decay(step, 0.3)."""
-    seen, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda r, parts: (step(r, parts), seen.append(r.model.head.weight.detach().clone())))
+    seen = []
+
+    def keep_weights(averaged, model):
+        update(averaged, model)
+        seen.append(model.head.weight.detach().clone())
+
+    update = train.AveragedModel.update_parameters
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", keep_weights)
     run("--epochs", "2", "--ema", "0.3", "--out", "r")
     average = seen[0]
     for weights, decay in zip(seen[1:], (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True):  # 4 / 13 would be more than 0.3
@@ -813,9 +821,9 @@ def test_ema_by_formula(monkeypatch):
 
 @pytest.mark.recipe
 def test_every_value_of_a_recipe_has_a_flag():
-    """Whatever a recipe sets can be overridden on the command line (but for the batch that its lr belongs to, and nano's steps)."""
+    """Whatever a recipe sets can be overridden on the command line (base_lr and base_batch by --lr and --batch-size; nano's steps by --epochs)."""
     for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
-        assert set(recipe) - {"lr_batch", "steps"} <= set(vars(train.parse_args([])))
+        assert set(recipe) - {"base_lr", "base_batch", "steps"} <= set(vars(train.parse_args([])))
 
 
 @pytest.mark.training
@@ -827,7 +835,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    state = train.prepare(train.parse_args([*TINY, "--epochs", "1", "--out", "r"]))
+    state = train.Run(train.parse_args([*TINY, "--epochs", "1", "--out", "r"]))
     monkeypatch.setattr(train.os, "fsync", full)
     train.save(state, "last.pt")
     assert Path("r/last.pt").read_bytes() == before and not Path("r/last.pt.tmp").exists()
@@ -841,7 +849,7 @@ def fail(*_, **__):
 @pytest.mark.training
 def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
     """--out is a file, or its disk is full: one line, and no step is made."""
-    monkeypatch.setattr(train, "train_epoch", lambda run: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained for nothing"))
     Path("file").write_text("")
     with pytest.raises(ValueError, match="cannot write to file .* give another --out"):
         run("--epochs", "1", "--out", "file")
@@ -853,14 +861,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
 @pytest.mark.training
 def test_a_run_that_could_not_be_saved_does_not_end_well(monkeypatch, capsys):
     """The last save failed: exit status 1, and no command with a checkpoint that is not there."""
-    prepare = train.prepare
+    loop = train.train
 
-    def prepare_and_fill_the_disk(args):
-        state = prepare(args)
+    def train_on_a_full_disk(state):
         monkeypatch.setattr(train, "write_checkpoint", fail)
-        return state
+        loop(state)
 
-    monkeypatch.setattr(train, "prepare", prepare_and_fill_the_disk)
+    monkeypatch.setattr(train, "train", train_on_a_full_disk)
     with pytest.raises(SystemExit) as stop:
         run("--epochs", "1", "--out", "r")
     out, err = capsys.readouterr()
@@ -878,18 +885,20 @@ def epoch_and_step(path):
 
 @pytest.mark.training
 def test_an_epoch_is_saved_before_it_is_validated(monkeypatch):
-    """A validation that fails costs no training: continued, the run validates what it has, and the
-    log has the losses of the epoch."""
+    """A validation that fails costs no training: continued, the run validates what it has. The log
+    has the epoch without losses of training, for no step was made since."""
     run("--epochs", "1", "--out", "whole")
     with monkeypatch.context() as broken:
         broken.setattr(train, "evaluate", fail)
         with pytest.raises(ValueError, match="no quota left"):
             run("--epochs", "1", "--out", "r")
-    assert epoch_and_step("r/last.pt") == (1, 3) and Path("r/log.jsonl").read_text() == ""
-    monkeypatch.setattr(train, "train_epoch", lambda run: pytest.fail("trained again"))
+    assert epoch_and_step("r/last.pt") == (0, 3) and Path("r/log.jsonl").read_text() == ""
+    monkeypatch.setattr(train, "next_batch", lambda *_: pytest.fail("trained again"))
     run("--epochs", "1", "--out", "r")
     [whole], [line] = read_log("whole"), read_log("r")
-    assert (line["train_loss"], line["val_loss"]) == (whole["train_loss"], whole["val_loss"])
+    for name in ("epoch", "step", "lr", "val_loss", "top1"):
+        assert line[name] == whole[name], name
+    assert "train_loss" in whole and "train_loss" not in line
     assert os.path.exists("r/best.pt")
 
 
@@ -908,7 +917,7 @@ def test_a_signal_ends_the_validation(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run("--epochs", "2", "--out", "r")
     assert stop.value.code == 143 and not seen
-    assert epoch_and_step("r/last.pt") == (1, 3) and not os.path.exists("r/best.pt")
+    assert epoch_and_step("r/last.pt") == (0, 3) and not os.path.exists("r/best.pt")
 
 
 @pytest.mark.training
@@ -990,13 +999,14 @@ def test_a_folder_in_use_is_refused():
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
     """The step that breaks the weights is an epoch's last: no loss shows it any more. And yet
     nothing is written."""
-    step = train.train_step
+    save = train.save
 
-    def break_weights(state, parts):
-        step(state, parts)
-        state.model.head.weight.data[0, 0] = math.inf if state.step == 6 else 0.0
+    def break_weights(state, *names):
+        if state.step == 6:
+            state.model.head.weight.data[0, 0] = math.inf
+        save(state, *names)
 
-    monkeypatch.setattr(train, "train_step", break_weights)
+    monkeypatch.setattr(train, "save", break_weights)
     expected = "weights are not finite after step 6; .*r/last.pt"
     with pytest.raises(FloatingPointError, match=expected):
         run("--epochs", "3", "--out", "r")
@@ -1045,7 +1055,7 @@ def test_moments_are_restored_in_the_layout_of_their_parameter():
         for name, value in state.items():
             state[name] = value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
     torch.save(checkpoint, "r/last.pt")
-    continued = train.prepare(train.parse_args(flags)).optimizer
+    continued = train.Run(train.parse_args(flags)).optimizer
     for parameter, state in continued.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             assert state[name].stride() == parameter.stride()
@@ -1061,7 +1071,7 @@ def test_what_a_loaders_process_gets_can_be_sent_to_it():
     """Where processes do not fork (macOS, Windows, Python 3.14) all that they need is pickled."""
     make_folder(Path("d"), images=10)
     flags = "--data d --model vit_s --image-size 32 --batch-size 8 --workers 1"
-    state = train.prepare(train.parse_args(flags.split()))
+    state = train.Run(train.parse_args(flags.split()))
     for loader, item in ((state.loader, (0, 3)), (state.val_loader, 3)):
         assert pickle.loads(pickle.dumps(loader.worker_init_fn)) is evaluation.leave_signals
         assert len(pickle.loads(pickle.dumps(loader.dataset))[item]) == 3
@@ -1113,8 +1123,13 @@ def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
 @pytest.mark.training
 def test_routing_is_counted_before_anything_is_dropped():
     """Three tokens choose expert 0, which keeps two: the count says 3 chosen, 1 dropped."""
-    routing = SimpleNamespace(experts=torch.tensor([[0], [0], [1], [0]]), kept=torch.tensor([[True], [True], [True], [False]]))
-    assert train.count_routing([routing], num_experts=3).tolist() == [[3, 1, 0, 1]]
+    experts = torch.tensor([[0], [0], [1], [0]])
+    kept = torch.tensor([[True], [True], [True], [False]])
+    state = SimpleNamespace(model=SimpleNamespace(moe_blocks=[5]), device="cpu",
+                            config=SimpleNamespace(experts=3))
+    meter = train.Meter(state)
+    meter.count([SimpleNamespace(experts=experts, kept=kept)])
+    assert meter.load.tolist() == [[3, 1, 0]] and meter.dropped.item() == 1
 
 
 @pytest.mark.training
@@ -1228,8 +1243,13 @@ def test_a_head_for_as_many_other_classes_is_fresh(capsys):
 def test_frozen_layers_work_as_in_evaluation(monkeypatch):
     """A frozen backbone has no drop path and no router noise: its features are those that evaluation will see."""
     run("--epochs", "1", "--out", "first")
-    modes, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda r, parts: (modes.append(r.model.training), step(r, parts)))
+    modes, next_batch = [], train.next_batch
+
+    def keep_mode(state, *rest):
+        modes.append(state.model.training)
+        return next_batch(state, *rest)
+
+    monkeypatch.setattr(train, "next_batch", keep_mode)
     run("--epochs", "1", "--init-from", "first/last.pt", "--freeze-backbone", "--out", "probe")
     assert modes == [False] * 3
 
@@ -1252,7 +1272,7 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     weights = torchvision.models.convnext_tiny().state_dict()
     torch.save(weights, tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
     model = evaluation.build_model(dict(model="convnext_t", num_classes=1000))
-    assert train.start_from(model, dict(init_from="torchvision", model="convnext_t")) == []
+    assert train.start_from(model, SimpleNamespace(init_from="torchvision", model="convnext_t"), []) == []
     assert torch.equal(model.head.weight, weights["classifier.2.weight"])
 
 
@@ -1275,8 +1295,8 @@ def unreachable(*args, **kwargs):
 @pytest.mark.recipe
 def test_nano_models_are_fine_tuned_by_their_own_recipe():
     """With --init-from, too, the recipe of vit_nano is that of vit_nano."""
-    config = dict(model="vit_nano", init_from="x.pt")
-    assert train.find_recipe(config) == train.RECIPES["vit_nano"]
+    args = SimpleNamespace(model="vit_nano", init_from="x.pt")
+    assert train.find_recipe(args) == train.RECIPES["vit_nano"]
 
 
 @pytest.mark.training
@@ -1288,8 +1308,8 @@ def test_a_fresh_head_starts_small_but_a_loaded_one_stays():
     heads = []
     for scale in ("1", "0.001"):
         args = train.parse_args([*flags, "--data", "photos", "--head-scale", scale])
-        heads.append(train.prepare(args).model.head.weight)
+        heads.append(train.Run(args).model.head.weight)
     torch.testing.assert_close(heads[1], 0.001 * heads[0])
     args = train.parse_args([*flags, "--head-scale", "0.001"])
-    loaded = train.prepare(args).model.head.weight
+    loaded = train.Run(args).model.head.weight
     assert torch.equal(loaded, state("first/last.pt")["head.weight"])
