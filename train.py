@@ -159,14 +159,20 @@ def find_recipe(args):
 
 def blocks(text):
     """Turn "3,5" into [3, 5]. Leave a name such as every2 as it is."""
-    return [int(i) for i in text.split(",")] if text[:1].isdigit() else text
+    if not text[:1].isdigit():
+        return text
+    try:
+        return [int(block) for block in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected blocks as in 3,5, got {text}") from None
 
 
 def parse_args(argv=None):
     """Return the flags as a namespace. One that belongs to a recipe and is not given is None."""
     parser = argparse.ArgumentParser(
         description="Train a dense or sparse image classifier. A flag that is not given has the "
-                    "value of the model's recipe (top of train.py).")
+                    "value of the model's recipe (top of train.py).",
+        usage="%(prog)s [--data FOLDER] [--model NAME] ... (--help shows all flags)")
     flag = parser.add_argument
     whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
 

@@ -1,8 +1,8 @@
-"""train.py in real processes: killed and continued, two against one, and what must be the same at every world size.
+"""train.py in real processes: killed and continued, two against one, and what must be the same at
+every world size.
 
-torchrun does two things: it starts the processes, and tells each its rank by environment variables. Here forked.py does
-both. test_train.py has a run under torchrun itself.
-"""
+torchrun does two things: it starts the processes, and tells each its rank by environment variables.
+Here forked.py does both. test_train.py has a run under torchrun itself."""
 
 import json
 import math
@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.training, pytest.mark.slow, forked.needs_fork]
 
 
 def train_in(folder, *flags):
-    """`cd folder; python train.py flags`, validating on 40 pictures only, and without waiting for the disk."""
+    """`cd folder; python train.py flags`, validating on 40 pictures only, and without waiting for
+    the disk."""
     os.chdir(folder)
     os.setpgid(0, 0)  # a group of this process and its loaders' processes, see interrupt()
     os.fsync = lambda file: None
@@ -60,8 +61,11 @@ def same(a, b):
 # ---------------------------------------------------------------- killed and continued
 
 
-LONG = ("--data shapes:160 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 "
-        "--crop-scale 0.5 --flip 1 --drop-path 0.2 --capacity-factor 1.05 --save-every-minutes 0.002").split()
+LONG = (
+    "--data shapes:160 --model vit_nano --batch-size 16 --epochs 3 --ema 0.9 "
+    "--mixup 0.2 --cutmix 1 --erasing 0.5 --crop-scale 0.5 --flip 1 --drop-path 0.2 "
+    "--capacity-factor 1.05 --save-every-minutes 0.002"
+).split()
 
 
 def interrupt(processes, run, number):
@@ -70,7 +74,9 @@ def interrupt(processes, run, number):
     deadline = time.monotonic() + 60
     step = 0
     while not (step > 10 and step % 10):  # 10 steps per epoch
-        assert time.monotonic() < deadline and all(p.is_alive() for p in processes), "the run ended before it was stopped"
+        assert time.monotonic() < deadline and all(
+            p.is_alive() for p in processes
+        ), "the run ended before it was stopped"
         time.sleep(0.05)
         step = load(run / "last.pt")["step"] if (run / "last.pt").exists() else 0
     for p in processes:
@@ -80,8 +86,8 @@ def interrupt(processes, run, number):
 
 @pytest.mark.parametrize("world, workers", [(1, "2"), (2, "0")])
 def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_path):
-    """SIGTERM, then SIGKILL, then to the end: weights, EMA and optimizer are bit for bit those of an uninterrupted run,
-    which had no processes to load images."""
+    """SIGTERM, then SIGKILL, then to the end: weights, EMA and optimizer are bit for bit those of
+    an uninterrupted run, which had no processes to load images."""
     assert finish(start(world, tmp_path, *LONG, "--workers", "0", "--out", "whole")) == [0] * world
     broken = (*LONG, "--workers", workers, "--out", "broken")
 
@@ -99,10 +105,15 @@ def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_pa
     assert load(tmp_path / "broken" / "last.pt")["step"] < 30
 
     assert finish(start(world, tmp_path, *broken)) == [0] * world
-    expected, continued = load(tmp_path / "whole" / "last.pt"), load(tmp_path / "broken" / "last.pt")
+    expected, continued = load(tmp_path / "whole" / "last.pt"), load(
+        tmp_path / "broken" / "last.pt"
+    )
     for part in ("model", "ema", "optimizer", "best", "step"):
         assert same(expected[part], continued[part]), part
-    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (tmp_path / "whole", tmp_path / "broken")]
+    logs = [
+        [json.loads(line) for line in open(folder / "log.jsonl")]
+        for folder in (tmp_path / "whole", tmp_path / "broken")
+    ]
     for line, other in zip(*logs, strict=True):
         for field in ("epoch", "step", "lr", "val_loss", "top1", "ema_val_loss", "ema_top1"):
             assert line[field] == other[field], field  # training losses: since the interruption
@@ -122,10 +133,17 @@ def programs(folder, flags, data):
     forked.program(ROOT / "train.py", [*flags, "--data", data[rank]], folder, "r")
 
 
-@pytest.mark.parametrize("second, expected", [
-    ("nowhere", "error: process 1: no data at 'nowhere'"),
-    ("other", "error: process 1: other is not the same as that of process 0 "
-              "(class emu is gone, class dog is new)")])
+@pytest.mark.parametrize(
+    "second, expected",
+    [
+        ("nowhere", "error: process 1: no data at 'nowhere'"),
+        (
+            "other",
+            "error: process 1: other is not the same as that of process 0 "
+            "(class emu is gone, class dog is new)",
+        ),
+    ],
+)
 def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
     """Process 1 lacks the data, or has others (copies on two machines): both end with status 2, and
     one line says why."""
@@ -146,17 +164,27 @@ def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
 
 @pytest.mark.parametrize("layers", ["none", "every2"])
 def test_two_processes_train_like_one(layers, tmp_path):
-    """20 steps on the same global batches: the losses agree to 1e-5, and both ranks end with the same bits.
+    """20 steps on the same global batches: the losses agree to 1e-5, and both ranks end with the
+    same bits.
 
-    Without what each process draws for itself (noise, drop path) or computes from its own tokens (balance loss).
-    """
-    flags = ("--data shapes:32 --model vit_nano --batch-size 32 --epochs 20 --warmup-epochs 2 --balance-weight 0 "
-             "--router-noise 0 --workers 0 --lr 0.0003 --moe-layers").split() + [layers]
+    Without what each process draws for itself (noise, drop path) or computes from its own tokens
+    (balance loss)."""
+    flags = (
+        "--data shapes:32 --model vit_nano --batch-size 32 --epochs 20 --warmup-epochs 2 "
+        "--balance-weight 0 --router-noise 0 --workers 0 --lr 0.0003 --moe-layers"
+    ).split() + [layers]
     losses = []
     for world in (1, 2):
         assert finish(start(world, tmp_path, *flags, "--out", f"world{world}")) == [0] * world
-        losses.append([json.loads(line)["train_loss"] for line in open(tmp_path / f"world{world}" / "log.jsonl")])
-    assert len(losses[0]) == 20 and losses[0][-1] < 0.95 * losses[0][0], "one step per epoch, and it learns"
+        losses.append(
+            [
+                json.loads(line)["train_loss"]
+                for line in open(tmp_path / f"world{world}" / "log.jsonl")
+            ]
+        )
+    assert (
+        len(losses[0]) == 20 and losses[0][-1] < 0.95 * losses[0][0]
+    ), "one step per epoch, and it learns"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
@@ -165,8 +193,10 @@ def test_two_processes_are_two_passes_of_one(tmp_path):
 
     Everything is on: mixing, EMA, noise, drop path, a capacity, the balance loss.
     """
-    flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --mixup 0.8 --cutmix 1 "
-             "--ema 0.9 --drop-path 0.2 --capacity-factor 1.05 --workers 0 --accumulate").split()
+    flags = (
+        "--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --mixup 0.8 --cutmix 1 "
+        "--ema 0.9 --drop-path 0.2 --capacity-factor 1.05 --workers 0 --accumulate"
+    ).split()
     for world in (1, 2):
         passes = str(2 // world)
         processes = start(world, tmp_path, *flags, passes, "--out", f"world{world}")
@@ -189,7 +219,9 @@ def step_with_idle_experts(folder):
     rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     layer = MoE(dim=2, hidden=4, num_experts=3, k=1, router_noise=0)
-    layer.router.codes.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])  # expert 2: nobody
+    layer.router.codes.data = torch.tensor(
+        [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]
+    )  # expert 2: nobody
     net = DistributedDataParallel(layer)  # its defaults, without find_unused_parameters
     token = torch.eye(2)[rank : rank + 1]  # (1, 2): rank 0 chooses expert 0, rank 1 expert 1
     for _ in range(2):  # a process that waited for a gradient would fail in the second step
@@ -201,16 +233,23 @@ def step_with_idle_experts(folder):
 
 
 def test_no_process_waits_for_an_idle_expert(tmp_path):
-    """With DDP's defaults each process may leave experts idle: their gradient there is 0, not None."""
+    """With DDP's defaults each process may leave experts idle: their gradient there is 0, not
+    None."""
     assert finish(forked.start(step_with_idle_experts, tmp_path, world=2)) == [0, 0]
-    for rank in (0, 1):  # averaged over the processes, experts 0 and 1 have a gradient, expert 2 has 0
+    for rank in (
+        0,
+        1,
+    ):  # averaged over the processes, experts 0 and 1 have a gradient, expert 2 has 0
         assert load(tmp_path / f"{rank}.pt") == [True, True, False]
 
 
 def test_ranks_hold_the_same_bits(tmp_path):
-    """Each rank draws its own noise and drop path, and yet all weights stay equal: they apply one average gradient."""
-    flags = ("--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --drop-path 0.2 --capacity-factor 1.05 --workers 0 "
-             "--out r").split()
+    """Each rank draws its own noise and drop path, and yet all weights stay equal: they apply one
+    average gradient."""
+    flags = (
+        "--data shapes:96 --model vit_nano --batch-size 32 --epochs 2 --drop-path 0.2 "
+        "--capacity-factor 1.05 --workers 0 --out r"
+    ).split()
     assert finish(forked.start(train_and_keep_weights, tmp_path, *flags, world=2)) == [0, 0]
     assert same(load(tmp_path / "rank0.pt"), load(tmp_path / "rank1.pt"))
 
@@ -228,7 +267,8 @@ def train_and_keep_weights(folder, *flags):
 
 
 def test_validation_counts_each_of_7_images_once(tmp_path):
-    """7 images on 2 ranks: the accuracy is a multiple of 1/7, and it and the loss are those of one process."""
+    """7 images on 2 ranks: the accuracy is a multiple of 1/7, and it and the loss are those of one
+    process."""
     for split, count in (("train", 8), ("val", 7)):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / "d" / split / name).mkdir(parents=True)
@@ -241,6 +281,8 @@ def test_validation_counts_each_of_7_images_once(tmp_path):
     cpu = torch.device("cpu")
     model, checkpoint = evaluation.load_checkpoint(tmp_path / "r" / "last.pt", cpu)
     data = evaluation.open_dataset(str(tmp_path / "d"), "val", evaluation.eval_transform(32, 1.0))
-    alone = evaluation.evaluate(model, evaluation.eval_loader(data, 3, 0, cpu), cpu, checkpoint["mean"], checkpoint["std"])
+    alone = evaluation.evaluate(
+        model, evaluation.eval_loader(data, 3, 0, cpu), cpu, checkpoint["mean"], checkpoint["std"]
+    )
     assert alone["images"] == 7 and line["top1"] == alone["top1"]
     assert abs(line["val_loss"] - alone["loss"]) < 1e-6

@@ -1,4 +1,5 @@
-"""train.py: the schedule, the order of the images, checkpoints, and small runs from the first step to the last line."""
+"""train.py: the schedule, the order of the images, checkpoints, and small runs from the first step
+to the last line."""
 
 import collections
 import functools
@@ -31,13 +32,17 @@ TINY = "--data shapes:96 --model vit_nano --batch-size 32 --workers 0".split()  
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Runs write into an empty folder without waiting for the disk, validate on 40 pictures, and leave the signal handlers
-    as they were."""
+    """Runs write into an empty folder without waiting for the disk, validate on 40 pictures, and
+    leave the signal handlers as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda file: None)
-    monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=128))  # and not 500 at a time
+    monkeypatch.setattr(
+        evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=128)
+    )  # and not 500 at a time
     small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
-    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1])))
+    monkeypatch.setattr(
+        evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1]))
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -49,30 +54,44 @@ def run(*flags):
     train.main(train.parse_args([*TINY, *flags]))
 
 
+def resolve(flags):
+    """The configuration of `python train.py <flags>`, before it has seen the data."""
+    return train.resolve(train.parse_args(flags.split()))
+
+
 def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(images):
-            write_png(torch.full((3, *size), 100 * label + i, dtype=torch.uint8), str(root / name / f"{i}.png"))
+            write_png(
+                torch.full((3, *size), 100 * label + i, dtype=torch.uint8),
+                str(root / name / f"{i}.png"),
+            )
 
 
 # ---------------------------------------------------------------- configuration
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("flags, expected", [
-    ("--moe-layers every3", "expected one of none, every2, last2, last3"),
-    ("--moe-layers stage", "'stage' does not exist in a ViT"),
-    ("--moe-layers 1,9", "names block 9"),
-    ("--router quadratic", "linear, cosine, l2"),
-    ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
-    ("--data nowhere", "no data at 'nowhere'"),
-    ("--batch-size 31 --accumulate 2", "expected a multiple of 2 (1 processes x 2 passes) up to 96"),
-    ("--batch-size 1000", "up to 96, the number of training images: use 96"),
-    ("--freeze-backbone", "give --init-from"),
-    ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("--init-from torchvision", "torchvision has no weights for vit_nano"),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--moe-layers every3", "expected one of none, every2, last2, last3"),
+        ("--moe-layers stage", "'stage' does not exist in a ViT"),
+        ("--moe-layers 1,9", "names block 9"),
+        ("--router quadratic", "linear, cosine, l2"),
+        ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
+        ("--data nowhere", "no data at 'nowhere'"),
+        (
+            "--batch-size 31 --accumulate 2",
+            "expected a multiple of 2 (1 processes x 2 passes) up to 96",
+        ),
+        ("--batch-size 1000", "up to 96, the number of training images: use 96"),
+        ("--freeze-backbone", "give --init-from"),
+        ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("--init-from torchvision", "torchvision has no weights for vit_nano"),
+    ],
+)
 def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tmp_path):
     """The message says what was expected, and the working folder stays empty."""
     with pytest.raises(ValueError) as error:
@@ -82,11 +101,30 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tm
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("flag", [
-    "--epochs 0", "--lr nan", "--lr -1", "--ema 1.5", "--ema 1", "--crop-ratio 0", "--k 1.5",
-    "--crop-scale -1", "--randaug 20", "--label-smoothing 2", "--capacity-factor inf", "--mixup -1",
-    "--weight-decay -1", "--warmup-epochs -1", "--moe-layers 1-3", "--expert-ratio 0",
-    "--workers -1", "--accumulate 0", "--model resnet"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--epochs 0",
+        "--lr nan",
+        "--lr -1",
+        "--ema 1.5",
+        "--ema 1",
+        "--crop-ratio 0",
+        "--k 1.5",
+        "--crop-scale -1",
+        "--randaug 20",
+        "--label-smoothing 2",
+        "--capacity-factor inf",
+        "--mixup -1",
+        "--weight-decay -1",
+        "--warmup-epochs -1",
+        "--moe-layers 1-3",
+        "--expert-ratio 0",
+        "--workers -1",
+        "--accumulate 0",
+        "--model resnet",
+    ],
+)
 def test_a_number_out_of_range_is_refused(flag, capsys):
     """The last line names the flag and the value, and the exit status is 2."""
     with pytest.raises(SystemExit) as stop:
@@ -99,7 +137,7 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
 @pytest.mark.recipe
 def test_the_batch_must_be_a_multiple_of_the_processes():
     """32 images cannot be shared equally by 3 processes; 30 can."""
-    config = train.resolve(train.parse_args(TINY))
+    config = resolve(" ".join(TINY))
     with pytest.raises(ValueError, match="--batch-size 32: expected a multiple of 3 .* use 30"):
         train.fit_to_data(config, num_images=96, world=3)
 
@@ -107,22 +145,23 @@ def test_the_batch_must_be_a_multiple_of_the_processes():
 @pytest.mark.recipe
 def test_the_learning_rate_follows_the_batch():
     """DeiT's rule: 1e-3 at 1024 images per step, so 5e-4 at 512; a given --lr is taken as it is."""
-    config = train.resolve(train.parse_args("--model vit_s --batch-size 512".split()))
+    config = resolve("--model vit_s --batch-size 512")
     train.fit_to_data(config, num_images=10_000, world=1)
     assert config.lr == 5e-4
-    config = train.resolve(train.parse_args("--model vit_s --batch-size 512 --lr 0.002".split()))
+    config = resolve("--model vit_s --batch-size 512 --lr 0.002")
     train.fit_to_data(config, num_images=10_000, world=1)
     assert config.lr == 0.002
 
 
 @pytest.mark.recipe
 def test_a_flag_overrides_the_recipe():
-    """What is given holds, also 0; the rest is the model's recipe; experts decay like all weights unless told otherwise."""
-    config = train.resolve(train.parse_args("--model vit_s --mixup 0 --weight-decay 0.2 --experts 4".split()))
+    """What is given holds, also 0; the rest is the model's recipe; experts decay like all weights
+    unless told otherwise."""
+    config = resolve("--model vit_s --mixup 0 --weight-decay 0.2 --experts 4")
     assert (config.mixup, config.weight_decay, config.experts) == (0, 0.2, 4)
     assert (config.cutmix, config.k) == (1.0, 2), "DeiT's, and the paper's two experts per token"
     assert config.expert_weight_decay == 0.2
-    config = train.resolve(train.parse_args("--moe-layers 3,5".split()))
+    config = resolve("--moe-layers 3,5")
     assert config.moe_layers == [3, 5]
 
 
@@ -199,42 +238,53 @@ def test_all_models_are_in_the_table():
     unchecked = set(train.RECIPES) - {model for model, *_ in MODELS_IN_TABLE}
     assert unchecked == {"convnext_nano", "vit_nano"}
     for model in unchecked:
-        assert "steps" in train.find_recipe(SimpleNamespace(model=model, init_from=None)), "as only ours"
+        assert "steps" in train.find_recipe(
+            SimpleNamespace(model=model, init_from=None)
+        ), "as only ours"
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("flags, expected", [
-    ("--model convnext_t", "ConvNeXt-T-4 of Table 1: 82.1%"),
-    ("--model convnext_t --moe-layers none", "ConvNeXt-T of Table 1: 82.1%"),
-    ("--model convnext_b", "ConvNeXt-B-4 of Table 1: 83.5%"),
-    ("--model convnext_iso_s", "ConvNeXt-S-8 iso of Table 1: 80.3%"),
-    ("--model vit_s", "ViT-S-8 every2 of Table 1: 80.7%"),
-    ("--model vit_s --moe-layers last2", "ViT-S-8 last2 of Table 1: 80.5%"),
-    ("--model vit_b", "ViT-B-8 every2 of Table 1: 82.5% on ImageNet-1k; 82.2% with DeiT's recipe"),
-    ("--model vit_b --moe-layers none", "ViT-B of Table 1: 82.8% on ImageNet-1k; 81.8% with DeiT"),
-    ("--model convnext_t --expert-ratio 4", None),
-    ("--model convnext_t --experts 8", None),
-    ("--model convnext_t --k 2", None),
-    ("--model convnext_t --moe-layers 7,17", None),
-    ("--model convnext_t --router l2", None),
-    ("--model convnext_t --image-size 192", None),
-    ("--model convnext_t --moe-layers none --init-from torchvision", None),
-    ("--model vmoe_s32", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--model convnext_t", "ConvNeXt-T-4 of Table 1: 82.1%"),
+        ("--model convnext_t --moe-layers none", "ConvNeXt-T of Table 1: 82.1%"),
+        ("--model convnext_b", "ConvNeXt-B-4 of Table 1: 83.5%"),
+        ("--model convnext_iso_s", "ConvNeXt-S-8 iso of Table 1: 80.3%"),
+        ("--model vit_s", "ViT-S-8 every2 of Table 1: 80.7%"),
+        ("--model vit_s --moe-layers last2", "ViT-S-8 last2 of Table 1: 80.5%"),
+        (
+            "--model vit_b",
+            "ViT-B-8 every2 of Table 1: 82.5% on ImageNet-1k; 82.2% with DeiT's recipe",
+        ),
+        (
+            "--model vit_b --moe-layers none",
+            "ViT-B of Table 1: 82.8% on ImageNet-1k; 81.8% with DeiT",
+        ),
+        ("--model convnext_t --expert-ratio 4", None),
+        ("--model convnext_t --experts 8", None),
+        ("--model convnext_t --k 2", None),
+        ("--model convnext_t --moe-layers 7,17", None),
+        ("--model convnext_t --router l2", None),
+        ("--model convnext_t --image-size 192", None),
+        ("--model convnext_t --moe-layers none --init-from torchvision", None),
+        ("--model vmoe_s32", None),
+        ("", None),
+    ],
+)
 def test_the_row_of_table_1_is_named(flags, expected):
     """The paper's own configurations are known with their accuracy, all others are not."""
-    words = train.paper_row(train.resolve(train.parse_args(flags.split())))
+    words = train.paper_row(resolve(flags))
     assert words is None if expected is None else words.startswith(expected)
 
 
 @pytest.mark.recipe
 def test_a_warm_up_fits_into_its_run():
     """Longer than the run, a recipe's becomes a tenth of the run, and a given one is refused."""
-    config = train.resolve(train.parse_args("--model convnext_t --epochs 5".split()))
+    config = resolve("--model convnext_t --epochs 5")
     train.fit_to_data(config, num_images=10_000, world=1)
     assert config.warmup_epochs == 0.5, "and not 20"
-    config = train.resolve(train.parse_args("--model vit_s --epochs 5 --warmup-epochs 6".split()))
+    config = resolve("--model vit_s --epochs 5 --warmup-epochs 6")
     with pytest.raises(ValueError, match="--warmup-epochs 6 is longer than the run of 5 epochs"):
         train.fit_to_data(config, num_images=10_000, world=1)
     for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
@@ -254,14 +304,15 @@ def test_a_rate_never_rises_after_its_warm_up():
 def test_layer_wise_decay_is_for_the_published_models():
     """The groups of layers are those of ConvNeXt T, S and B."""
     with pytest.raises(ValueError, match="--layer-decay 0.8 is for convnext_t, convnext_s, conv"):
-        train.resolve(train.parse_args("--model vit_s --layer-decay 0.8".split()))
+        resolve("--model vit_s --layer-decay 0.8")
 
 
 @pytest.mark.recipe
 @pytest.mark.parametrize("num_images, epochs", [(16_000, 5), (4_000, 20), (640, 50), (64, 50)])
 def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epochs):
-    """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would make 125."""
-    config = train.resolve(train.parse_args([]))
+    """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would
+    make 125."""
+    config = resolve("")
     train.fit_to_data(config, num_images, world=1)
     assert config.epochs == epochs
 
@@ -284,7 +335,9 @@ def test_learning_rate_by_hand():
     config = SimpleNamespace(epochs=5, warmup_epochs=1, lr=1.0, min_lr=0.1, decay="cosine")
     rates = [train.learning_rate(step, 2, config) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]  # 1/2 and 2/2 of the peak
-    assert math.isclose(rates[5], 0.1 + 0.9 * 0.5)  # step 5 is 4 of the 8 steps after the warmup: cos(pi/2) = 0
+    assert math.isclose(
+        rates[5], 0.1 + 0.9 * 0.5
+    )  # step 5 is 4 of the 8 steps after the warmup: cos(pi/2) = 0
     assert math.isclose(rates[9], 0.1)
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
@@ -302,26 +355,38 @@ def test_linear_decay_by_hand():
 def test_vmoe_warms_up_for_10000_steps():
     """V-MoE-S/32 on ImageNet: 1,281,167 images in batches of 8,192 are 156 steps per epoch."""
     config = SimpleNamespace(**train.RECIPES["vmoe_s32"], lr=3e-3)
-    rates = [train.learning_rate(step, 1_281_167 // 8192, config) for step in (4_999, 9_999, 10_000)]
+    rates = [
+        train.learning_rate(step, 1_281_167 // 8192, config) for step in (4_999, 9_999, 10_000)
+    ]
     assert math.isclose(rates[0], 3e-3 / 2) and rates[1] == 3e-3 and rates[2] < 3e-3
 
 
 @pytest.mark.optimizer
 def test_ema_decay_by_hand():
-    """(1 + step) / (10 + step), until that is more than the flag's decay: 0.9999 = 89,991 / 90,000 from step 89,990 on."""
+    """(1 + step) / (10 + step), until that is more than the flag's decay: 0.9999 = 89,991 / 90,000
+    from step 89,990 on."""
     assert [train.ema_decay(step, 0.9999) for step in (0, 8, 90)] == [1 / 10, 9 / 18, 91 / 100]
     assert train.ema_decay(89_989, 0.9999) < 0.9999 == train.ema_decay(89_991, 0.9999)
 
 
 @pytest.mark.optimizer
 def test_sigmoid_loss_by_hand():
-    """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for the other."""
+    """Each class is a yes or no: -log sigmoid(2) for the true one, -log(1 - sigmoid(0)) = log 2 for
+    the other."""
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     config = SimpleNamespace(loss="sigmoid", label_smoothing=0.0)
-    expected = math.log(1 + math.exp(-2)) + math.log(2)  # the same for both images, so also their mean
-    assert math.isclose(train.classification_loss(logits, torch.tensor([0, 1]), config).item(), expected, rel_tol=1e-6)
+    expected = math.log(1 + math.exp(-2)) + math.log(
+        2
+    )  # the same for both images, so also their mean
+    assert math.isclose(
+        train.classification_loss(logits, torch.tensor([0, 1]), config).item(),
+        expected,
+        rel_tol=1e-6,
+    )
     mixed = train.classification_loss(logits, torch.tensor([[0.5, 0.5], [0.5, 0.5]]), config).item()
-    other = math.log(1 + math.exp(2)) + math.log(2)  # the loss with the wrong label; half and half is the mean of the two
+    other = math.log(1 + math.exp(2)) + math.log(
+        2
+    )  # the loss with the wrong label; half and half is the mean of the two
     assert math.isclose(mixed, (expected + other) / 2, rel_tol=1e-6), "mixed targets"
 
 
@@ -337,10 +402,13 @@ def test_sigmoid_loss_is_smoothed_by_hand():
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize("preset, third_stage", [
-    (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
-    (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
-])
+@pytest.mark.parametrize(
+    "preset, third_stage",
+    [
+        (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
+        (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
+    ],
+)
 def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
     """Each group has 0.8 of the rate of the next: 0 stem, ..., 12 last stage, 13 head."""
     with torch.device("meta"):
@@ -350,12 +418,21 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
     groups = train.parameter_groups(model, 0.05, 0.05, layer_decay=0.8)
     for group in groups:
         scale |= {names[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
-    expected = {"stem": 0, "downsample.0": 2, "downsample.1": 3, "downsample.2": 12,
-                "stages.0": 1, "stages.1": 2, "stages.3": 12, "norm": 13, "head": 13}
+    expected = {
+        "stem": 0,
+        "downsample.0": 2,
+        "downsample.1": 3,
+        "downsample.2": 12,
+        "stages.0": 1,
+        "stages.1": 2,
+        "stages.3": 12,
+        "norm": 13,
+        "head": 13,
+    }
     expected |= {f"stages.2.{block}": layer for block, layer in enumerate(third_stage)}
     assert set(scale) == set(names.values()), "every parameter must be in exactly one group"
     for name in scale:
-        layer, = {expected[place] for place in expected if name.startswith(place + ".")}
+        (layer,) = {expected[place] for place in expected if name.startswith(place + ".")}
         assert math.isclose(scale[name], 0.8 ** (13 - layer)), name
     assert groups[0]["lr_scale"] == 1, "whose rate the log shows"
 
@@ -373,18 +450,28 @@ def test_each_group_has_its_share_of_the_rate():
 
 @pytest.mark.optimizer
 def test_what_decays_and_what_does_not():
-    """Weights decay, expert weights with their own rate; norms, biases, embeddings and class token do not."""
+    """Weights decay, expert weights with their own rate; norms, biases, embeddings and class token
+    do not."""
     model = vit_nano(num_classes=4, moe_layers="last2", router="cosine")
     rate = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for group in train.parameter_groups(model, weight_decay=0.05, expert_weight_decay=0.2):
         rate |= {names[id(p)]: group["weight_decay"] for p in group["params"]}
     assert set(rate) == set(names.values()), "every parameter must be in exactly one group"
-    expected = {"head.weight": 0.05, "blocks.1.mlp.experts.3.0.weight": 0.2,
-                "blocks.1.mlp.experts.0.2.weight": 0.2, "blocks.1.mlp.router.proj": 0.05,
-                "blocks.1.mlp.experts.0.0.bias": 0.0, "blocks.1.mlp.experts.3.2.bias": 0.0,
-                "blocks.1.mlp.router.log_scale": 0.0, "pos_embed": 0.0, "class_token": 0.0, "head.bias": 0.0,
-                "blocks.0.norm1.weight": 0.0, "patch_embed.weight": 0.05}
+    expected = {
+        "head.weight": 0.05,
+        "blocks.1.mlp.experts.3.0.weight": 0.2,
+        "blocks.1.mlp.experts.0.2.weight": 0.2,
+        "blocks.1.mlp.router.proj": 0.05,
+        "blocks.1.mlp.experts.0.0.bias": 0.0,
+        "blocks.1.mlp.experts.3.2.bias": 0.0,
+        "blocks.1.mlp.router.log_scale": 0.0,
+        "pos_embed": 0.0,
+        "class_token": 0.0,
+        "head.bias": 0.0,
+        "blocks.0.norm1.weight": 0.0,
+        "patch_embed.weight": 0.05,
+    }
     assert {name: rate[name] for name in expected} == expected
 
 
@@ -394,15 +481,20 @@ def mixing(mixup=0, cutmix=0):
 
 @pytest.mark.optimizer
 def test_mixup_blends_pictures_and_cutmix_cuts_them():
-    """Of one black and one white picture MixUp makes even greys, CutMix black and white with a rectangle of the other."""
+    """Of one black and one white picture MixUp makes even greys, CutMix black and white with a
+    rectangle of the other."""
     images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 16, 16)
     for name in ("mixup", "cutmix"):
         mixer = train.make_mixer(mixing(**{name: 1.0}), num_classes=2)
-        values = [mixer(images, torch.tensor([0, 1]))[0][0].unique() for _ in range(5)]  # of the first picture
+        values = [
+            mixer(images, torch.tensor([0, 1]))[0][0].unique() for _ in range(5)
+        ]  # of the first picture
         if name == "mixup":
             assert all(len(v) == 1 and 0 < v < 1 for v in values), "one grey for the whole picture"
         else:
-            assert all(set(v.tolist()) <= {0.0, 1.0} for v in values), "pixels are taken, not blended"
+            assert all(
+                set(v.tolist()) <= {0.0, 1.0} for v in values
+            ), "pixels are taken, not blended"
     assert train.make_mixer(mixing(), num_classes=2) is None
 
 
@@ -434,7 +526,8 @@ def test_an_epoch_shows_no_image_twice():
 
 @pytest.mark.batches
 def test_a_step_has_the_same_images_at_every_world_size():
-    """What two processes load for step 1, together and in parts, is what one process loads for it."""
+    """What two processes load for step 1, together and in parts, is what one process loads for
+    it."""
     alone = order(0, 1)
     for step in range(2):
         halves = order(0, 2)[step] + order(1, 2)[step]
@@ -461,33 +554,42 @@ def test_accumulation_splits_a_share_in_order():
 def test_two_passes_see_the_shares_of_two_processes():
     """Of each step one process has in its passes, in order, what two processes have."""
     for step in range(2):
-        passes = order(0, 1, accumulate=2)[2 * step:2 * step + 2]
+        passes = order(0, 1, accumulate=2)[2 * step : 2 * step + 2]
         assert passes == [order(rank, 2)[step] for rank in range(2)]
 
 
 @pytest.mark.batches
 def test_seeds_of_neighbours_are_far_apart():
-    """Seeds depend on each number and on the order, fill 32 bits, and neighbouring images draw nothing alike."""
+    """Seeds depend on each number and on the order, fill 32 bits, and neighbouring images draw
+    nothing alike."""
     seeds = {train.draw_seed(*numbers) for numbers in itertools.product(range(20), repeat=3)}
-    assert len(seeds) == 8000 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    assert len(seeds) == 8000 and all(0 <= seed < 2**32 for seed in seeds)
     assert train.draw_seed(1, 2, 3) == train.draw_seed(1, 2, 3) != train.draw_seed(1, 3, 2)
-    draws = [torch.rand(50, generator=torch.Generator().manual_seed(train.draw_seed(0, 0, i))) for i in range(20)]
-    assert torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.6, "50 draws: chance gives up to about 0.5"
+    draws = [
+        torch.rand(50, generator=torch.Generator().manual_seed(train.draw_seed(0, 0, i)))
+        for i in range(20)
+    ]
+    assert (
+        torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.6
+    ), "50 draws: chance gives up to about 0.5"
 
 
 @pytest.mark.batches
-@pytest.mark.parametrize("flags", ["--model vit_s --image-size 24", "--model convnext_nano --image-size 16"])
+@pytest.mark.parametrize(
+    "flags", ["--model vit_s --image-size 24", "--model convnext_nano --image-size 16"]
+)
 def test_a_training_image_has_the_size_asked_for(flags):
     """With or without a random crop, uint8 (3, H, W) becomes uint8 (3, S, S)."""
-    config = train.resolve(train.parse_args(flags.split()))
+    config = resolve(flags)
     image = train.train_transform(config)(torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8))
     assert image.shape == (3, config.image_size, config.image_size) and image.dtype == torch.uint8
 
 
 @pytest.mark.batches
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
-    """Asked in any order, after any other draws, an item is the same; another epoch gives another crop."""
-    config = train.resolve(train.parse_args("--model vit_s --image-size 32".split()))
+    """Asked in any order, after any other draws, an item is the same; another epoch gives another
+    crop."""
+    config = resolve("--model vit_s --image-size 32")
     data = train.Augmented(evaluation.Shapes(4, 1, train.train_transform(config)), seed=0)
     first = data[0, 2][0]
     torch.manual_seed(99)
@@ -496,11 +598,15 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(data[1, 2][0], first)
     before = torch.get_rng_state()
     data[0, 0]
-    assert torch.equal(torch.get_rng_state(), before), "loading in the main process must not disturb its other draws"
+    assert torch.equal(
+        torch.get_rng_state(), before
+    ), "loading in the main process must not disturb its other draws"
 
 
-OPERATIONS = ("affine rotate adjust_brightness adjust_saturation adjust_contrast adjust_sharpness "
-              "posterize solarize autocontrast equalize").split()  # torchvision's, without Identity
+OPERATIONS = (
+    "affine rotate adjust_brightness adjust_saturation adjust_contrast adjust_sharpness "
+    "posterize solarize autocontrast equalize"
+).split()  # torchvision's, without Identity
 PLAIN = dict(crop_scale=1, crop_ratio=1, image_size=8, flip=0, randaug=0, erasing=0)
 
 
@@ -522,6 +628,7 @@ def test_randaugment_applies_each_of_two_operations_with_probability_a_half(monk
         def call(image, *args, **kwargs):
             calls.append(kwargs)
             return operation(image, *args, **kwargs)
+
         return call
 
     for name in OPERATIONS:
@@ -629,8 +736,22 @@ def test_both_losses_in_the_log_are_of_one_kind(loss):
     """At learning rate 0, on the same pictures: train and validation loss agree."""
     make_folder(Path("d/train"), images=8, size=(32, 32))
     make_folder(Path("d/val"), images=8, size=(32, 32))
-    run("--data", "d", "--epochs", "1", "--batch-size", "16", "--lr", "0", "--router-noise", "0",
-        "--loss", loss, "--out", "r")
+    run(
+        "--data",
+        "d",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--lr",
+        "0",
+        "--router-noise",
+        "0",
+        "--loss",
+        loss,
+        "--out",
+        "r",
+    )
     line = json.loads(open("r/log.jsonl").readline())
     assert line["val_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
 
@@ -642,21 +763,39 @@ def test_the_summary_says_what_was_scaled(capsys):
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is longer than this run)" in printed
+    assert (
+        "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is longer than this run)" in printed
+    )
 
 
 @pytest.mark.training
 def test_accumulation_changes_nothing_but_memory():
-    """Two passes of 16 images are one step of 32: the same losses (without noise and capacity, which see a pass at a time)."""
+    """Two passes of 16 images are one step of 32: the same losses (without noise and capacity,
+    which see a pass at a time)."""
     for passes in ("1", "2"):
-        run("--epochs", "2", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--out", passes)
-    losses = [[json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")] for passes in ("1", "2")]
+        run(
+            "--epochs",
+            "2",
+            "--accumulate",
+            passes,
+            "--router-noise",
+            "0",
+            "--balance-weight",
+            "0",
+            "--out",
+            passes,
+        )
+    losses = [
+        [json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")]
+        for passes in ("1", "2")
+    ]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.training
 def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
-    """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common to all gradients.)"""
+    """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common
+    to all gradients.)"""
     gradients, agree = [], train.agree
 
     def keep_gradient(run, *noticed):
@@ -665,23 +804,46 @@ def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
 
     monkeypatch.setattr(train, "agree", keep_gradient)
     for passes in ("1", "2"):
-        run("--epochs", "1", "--accumulate", passes, "--router-noise", "0", "--balance-weight", "0", "--clip-grad", "0")
-    torch.testing.assert_close(gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}")
+        run(
+            "--epochs",
+            "1",
+            "--accumulate",
+            passes,
+            "--router-noise",
+            "0",
+            "--balance-weight",
+            "0",
+            "--clip-grad",
+            "0",
+        )
+    torch.testing.assert_close(
+        gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}"
+    )
 
 
 @pytest.mark.training
 def test_a_run_leaves_checkpoints_and_a_log(capsys):
-    """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and the next commands."""
+    """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and
+    the next commands."""
     run("--epochs", "2", "--out", "r")
     assert sorted(os.listdir("r")) == ["best.pt", "last.pt", "log.jsonl"]
     lines = [json.loads(line) for line in open("r/log.jsonl")]
-    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [3, 6]
-    fields = "epoch step lr train_loss balance_loss val_loss top1 top5 images_per_s data_wait seconds dropped load"
+    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [
+        3,
+        6,
+    ]
+    fields = (
+        "epoch step lr train_loss balance_loss val_loss top1 top5 "
+        "images_per_s data_wait seconds dropped load"
+    )
     assert set(fields.split()) <= set(lines[0])
     assert len(lines[0]["load"]) == 2, "one list per MoE layer"
     assert all(math.isclose(sum(shares), 1) for shares in lines[0]["load"])
     out = capsys.readouterr().out
-    assert "python eval.py r/best.pt --data shapes:96" in out and "python inspect_experts.py r/best.pt" in out
+    assert (
+        "python eval.py r/best.pt --data shapes:96" in out
+        and "python inspect_experts.py r/best.pt" in out
+    )
 
 
 @pytest.mark.training
@@ -691,7 +853,9 @@ def test_the_log_and_eval_agree(capsys):
     model, checkpoint = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
     data = evaluation.open_dataset("shapes:96", "val")
     loader = evaluation.eval_loader(data, 7, 0, torch.device("cpu"))
-    found = evaluation.evaluate(model, loader, torch.device("cpu"), checkpoint["mean"], checkpoint["std"])
+    found = evaluation.evaluate(
+        model, loader, torch.device("cpu"), checkpoint["mean"], checkpoint["std"]
+    )
     assert found["top1"] == json.loads(open("r/log.jsonl").readline())["top1"]
     assert checkpoint["classes"] == data.classes
 
@@ -712,8 +876,10 @@ def read_log(folder):
 
 @pytest.mark.training
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
-    """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result is the same."""
-    flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2 --capacity-factor 1.05".split()
+    """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result
+    is the same."""
+    flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2".split()
+    flags += ["--capacity-factor", "1.05"]
     run(*flags, "--out", "whole")
     original, calls = train.agree, []
 
@@ -732,11 +898,15 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     monkeypatch.setattr(train, "agree", original)
     run(*flags, "--out", "broken")
 
-    whole, broken = (torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "broken"))
+    whole, broken = (
+        torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "broken")
+    )
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole[part]), part
     for key, state in whole["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], broken["optimizer"]["state"][key][name]) for name in state)
+        assert all(
+            torch.equal(state[name], broken["optimizer"]["state"][key][name]) for name in state
+        )
     timing = {"seconds", "images_per_s", "data_wait"}
     means = {"train_loss", "balance_loss", "dropped", "load"}
     for line, other in zip(read_log("whole"), read_log("broken"), strict=True):
@@ -800,7 +970,8 @@ def test_a_checkpoint_that_would_run_code_is_refused():
 
 @pytest.mark.training
 def test_ema_by_formula(monkeypatch):
-    """The averaged weights start as those of step 0, then become d * average + (1 - d) * weights, d = ema_decay(step, 0.3)."""
+    """The averaged weights start as those of step 0, then become d * average + (1 - d) * weights, d
+    = ema_decay(step, 0.3)."""
     seen = []
 
     def keep_weights(averaged, model):
@@ -811,17 +982,22 @@ def test_ema_by_formula(monkeypatch):
     monkeypatch.setattr(train.AveragedModel, "update_parameters", keep_weights)
     run("--epochs", "2", "--ema", "0.3", "--out", "r")
     average = seen[0]
-    for weights, decay in zip(seen[1:], (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True):  # 4 / 13 would be more than 0.3
+    for weights, decay in zip(
+        seen[1:], (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True
+    ):  # 4 / 13 would be more than 0.3
         average = decay * average + (1 - decay) * weights
     checkpoint = torch.load("r/last.pt", weights_only=True)
     assert checkpoint["ema"]["head.weight"].dtype == torch.float32
     torch.testing.assert_close(checkpoint["ema"]["head.weight"], average)
-    assert {"ema_top1", "ema_val_loss"} <= set(json.loads(open("r/log.jsonl").readline())), "evaluated, too"
+    assert {"ema_top1", "ema_val_loss"} <= set(
+        json.loads(open("r/log.jsonl").readline())
+    ), "evaluated, too"
 
 
 @pytest.mark.recipe
 def test_every_value_of_a_recipe_has_a_flag():
-    """Whatever a recipe sets can be overridden on the command line (base_lr and base_batch by --lr and --batch-size; nano's steps by --epochs)."""
+    """Whatever a recipe sets can be overridden on the command line (base_lr and base_batch by --lr
+    and --batch-size; nano's steps by --epochs)."""
     for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
         assert set(recipe) - {"base_lr", "base_batch", "steps"} <= set(vars(train.parse_args([])))
 
@@ -934,13 +1110,19 @@ def test_lines_of_the_log_that_are_blank_or_cut_do_no_harm():
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("change, expected", [
-    ("mv d/cat d/emu", "class cat is gone, class emu is new"),
-    ("cp -r d/cat d/emu", "class emu is new, 16 images then, 24 now"),
-    ("cp d/cat/1.png d/cat/20.png && cp d/cat/1.png d/cat/21.png", "16 images then, 18 now"),
-    ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "16 images then, 14 now"),
-    ("mv d/cat/3.png d/cat/03.png && mv d/cat/4.png d/cat/04.png",
-     "as many images, with other names")])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ("mv d/cat d/emu", "class cat is gone, class emu is new"),
+        ("cp -r d/cat d/emu", "class emu is new, 16 images then, 24 now"),
+        ("cp d/cat/1.png d/cat/20.png && cp d/cat/1.png d/cat/21.png", "16 images then, 18 now"),
+        ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "16 images then, 14 now"),
+        (
+            "mv d/cat/3.png d/cat/03.png && mv d/cat/4.png d/cat/04.png",
+            "as many images, with other names",
+        ),
+    ],
+)
 def test_a_run_is_not_continued_on_other_images(change, expected):
     """Images or a class came, went or were renamed: one line says what differs. (Of 20 images 4
     validate.)"""
@@ -954,7 +1136,8 @@ def test_a_run_is_not_continued_on_other_images(change, expected):
 
 @pytest.mark.training
 def test_other_images_are_named_before_what_follows_from_them():
-    """Without --batch-size 16 images make a batch of 16, and 14 one of 14: the images are to blame."""
+    """Without --batch-size 16 images make a batch of 16, and 14 one of 14: the images are to
+    blame."""
     make_folder(Path("d"), images=10)
     flags = "--data d --model vit_nano --workers 0 --epochs 1 --out r".split()
     train.main(train.parse_args(flags))
@@ -983,8 +1166,10 @@ def test_a_run_is_continued_when_its_images_moved(capsys):
 def test_a_folder_in_use_is_refused():
     """As long as another process holds the log locked. When that is killed, the folder is free."""
     os.mkdir("r")
-    hold = ("import fcntl; log = open('r/log.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); "
-            "print(flush=True); input()")
+    hold = (
+        "import fcntl; log = open('r/log.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
     command = [sys.executable, "-c", hold]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
@@ -1101,9 +1286,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
 
 @pytest.mark.training
 def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
-    """The loss is fine, its gradient is not: noticed before it reaches the weights, also without --clip-grad."""
+    """The loss is fine, its gradient is not: noticed before it reaches the weights, also without
+    --clip-grad."""
     loss = train.classification_loss
-    monkeypatch.setattr(train, "classification_loss", lambda *args: 0 * (loss(*args) - loss(*args).detach()).sqrt() + 1)
+    monkeypatch.setattr(
+        train,
+        "classification_loss",
+        lambda *args: 0 * (loss(*args) - loss(*args).detach()).sqrt() + 1,
+    )
     with pytest.raises(FloatingPointError, match=r"step 0 .* cross-entropy 1, .* gradient nan"):
         run("--epochs", "1", "--clip-grad", "0", "--out", "r")
     assert not os.path.exists("r/last.pt")
@@ -1111,7 +1301,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
 
 @pytest.mark.training
 def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
-    """Three epochs meet the broken file three times: one warning with its path, counted in the log."""
+    """Three epochs meet the broken file three times: one warning with its path, counted in the
+    log."""
     make_folder(Path("d/train"), images=4)
     make_folder(Path("d/val"), images=2)
     Path("d/train/cat/1.png").write_bytes(b"not an image")
@@ -1125,8 +1316,9 @@ def test_routing_is_counted_before_anything_is_dropped():
     """Three tokens choose expert 0, which keeps two: the count says 3 chosen, 1 dropped."""
     experts = torch.tensor([[0], [0], [1], [0]])
     kept = torch.tensor([[True], [True], [True], [False]])
-    state = SimpleNamespace(model=SimpleNamespace(moe_blocks=[5]), device="cpu",
-                            config=SimpleNamespace(experts=3))
+    state = SimpleNamespace(
+        model=SimpleNamespace(moe_blocks=[5]), device="cpu", config=SimpleNamespace(experts=3)
+    )
     meter = train.Meter(state)
     meter.count([SimpleNamespace(experts=experts, kept=kept)])
     assert meter.load.tolist() == [[3, 1, 0]] and meter.dropped.item() == 1
@@ -1154,8 +1346,20 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", trace)
     # No noise, whose draws may differ; always 40 pictures, so that two graphs suffice.
-    flags = ["--epochs", "1", "--data", "shapes:120", "--batch-size", "40", "--moe-layers", "3",
-             "--router-noise", "0", "--dtype", dtype]
+    flags = [
+        "--epochs",
+        "1",
+        "--data",
+        "shapes:120",
+        "--batch-size",
+        "40",
+        "--moe-layers",
+        "3",
+        "--router-noise",
+        "0",
+        "--dtype",
+        dtype,
+    ]
     run(*flags, "--out", "plain")
     run(*flags, "--out", "compiled", "--compile")
     assert len(compiled) == 1
@@ -1175,10 +1379,30 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 @pytest.mark.slow
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
-               "--epochs", "1", "--data", "shapes:128", "--model", "vit_nano", "--out", "r"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90,
-                            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "train.py"),
+        "--epochs",
+        "1",
+        "--data",
+        "shapes:128",
+        "--model",
+        "vit_nano",
+        "--out",
+        "r",
+    ]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("best top-1") == 1
     assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
@@ -1205,25 +1429,59 @@ def test_a_run_of_the_old_layout_is_not_continued():
 
 @pytest.mark.training
 def test_a_dense_checkpoint_starts_a_sparse_run():
-    """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is, the dense one."""
+    """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is,
+    the dense one."""
     run("--moe-layers", "none", "--epochs", "1", "--out", "dense")
-    run("--moe-layers", "last2", "--epochs", "1", "--init-from", "dense/last.pt", "--lr", "0", "--min-lr", "0", "--out", "sparse")
+    run(
+        "--moe-layers",
+        "last2",
+        "--epochs",
+        "1",
+        "--init-from",
+        "dense/last.pt",
+        "--lr",
+        "0",
+        "--min-lr",
+        "0",
+        "--out",
+        "sparse",
+    )
     images = torch.randn(4, 3, 32, 32)
-    dense, sparse = (evaluation.load_checkpoint(f"{name}/last.pt", "cpu")[0] for name in ("dense", "sparse"))
+    dense, sparse = (
+        evaluation.load_checkpoint(f"{name}/last.pt", "cpu")[0] for name in ("dense", "sparse")
+    )
     assert sparse.moe_blocks and not dense.moe_blocks
     torch.testing.assert_close(sparse(images), dense(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.training
 def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
-    """--freeze-backbone: everything but the head keeps its bits; the head for other classes is fresh, and announced."""
+    """--freeze-backbone: everything but the head keeps its bits; the head for other classes is
+    fresh, and announced."""
     run("--epochs", "1", "--moe-layers", "last2", "--out", "first")
     make_folder(tmp_path / "photos", ("cat", "dog", "emu"), images=20, size=(32, 32))
-    run("--data", "photos", "--init-from", "first/last.pt", "--freeze-backbone", "--moe-layers", "last2", "--epochs", "2",
-        "--drop-path", "0.5", "--out", "probe")
+    run(
+        "--data",
+        "photos",
+        "--init-from",
+        "first/last.pt",
+        "--freeze-backbone",
+        "--moe-layers",
+        "last2",
+        "--epochs",
+        "2",
+        "--drop-path",
+        "0.5",
+        "--out",
+        "probe",
+    )
     assert "from first/last.pt, fresh: head.weight, head.bias" in capsys.readouterr().out
     before, after = state("first/last.pt"), state("probe/last.pt")
-    changed = [name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()]
+    changed = [
+        name
+        for name in before
+        if before[name].shape != after[name].shape or (before[name] != after[name]).any()
+    ]
     assert changed == ["head.weight", "head.bias"]
 
 
@@ -1241,7 +1499,8 @@ def test_a_head_for_as_many_other_classes_is_fresh(capsys):
 
 @pytest.mark.training
 def test_frozen_layers_work_as_in_evaluation(monkeypatch):
-    """A frozen backbone has no drop path and no router noise: its features are those that evaluation will see."""
+    """A frozen backbone has no drop path and no router noise: its features are those that
+    evaluation will see."""
     run("--epochs", "1", "--out", "first")
     modes, next_batch = [], train.next_batch
 
@@ -1260,7 +1519,9 @@ def test_a_continued_run_does_not_start_from_the_other_weights_again(monkeypatch
     run("--epochs", "1", "--out", "first")
     again = ("--epochs", "1", "--init-from", "first/last.pt", "--out", "second")
     run(*again)
-    monkeypatch.setattr(train, "start_from", lambda *_: pytest.fail("the weights were loaded again"))
+    monkeypatch.setattr(
+        train, "start_from", lambda *_: pytest.fail("the weights were loaded again")
+    )
     run(*again)
 
 
@@ -1272,7 +1533,10 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     weights = torchvision.models.convnext_tiny().state_dict()
     torch.save(weights, tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
     model = evaluation.build_model(dict(model="convnext_t", num_classes=1000))
-    assert train.start_from(model, SimpleNamespace(init_from="torchvision", model="convnext_t"), []) == []
+    assert (
+        train.start_from(model, SimpleNamespace(init_from="torchvision", model="convnext_t"), [])
+        == []
+    )
     assert torch.equal(model.head.weight, weights["classifier.2.weight"])
 
 
@@ -1281,9 +1545,14 @@ def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
     """One line says what to download, from where, and where to put it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    with pytest.raises(ValueError, match=r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)") as error:
+    with pytest.raises(
+        ValueError,
+        match=r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)",
+    ) as error:
         train.torchvision_weights("convnext_t")
-    assert str(tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in str(error.value)
+    assert str(tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in str(
+        error.value
+    )
     with pytest.raises(ValueError, match="no weights for convnext_nano: expected one of vit_b, "):
         train.torchvision_weights("convnext_nano")
 
