@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from torchvision.ops import StochasticDepth
 
-from moe import MLP, MoE
+from moe import MLP, make_moe
 
 
 def place_moe(moe_layers, depths):
@@ -74,7 +74,8 @@ class Block(nn.Module):
     dense:   x + drop_path(gamma * MLP(norm(h)))           h = dwconv(x)
     sparse:  x + drop_path(gamma * (h + MoE(norm(h))))
 
-    mlp: a moe.MLP, or a moe.MoE for a sparse block. The Routing of a dense block is None.
+    mlp: a moe.MLP, or for a sparse block what moe.make_moe() returns. The Routing of a dense block
+    is None.
     The sparse block has an added skip connection around the MoE (paper, Figure 1b): a token that
     finds no slot still brings its convolution. That gamma scales this skip, too, is our reading.
 
@@ -88,7 +89,7 @@ class Block(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
-        if isinstance(mlp, MoE):  # train.upcycle() sets it to 0: a dense block has no such skip
+        if not isinstance(mlp, MLP):  # train.upcycle() sets it to 0: a dense block has no such skip
             self.register_buffer("skip", torch.ones(()))
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.drop_path = StochasticDepth(drop_path, mode="row")  # drops a branch for whole images
@@ -96,7 +97,7 @@ class Block(nn.Module):
     def forward(self, x):
         h = self.dwconv(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         y, routing = self.mlp(self.norm(h)), None
-        if isinstance(self.mlp, MoE):
+        if not isinstance(self.mlp, MLP):
             y, routing = y
             y = self.skip * h + y
         if self.gamma is not None:
@@ -115,7 +116,8 @@ class ConvNeXt(nn.Module):
         image_size, patch_size: in pixels; the stem cuts patches. image_size is only for grids: the
             model takes images of any size that the strides divide.
         moe_layers: which blocks are sparse, see place_moe.
-        num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE.
+        num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE. router may
+            also be "expert_choice" or "soft", see moe.make_moe.
         mlp_ratio, expert_ratio: hidden width over C, of a dense block's MLP and of one expert.
         drop_path: the rate at the last block. It grows linearly from 0 at the first.
         layer_scale: the initial gamma. None leaves gamma out.
@@ -153,8 +155,9 @@ class ConvNeXt(nn.Module):
             stage = nn.ModuleList()
             for _ in range(depth):
                 if index in self.moe_blocks:
-                    mlp = MoE(dim, int(expert_ratio * dim), num_experts, k, router,
-                              capacity_factor, router_noise=router_noise)
+                    mlp = make_moe(dim, int(expert_ratio * dim), num_experts, k, router,
+                                   tokens=side * side, capacity_factor=capacity_factor,
+                                   router_noise=router_noise)
                     self.grids.append((0, side, side))
                 else:
                     mlp = MLP(dim, int(mlp_ratio * dim))

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import convnext
 import vit
-from moe import MoE, count_parameters
+from moe import MoE, Router, count_parameters
 
 # ---------------------------------------------------------------- models and checkpoints
 
@@ -849,6 +849,8 @@ def count_flops(model, image_size):
     """
     shapes = copy.deepcopy(model).to("meta").eval()
     for layer in shapes.modules():
+        if isinstance(layer, Router):
+            layer.forward = partial(cost_of_a_router, layer)
         if isinstance(layer, MoE):
             layer.forward = partial(cost_of_a_moe, layer)
     with FlopCounterMode(display=False) as counter:
@@ -858,12 +860,17 @@ def count_flops(model, image_size):
 
 def cost_of_a_moe(layer, x):
     """Stand in for MoE.forward in count_flops: each token of x meets the router and k experts."""
-    scores = x
-    for weight in layer.router.parameters():
-        if weight.ndim == 2:  # the codes, after the projection if there is one
-            scores = F.linear(scores, weight)
+    layer.router(x)
     answers = [layer.experts[e](x) for e in range(layer.k)]
     return answers[0], None
+
+
+def cost_of_a_router(router, x):
+    """Stand in for Router.forward in count_flops, which turns autocast off: not without data."""
+    for weight in router.parameters():
+        if weight.ndim == 2:  # the codes, after the projection if there is one
+            x = F.linear(x, weight)
+    return x
 
 
 def clock(device):

@@ -125,7 +125,8 @@ class Router(nn.Module):
     def __init__(self, dim, num_experts, kind="linear"):
         super().__init__()
         if kind not in ROUTERS:
-            raise ValueError(f"router {kind!r}: expected one of {', '.join(ROUTERS)}")
+            raise ValueError(f"router {kind!r}: expected one of {', '.join(ROUTERS)}, or in a model "
+                             f"expert_choice or soft")
         self.kind = kind
         if kind == "linear":  # small codes: at the start all probabilities are near 1/E
             self.codes = nn.Parameter(0.02 * torch.randn(num_experts, dim))
@@ -330,11 +331,110 @@ def combine(rows, weights, order):
     return (answers * weights.unsqueeze(-1)).sum(1)
 
 
+# ---------------------------------------------------------------- two other ways to route
+# In MoE tokens choose experts. Here experts choose tokens, or work on mixtures of all tokens. Both
+# look at one image at a time, so that a prediction never depends on the batch. Every expert has the
+# same number of rows: there is nothing to sort, nothing to drop and nothing to balance.
+
+class ExpertChoice(nn.Module):
+    """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
+
+    Of the N tokens of an image, each expert takes the C = ceil(N k / E) most probable for it. So a
+    token meets k experts on average: perhaps several, perhaps none, and then its y is 0.
+    Example: with the probs of the worked example C is 2. Expert 0 takes tokens 1 and 0, expert 1
+    takes tokens 2 and 0. So token 0 gets 0.75 * 10 + 0.25 * 100.
+    In the Routing K is 1: a token's expert is the one with the largest gate of those that took it.
+    If none did, it is the most probable expert, and kept is False.
+    """
+
+    def __init__(self, dim, hidden, num_experts, k):
+        super().__init__()
+        self.num_experts, self.k = num_experts, k
+        self.router = Router(dim, num_experts)
+        self.experts = Experts(num_experts, dim, hidden)
+
+    def forward(self, x):
+        tokens = x.flatten(1, -2)  # (B, ..., D) -> (B, N, D)
+        B, N, D = tokens.shape
+        logits = self.router(tokens)  # (B, N, E)
+        probs = logits.softmax(-1)
+        gates, chosen = probs.topk(expert_capacity(N, self.k, self.num_experts, 1.0), dim=1)
+        image = torch.arange(B, device=x.device).view(B, 1, 1)
+        places = (image * N + chosen).permute(2, 0, 1)  # (B, C, E) -> (E, B, C), into B*N tokens
+
+        groups = tokens.flatten(0, 1).index_select(0, places.flatten())  # (E*B*C, D)
+        groups = groups.unflatten(0, (self.num_experts, -1))  # (E, B*C, D)
+        answers = torch.stack([expert(group) for expert, group in zip(self.experts, groups)])
+        answers = answers.flatten(0, 1) * gates.permute(2, 0, 1).reshape(-1, 1)  # (E*B*C, D)
+        y = answers.new_zeros(B * N, D).index_add(0, places.flatten(), answers)
+
+        taken = torch.zeros_like(probs).scatter(1, chosen, gates)  # (B, N, E) gates, or 0
+        taken, probs = taken.flatten(0, 1), probs.flatten(0, 1)  # (T, E)
+        kept = taken.amax(1, keepdim=True) > 0  # (T, 1)
+        best = torch.where(kept, taken, probs).argmax(1, keepdim=True)
+        routing = Routing(logits.flatten(0, 1), probs, best, taken.gather(1, best), kept,
+                          logits.new_zeros(()))
+        return y.to(x.dtype).reshape(x.shape), routing
+
+
+class SoftMoE(nn.Module):
+    """Let each expert answer S mixtures of an image's tokens: x (B, ..., D) -> y, and a Routing.
+
+    Puigcerver et al. 2024, section 2, normalized as in 2.3. Each of the E * S slots has a code. A
+    softmax over the tokens says what a slot is made of: a weighted mean of the tokens. A softmax
+    over the slots says what a token's y is made of: a weighted mean of the answers.
+    With S = ceil(N k / E) the experts cost what k experts per token do.
+    In the Routing K is 1, probs are the shares of the experts in a token's y, and the largest share
+    is its expert.
+    """
+
+    def __init__(self, dim, hidden, num_experts, slots):
+        super().__init__()
+        self.num_experts = num_experts
+        self.codes = nn.Parameter(torch.randn(num_experts * slots, dim) / dim**0.5)  # (E*S, D)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.experts = Experts(num_experts, dim, hidden)
+
+    def forward(self, x):
+        tokens = x.flatten(1, -2)  # (B, ..., D) -> (B, N, D)
+        codes = self.scale * F.normalize(self.codes, dim=-1)
+        scores = F.linear(F.normalize(tokens, dim=-1), codes)  # (B, N, E*S)
+
+        mixtures = scores.softmax(1).transpose(1, 2) @ tokens  # (B, E*S, D)
+        groups = mixtures.unflatten(1, (self.num_experts, -1)).unbind(1)  # E times (B, S, D)
+        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)], dim=1)
+        y = scores.softmax(2) @ answers  # (B, N, D)
+
+        # The softmax of these logits is the sum of the weights of an expert's slots.
+        logits = scores.unflatten(2, (self.num_experts, -1)).logsumexp(3).flatten(0, 1)  # (T, E)
+        probs = logits.float().softmax(-1)
+        gates, best = top_k_gates(probs, 1)
+        kept = torch.ones_like(best, dtype=torch.bool)
+        routing = Routing(logits.float(), probs, best, gates, kept, probs.new_zeros(()))
+        return y.to(x.dtype).reshape(x.shape), routing
+
+
+SPARSE = (MoE, ExpertChoice, SoftMoE)
+
+
+def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
+    """Return the layer of SPARSE that `router` names, for images of `tokens` tokens.
+
+    router: "expert_choice", "soft", or one of ROUTERS. options: those of MoE, which the two others
+    do not need.
+    """
+    if router == "expert_choice":
+        return ExpertChoice(dim, hidden, num_experts, k)
+    if router == "soft":
+        return SoftMoE(dim, hidden, num_experts, expert_capacity(tokens, k, num_experts, 1.0))
+    return MoE(dim, hidden, num_experts, k, router, **options)
+
+
 def count_parameters(model):
     """Return (total, active) parameters, ints. Active: k of the E experts per MoE, and the rest."""
     total = active = sum(parameter.numel() for parameter in model.parameters())
     for layer in model.modules():
-        if isinstance(layer, MoE):
+        if isinstance(layer, (MoE, ExpertChoice)):  # in a SoftMoE all experts meet all tokens
             expert = sum(parameter.numel() for parameter in layer.experts[0].parameters())
             active -= (layer.num_experts - layer.k) * expert
     return total, active

@@ -54,7 +54,7 @@ from eval import (  # what all programs share: data sets, checkpoints, processes
     MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
     eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
     open_dataset, read_checkpoint, setup_processes, start_loader, together)
-from moe import MoE, balance_loss, count_parameters
+from moe import SPARSE, MoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
 # One dictionary per model. A flag of the same name overrides an entry. `base_lr` is the peak
@@ -188,7 +188,7 @@ def parse_args(argv=None):
     flag("--experts", type=whole, help="experts E per MoE layer")
     flag("--k", type=whole, help="experts K per token")
     flag("--expert-ratio", type=number("[0.1, inf)"), help="hidden width of an expert over D")
-    flag("--router", help="linear, cosine or l2")
+    flag("--router", help="linear, cosine, l2, expert_choice or soft")
     flag("--router-noise", type=amount, help="std in training, in units of 1/E; 0: off")
     flag("--capacity-factor", type=amount, help="slots over the even share; 0: no limit")
     flag("--balance-weight", type=amount, help="weight of the balance loss")
@@ -423,7 +423,8 @@ def upcycle(weights, model, exact=True):
     """Load the state dict of a model of the same backbone, dense or sparse, into a model.
 
     Where the weights have an MLP and the model has a MoE, each expert becomes this MLP, see
-    experts_from_mlp(). A head for another number of classes stays fresh. Return the names left
+    experts_from_mlp(). Experts that choose tokens and Soft MoE have fresh codes: what they compute
+    is not what the MLP did. A head for another number of classes stays fresh. Return the names left
     fresh. Raise ValueError that names the first tensor which does not fit; then nothing is loaded.
     """
     state, own, fresh = dict(weights), model.state_dict(), []
@@ -432,11 +433,14 @@ def upcycle(weights, model, exact=True):
             state[name] = own[name]
             fresh.append(name)
     for name, layer in model.named_modules():
-        if isinstance(layer, MoE) and f"{name}.0.weight" in state:
+        if isinstance(layer, SPARSE) and f"{name}.0.weight" in state:
             leaves = ("0.weight", "0.bias", "2.weight", "2.bias")
             mlp = {leaf: state.pop(f"{name}.{leaf}") for leaf in leaves}
-            for key, value in experts_from_mlp(mlp, layer, exact).items():
+            tokens_choose = isinstance(layer, MoE)
+            for key, value in experts_from_mlp(mlp, layer, exact and tokens_choose).items():
                 state[f"{name}.{key}"] = value
+                if not tokens_choose and not key.startswith("experts."):
+                    fresh.append(f"{name}.{key}")
             skip = name.removesuffix("mlp") + "skip"  # the skip that a sparse ConvNeXt block adds
             if skip in own:
                 state[skip] = torch.zeros(()) if exact else own[skip]
@@ -451,7 +455,7 @@ def upcycle(weights, model, exact=True):
 
 
 def experts_from_mlp(mlp, layer, exact):
-    """Return a state dict for a MoE layer whose experts are all copies of a dense MLP's weights.
+    """Return a state dict for a sparse layer whose experts are all copies of a dense MLP's weights.
 
     The k kept gates sum to less than 1, so copies alone would shrink the layer's output. exact=True
     makes the layer compute what the MLP does (in evaluation, without a capacity limit): with equal

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import StochasticDepth
 
-from moe import MLP, MoE
+from moe import MLP, make_moe
 
 
 def place_moe(moe_layers, depth):
@@ -69,7 +69,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): x (B, N, D) -> the same, and a Routing.
 
-    mlp: a moe.MLP, or a moe.MoE for a sparse block. The Routing of a dense block is None.
+    mlp: a moe.MLP, or for a sparse block what moe.make_moe() returns. The Routing of a dense block
+    is None.
     """
 
     def __init__(self, dim, heads, mlp, drop_path):
@@ -83,7 +84,7 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         y, routing = self.mlp(self.norm2(x)), None
-        if isinstance(self.mlp, MoE):
+        if not isinstance(self.mlp, MLP):
             y, routing = y
         return x + self.drop_path(y), routing  # a dropped token has y = 0: it passes unchanged
 
@@ -97,7 +98,8 @@ class ViT(nn.Module):
         dim, depth, heads: D, the number of blocks, and the heads of each attention.
         image_size, patch_size: in pixels.
         moe_layers: which blocks are sparse, see place_moe.
-        num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE.
+        num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE. router may
+            also be "expert_choice" or "soft", see moe.make_moe.
         mlp_ratio, expert_ratio: H / D of a dense block's MLP and of one expert.
         drop_path: the rate at the last block. It grows linearly from 0 at the first.
         init_std: deviation of the initial weights, as in DeiT. None leaves them to PyTorch
@@ -126,8 +128,9 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(depth):
             if i in self.moe_blocks:
-                mlp = MoE(dim, int(expert_ratio * dim), num_experts, k, router, capacity_factor,
-                          router_noise=router_noise)
+                mlp = make_moe(dim, int(expert_ratio * dim), num_experts, k, router,
+                               tokens=1 + side * side, capacity_factor=capacity_factor,
+                               router_noise=router_noise)
             else:
                 mlp = MLP(dim, int(mlp_ratio * dim))
             self.blocks.append(Block(dim, heads, mlp, drop_path * i / max(1, depth - 1)))

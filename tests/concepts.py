@@ -37,7 +37,8 @@ CONCEPTS = (
     # ---- vit.py and convnext.py: the models
     Concept("placement", "vit.place_moe convnext.place_moe", "",
             "Which blocks hold experts matters: the last two are the safe choice, every second one is not."),
-    Concept("building", "vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ convnext.init_weights",
+    Concept("building", "moe.make_moe vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ "
+            "convnext.init_weights",
             "placement layer",
             "A sparse backbone is the dense one with other MLPs: same widths, same drop path, same start."),
     Concept("vit", "vit.Attention.forward vit.Block.forward vit.ViT.forward", "building",
@@ -46,11 +47,18 @@ CONCEPTS = (
             "Each position of a feature map is a token; the sparse block keeps its convolution by one more skip."),
     Concept("grouped", "moe.Experts.grouped moe.Experts.use_grouped_mm moe.compute_dtype", "vit convnext",
             "One kernel for all experts gives what the loop gives; no shape depends on the data, so it compiles."),
-    Concept("costs", "moe.count_parameters eval.count_flops eval.cost_of_a_moe", "vit convnext",
+    Concept("costs", "moe.count_parameters eval.count_flops eval.cost_of_a_moe eval.cost_of_a_router", "vit convnext",
             "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
     Concept("weights", "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
             "convnext.from_torchvision", "vit convnext",
             "With torchvision's weights we compute its function; upcycled, even with experts."),
+    # ---- moe.py, its last section
+    Concept("expert_choice", "moe.ExpertChoice.__init__ moe.ExpertChoice.forward",
+            "router capacity experts costs weights",
+            "Experts choose tokens: all have the same load, but a token may meet none."),
+    Concept("soft", "moe.SoftMoE.__init__ moe.SoftMoE.forward",
+            "top_k capacity experts costs weights",
+            "Each expert answers mixtures of tokens: nothing is chosen, all is smooth."),
     # ---- eval.py: from images to a number
     Concept("shapes", "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ eval.shapes_size "
             "eval.shift", "",
@@ -86,7 +94,7 @@ CONCEPTS = (
             "train.write_checkpoint train.cut_log train.write_log train.train train.next_batch "
             "train.agree train.Meter.count train.Meter.add train.Meter.summary train.validate "
             "train.Output.write train.main",
-            "optimizer batches checkpoints costs weights grouped",
+            "optimizer batches checkpoints costs weights grouped expert_choice soft",
             "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
     Concept(
