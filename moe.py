@@ -332,9 +332,8 @@ def combine(rows, weights, order):
 
 
 # ---------------------------------------------------------------- two other ways to route
-# In MoE tokens choose experts. Here experts choose tokens, or work on mixtures of all tokens. Both
-# look at one image at a time, so that a prediction never depends on the batch. Every expert has the
-# same number of rows: there is nothing to sort, nothing to drop and nothing to balance.
+# Here experts choose tokens, or answer mixtures of all tokens: of one image at a time, so that a
+# prediction never depends on the batch. All experts get equally many rows: nothing is to balance.
 
 class ExpertChoice(nn.Module):
     """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
@@ -359,14 +358,14 @@ class ExpertChoice(nn.Module):
         logits = self.router(tokens)  # (B, N, E)
         probs = logits.softmax(-1)
         gates, chosen = probs.topk(expert_capacity(N, self.k, self.num_experts, 1.0), dim=1)
-        image = torch.arange(B, device=x.device).view(B, 1, 1)
-        places = (image * N + chosen).permute(2, 0, 1)  # (B, C, E) -> (E, B, C), into B*N tokens
 
-        groups = tokens.flatten(0, 1).index_select(0, places.flatten())  # (E*B*C, D)
-        groups = groups.unflatten(0, (self.num_experts, -1))  # (E, B*C, D)
-        answers = torch.stack([expert(group) for expert, group in zip(self.experts, groups)])
-        answers = answers.flatten(0, 1) * gates.permute(2, 0, 1).reshape(-1, 1)  # (E*B*C, D)
-        y = answers.new_zeros(B * N, D).index_add(0, places.flatten(), answers)
+        first = N * torch.arange(B, device=x.device).view(B, 1, 1)  # an image's place in B*N tokens
+        places = (first + chosen).permute(2, 0, 1).flatten()  # (B, C, E) -> (E*B*C,)
+        rows = tokens.flatten(0, 1).index_select(0, places)  # (E*B*C, D), expert by expert
+        groups = rows.chunk(self.num_experts)
+        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)])
+        answers = answers * gates.permute(2, 0, 1).reshape(-1, 1)  # (B, C, E) -> (E*B*C, 1)
+        y = answers.new_zeros(B * N, D).index_add(0, places, answers)
 
         taken = torch.zeros_like(probs).scatter(1, chosen, gates)  # (B, N, E) gates, or 0
         taken, probs = taken.flatten(0, 1), probs.flatten(0, 1)  # (T, E)
@@ -384,8 +383,7 @@ class SoftMoE(nn.Module):
     softmax over the tokens says what a slot is made of: a weighted mean of the tokens. A softmax
     over the slots says what a token's y is made of: a weighted mean of the answers.
     With S = ceil(N k / E) the experts cost what k experts per token do.
-    In the Routing K is 1, probs are the shares of the experts in a token's y, and the largest share
-    is its expert.
+    In the Routing K is 1: probs are the experts' shares in a token's y, and the largest is chosen.
     """
 
     def __init__(self, dim, hidden, num_experts, slots):
@@ -418,11 +416,7 @@ SPARSE = (MoE, ExpertChoice, SoftMoE)
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
-    """Return the layer of SPARSE that `router` names, for images of `tokens` tokens.
-
-    router: "expert_choice", "soft", or one of ROUTERS. options: those of MoE, which the two others
-    do not need.
-    """
+    """Return the layer that router names, for images of `tokens` tokens. options: MoE's others."""
     if router == "expert_choice":
         return ExpertChoice(dim, hidden, num_experts, k)
     if router == "soft":
