@@ -162,8 +162,8 @@ def number(interval, kind=float):
             value = math.nan  # in no interval
         if low < value < high or included.get(value):
             return value
-        expected = f"expected {kind.__name__} in {interval}"
-        raise argparse.ArgumentTypeError(f"{expected}, got {text}")
+        told = f"expected {kind.__name__} in {interval}, got {text}"
+        raise argparse.ArgumentTypeError(told)
 
     return parse
 
@@ -241,24 +241,20 @@ def load_checkpoint(path, device, raw=False):
     one line, for whatever is not a checkpoint of train.py.
     """
     checkpoint = read_checkpoint(path, device)
-    config = checkpoint["config"]
-    try:
-        model = build_model(config)
-    except (TypeError, KeyError) as error:
-        told = f"the config in {path} does not describe a model of this version: {error}"
-        raise ValueError(told) from None
-    names, outputs = len(checkpoint["classes"]), config.get("num_classes")
-    if names != outputs:
-        raise ValueError(f"{path} names {names} classes, but its model has {outputs} outputs")
     weights = checkpoint["ema"]
     if raw or not weights:
         weights = checkpoint["model"]
     try:
+        model = build_model(checkpoint["config"])
         model.load_state_dict(weights)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"the config in {path} does not describe a model: {error}") from None
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        told = f"the weights in {path} do not fit its own config: {reason}"
-        raise ValueError(told) from None
+        raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
+    names, outputs = len(checkpoint["classes"]), checkpoint["config"].get("num_classes")
+    if names != outputs:
+        raise ValueError(f"{path} names {names} classes, but its model has {outputs} outputs")
     return model.to(device).eval(), checkpoint
 
 
@@ -270,8 +266,7 @@ def read_checkpoint(path, device):
     optimizer's moments, takes no memory.
     """
     if not os.path.isfile(path):
-        expected = "expected a file like runs/<model>-<data>-1/best.pt"
-        raise ValueError(f"no checkpoint at {path}: {expected}")
+        raise ValueError(f"no checkpoint at {path}: expected one like runs/<run>/best.pt")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # of whatever kind: any bytes may be in the file
@@ -284,8 +279,8 @@ def read_checkpoint(path, device):
         lacking = ", ".join(sorted(missing))
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {lacking}")
     if any(name.endswith(".experts.w1") for name in checkpoint["model"]):
-        told = "is from an older version, whose experts were stacked weights: train it again"
-        raise ValueError(f"{path} {told}")
+        told = "whose experts were stacked weights: train it again"
+        raise ValueError(f"{path} is from an older version, {told}")
     return checkpoint
 
 
@@ -361,8 +356,8 @@ def open_cifar(spec, split, transform):
     try:
         cifar = kind("data", train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        told = f"{spec} could not be downloaded ({first_line(error)})"
-        raise ValueError(f"{told}: place {kind.filename} in data/ by hand") from None
+        reason = f"could not be downloaded ({first_line(error)})"
+        raise ValueError(f"{spec} {reason}: place {kind.filename} in data/ by hand") from None
     # (N, 32, 32, 3) -> (N, 3, 32, 32)
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
@@ -396,7 +391,7 @@ class FolderImages:
         files = find_images(self.root)
         if split == "train" and len(files) == 1:
             told = f"only one class folder, {', '.join(files)}, in {self.root}"
-            raise ValueError(f"{told}: give the folder that holds them, {EXPECTED_TREE}")
+            raise ValueError(f"{told}: give the folder that holds all, {EXPECTED_TREE}")
         if self.flat and split != "all":
             files = hold_out(files, split, root)
         self.classes = list(files)
@@ -423,8 +418,7 @@ class FolderImages:
             if image is not None:
                 break
         else:
-            told = f"from {self.path(index)} on"
-            raise ValueError(f"100 images in a row cannot be read, {told}")
+            raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
         try:
             image = self.transform(image) if self.transform else image
         except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
@@ -481,7 +475,7 @@ def list_folder(path):
 
 
 def list_files(root):
-    """List all files in and below root, each as its path from there, such as "cat/1.jpg".
+    """List the files in and below the folders of root, each as its path from there: "cat/1.jpg".
 
     No folder is read twice: a link to one above must not lead round in a circle. Folders that our
     own programs have written are left out.
@@ -493,14 +487,15 @@ def list_files(root):
         folders, files = list_folder(place)
         if RESULTS & set(files):
             continue
-        inside = place.relative_to(root).as_posix()
-        found += [f"{inside}/{name}" for name in files]
+        if place != Path(root):  # what lies beside the class folders is no data
+            inside = place.relative_to(root).as_posix()
+            found += [f"{inside}/{name}" for name in files]
         for folder in map(place.joinpath, folders):
             if folder.resolve() in met:
                 warn(f"{folder} leads to a folder above it or read already: left out")
             else:
                 places.append(folder)
-                met.add(folder.resolve())
+            met.add(folder.resolve())
     return found
 
 
@@ -510,21 +505,19 @@ def find_images(root):
     A class is a folder with an image in it or below it. One warning says what is odd. Raise
     ValueError if there is no image.
     """
-    classes = {composed(name): [] for name in list_folder(root)[0]}
+    found = {composed(name): [] for name in list_folder(root)[0]}
     types, deep = [], []
     for file in sorted(list_files(root)):
         top, *below = file.split("/")
-        if top == ".":  # beside the class folders
-            continue
         if not is_image(file):
             types.append(os.path.splitext(file)[1].lower() or below[-1])
             continue
-        classes[composed(top)].append(file)
+        found[composed(top)].append(file)
         if len(below) > 1:
             deep.append(file)
-    empty = [name for name, files in classes.items() if not files]
+    classes = {name: files for name, files in sorted(found.items()) if files}
     odd = {
-        "class folders without images are left out": empty,
+        "class folders without images are left out": found.keys() - classes.keys(),
         "files of other types are left out": types,
         "images lie deeper than in a class folder and belong to the upper one": deep,
     }
@@ -532,16 +525,16 @@ def find_images(root):
     for what, names in odd.items():
         if names:
             notes.append(f"{len(names)} {what} ({', '.join(sorted(set(names))[:5])})")
-    if len(empty) == len(classes):
-        what = "images in the class folders of" if classes else "class folders in"
-        raise ValueError(f"no {what} {'; '.join(notes)}: {EXPECTED_TREE}")
-    if set(classes) <= set("12345") and len(deep) == sum(map(len, classes.values())):
-        raise ValueError(
-            f"{root} looks like one corruption of ImageNet-C: its folders {', '.join(classes)} "
-            f"hold class folders, not images; give one of them, or the folder of all corruptions")
-    if len(notes) > 1:
-        warn("; ".join(notes))
-    return {name: files for name, files in sorted(classes.items()) if files}
+    notes = "; ".join(notes)
+    if not classes:
+        what = "images in the class folders of" if found else "class folders in"
+        raise ValueError(f"no {what} {notes}: {EXPECTED_TREE}")
+    if classes.keys() <= set("12345") and len(deep) == sum(map(len, classes.values())):
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
+                         f"{', '.join(classes)} hold class folders; give one of them, or all")
+    if notes != root:
+        warn(notes)
+    return classes
 
 
 def composed(name):
@@ -698,9 +691,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     """
     was_training = model.training
     model.eval()
-    sums = {}
-    for name in ("images", "correct1", "correct5", "loss"):
-        sums[name] = torch.zeros((), dtype=torch.float64, device=device)
+    totals = Counter()
     broken = -1
     hidden = None if progress else True  # None: shown on a terminal only
     batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
@@ -715,26 +706,24 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         if columns is not None:
             logits = logits[:, columns]
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
-        for name, value in count_batch(logits, answers, loss).items():
-            sums[name] += value
+        totals.update(count_batch(logits, answers, loss))  # adds
     batches.close()
     model.train(was_training)
     with together():
         if broken >= 0:
-            told = "an accuracy without it would not be comparable; repair or remove the file"
-            raise ValueError(f"cannot read {loader.dataset.path(broken)}: {told}")
+            path = loader.dataset.path(broken)
+            raise ValueError(f"cannot read {path}: repair or remove the file")
+    sums = [float(totals[name]) for name in ("images", "correct1", "correct5", "loss")]
+    sums = torch.tensor(sums, dtype=torch.float64, device=device)
     stopped = torch.tensor(int(bool(stop())), device=device)
     if dist.is_initialized():
+        dist.all_reduce(sums)
         dist.all_reduce(stopped, dist.ReduceOp.MAX)
-        for value in sums.values():
-            dist.all_reduce(value)
     if stopped:
         return None
-    total = {name: value.item() for name, value in sums.items()}
-    counts = {name: int(total[name]) for name in ("images", "correct1", "correct5")}
-    n = total["images"]
-    top1, top5 = 100 * total["correct1"] / n, 100 * total["correct5"] / n
-    return counts | dict(loss=total["loss"] / n, top1=top1, top5=top5)
+    n, correct1, correct5, total = sums.tolist()
+    counts = dict(images=int(n), correct1=int(correct1), correct5=int(correct5))
+    return counts | dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
 
 
 def count_batch(logits, answers, loss):
@@ -937,8 +926,8 @@ def match_classes(names, classes, ignore_unmatched=False):
     if len(unknown) == len(names) or unknown and not ignore_unmatched:
         told = f"{len(unknown)} of {len(names)} classes of the data are unknown to the checkpoint"
         some, known = ", ".join(unknown[:3]), ", ".join(classes[:3])
-        way_out = "; --ignore-unmatched leaves them out" if len(unknown) < len(names) else ""
-        raise ValueError(f"{told} ({some}, ...): it knows {known}, ...{way_out}")
+        hint = "; --ignore-unmatched leaves them out" if len(unknown) < len(names) else ""
+        raise ValueError(f"{told} ({some}, ...): it knows {known}, ...{hint}")
     return found
 
 
@@ -994,14 +983,16 @@ def read_real(path, dataset, num_classes):
             last = f"{len(names):08}"
             raise ValueError(f"{told}, expected one for each of ILSVRC2012_val_00000001 to {last}")
         if not set().union(*entries) <= set(range(num_classes)):
-            raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes")
+            last = num_classes - 1
+            raise ValueError(f"expected labels from 0 to {last}, the matched classes in order")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--real {path} does not fit: {first_line(error)}") from None
     rows = [torch.tensor(real[name], dtype=torch.long) for name in names]
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-# ---------------------------------------------------------------- ImageNet-C (Hendrycks and Dietterich 2019)
+# ---------------------------------------------------------------- ImageNet-C
+# (Hendrycks and Dietterich 2019)
 
 ALEXNET = dict(  # its error per corruption, a mean over five severities: what mCE divides by
     gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
@@ -1026,8 +1017,7 @@ def open_parts(spec, split):
     parts = {part: open_dataset(os.path.join(spec, part), "all") for part in PARTS}
     for part, dataset in parts.items():
         if dataset.classes != parts["fog/1"].classes:  # other logits would take part
-            told = "has not the same class folders as fog/1, expected the same in all 75"
-            raise ValueError(f"{spec}: {part} {told}")
+            raise ValueError(f"{spec}: {part} has not the same class folders as fog/1")
     return parts
 
 
@@ -1047,7 +1037,7 @@ def corruption_errors(results):
     return dict(corruptions=table, mean_error=mean_error, mce=mce)
 
 
-# ---------------------------------------------------------------- changed routing, and what a model costs
+# ---------------------------------------------------------------- changed routing, and the cost
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
@@ -1190,13 +1180,13 @@ def measure(model, row, matched, args, device, world, progress):
     row["images_per_s"] = images_per_second(model, noise, device, dtype)
     results = defaultdict(dict)  # {spec: {part: counts}}
     for (spec, part), found in matched.items():
-        data, workers = found.dataset, args.workers
-        if workers is None:
-            workers = auto_workers(data, world)
+        data = found.dataset
+        workers = auto_workers(data, world) if args.workers is None else args.workers
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
-        options = dict(columns=found.columns, dtype=dtype, loss=row["args"].get("loss", "softmax"))
-        options["progress"] = progress and f"{spec} {part}"
-        counts = evaluate(model, loader, device, row["mean"], row["std"], **options)
+        name = progress and f"{spec} {part}"
+        loss = row["args"].get("loss", "softmax")
+        counts = evaluate(model, loader, device, row["mean"], row["std"], found.columns,
+                          dtype, name, loss)
         if not math.isfinite(counts["loss"]):
             raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
         transform = " ".join(str(data.transform).split())
@@ -1324,8 +1314,7 @@ def layer_and_expert(text):
 def check(args):
     """Raise ValueError for options that cannot be."""
     if args.real and (len(args.data) > 1 or args.ignore_unmatched):
-        told = "scores one --data, ImageNet's validation images, and all of its classes"
-        raise ValueError(f"--real {told}")
+        raise ValueError("--real scores one --data, ImageNet's validation images, on all classes")
     folder = os.path.dirname(args.json or "")
     if folder and not os.path.isdir(folder):
         raise ValueError(f"--json {args.json}: there is no folder {folder}")

@@ -527,7 +527,7 @@ def test_what_systems_leave_behind_is_no_data(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     data = open_dataset(root, "all")
     assert data.classes == ["a", "b"] and names(data) == ["a/1.png", "b/2.png"]
-    told = f"warning: left out of {root}, class folders without images: runs\n"
+    told = f"warning: {root}; 1 class folders without images are left out (runs)\n"
     assert capsys.readouterr().err == told
 
 
@@ -541,9 +541,11 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
         (tmp_path / "c" / f"IMG_{i}.HEIC").write_bytes(b"x")
     data = open_dataset(root, "all")
     assert open_dataset(root, "all").classes == data.classes == ["a", "b"]
-    empty, deep = capsys.readouterr().err.splitlines()  # once, although it was opened twice
-    assert empty.endswith(", class folders without images: c, files of other types: 10 .heic")
-    assert deep.startswith(f"warning: 1 images of {root} lie deeper than in a class folder (b/sub/")
+    [told] = capsys.readouterr().err.splitlines()  # once, although it was opened twice
+    assert told.startswith(f"warning: {root}; 1 class folders without images are left out (c); ")
+    assert "; 10 files of other types are left out (.heic); " in told
+    assert "; 1 images lie deeper than in a class folder " in told
+    assert told.endswith("belong to the upper one (b/sub/3.jfif)")
 
 
 @pytest.mark.folders
@@ -661,6 +663,11 @@ def test_one_name_in_two_spellings(tmp_path):
     )
     train, val = (open_dataset(root, split) for split in ("train", "val"))
     assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
+    one, other = (
+        open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
+        for name in (composed, decomposed)
+    )
+    assert one.fingerprint() == other.fingerprint(), "a copy on another system is the same data"
 
 
 @pytest.mark.folders
@@ -678,6 +685,9 @@ def test_names_that_no_terminal_can_show(tmp_path, capsys):
     assert data.fingerprint()["images"] == [2] and data.classes == ["caf\udce9"]
     evaluation.warn(f"cannot read {data.path(0)}")
     assert capsys.readouterr().err == f"warning: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.fail(ValueError(f"cannot read {data.path(0)}"))
+    assert capsys.readouterr().err == f"error: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
 
 
 @pytest.mark.folders
@@ -1199,7 +1209,7 @@ def cut_off(path):
 
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("make, expected", [
-    (lambda path: None, "no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt"),
+    (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
     (lambda path: path.mkdir(), "no checkpoint at {path}"),
     (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
     (lambda path: path.write_bytes(b""), "{path} cannot be opened as a checkpoint, it is empty"),

@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from eval import (ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing,
-                  corruption_errors, eval_loader, eval_transform, evaluate, images_per_second, match_classes,
-                  match_dataset, open_dataset, open_parts, over_seeds, read_real)
+from eval import (
+    ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing, corruption_errors,
+    eval_loader, eval_transform, evaluate, images_per_second, load_checkpoint, match_classes,
+    match_dataset, open_dataset, open_parts, over_seeds, print_results, read_real)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +76,10 @@ class Known(nn.Module):
         return self.table[(images[:, 0, 0, 0] * 255).round().long()]
 
 
-def score(table, dataset, batch_size, workers):
-    """evaluate() of the Known model on what match_dataset() returned."""
-    loader = eval_loader(dataset, batch_size, workers, CPU, dataset.indices)
-    return evaluate(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, dataset.columns)
+def score(table, matched, batch_size, workers):
+    """Return evaluate() of the Known model on what match_dataset() returned."""
+    loader = eval_loader(matched.dataset, batch_size, workers, CPU, matched.indices)
+    return evaluate(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, matched.columns)
 
 
 # ---------------------------------------------------------------- whose class is which
@@ -182,8 +183,11 @@ def test_ignored_folders_do_not_count(always, tmp_path, monkeypatch, capsys):
 def test_two_names_of_one_class_are_one_column():
     """Folders 1 and 01 both stand for class 1: it competes once, and images of both count for it."""
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
-    data = match_dataset(TensorImages(images, torch.tensor([0, 1, 2]), ["01", "1", "2"]), CLASSES)
-    assert data.columns == [1, 2] and data.labels.tolist() == [[0], [0], [1]]
+    data = TensorImages(images, torch.tensor([0, 1, 2]), ["01", "1", "2"])
+    matched = match_dataset(data, CLASSES)
+    assert matched.columns == [1, 2]
+    assert matched.dataset.labels.tolist() == [[0], [0], [1]]
+    assert data.labels.tolist() == [0, 1, 2], "the labels of the data set itself stay"
 
 
 @pytest.mark.classes
@@ -226,15 +230,17 @@ def test_images_in_memory_come_in_whole_batches(size):
 @pytest.mark.counting
 def test_one_of_several_answers_is_enough():
     """An image with several labels is right if the best guess, or one of the best five, is among them."""
-    # With 7 classes and logits 7, 6, ..., 1 the best five are 0 to 4. Answers: {0, 6} right at once; {3, 5} within five;
-    # {5, 6} wrong. -1 is padding, and not the last class.
+    # With 7 classes and logits 7, 6, ..., 1 the best five are 0 to 4. Answers: {0, 6} right at
+    # once; {3, 4} within five, and only once; {5, 6} wrong; {1} within five. -1 is padding, and
+    # not the last class.
     table = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]] * 4)
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 1, 1)
-    data = TensorImages(images, torch.tensor([[6, 0], [3, 5], [5, 6], [1, -1]]), ["-"])
+    data = TensorImages(images, torch.tensor([[6, 0], [3, 4], [5, 6], [1, -1]]), ["-"])
     result = evaluate(Known(table), eval_loader(data, 3, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 1, 3)
     p = table[0].double().softmax(0).tolist()
-    expected = -(math.log(p[6] + p[0]) + math.log(p[3] + p[5]) + math.log(p[5] + p[6]) + math.log(p[1])) / 4
+    right = [p[6] + p[0], p[3] + p[4], p[5] + p[6], p[1]]
+    expected = -sum(map(math.log, right)) / 4
     assert result["loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -326,7 +332,8 @@ def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
     assert result["parts"]["snow/2"]["correct1"] == 7 and len(result["parts"]) == 75
     out = capsys.readouterr().out
     assert "mean error 47.33 %" in out and f"mCE {mce:.2f} %" in out
-    assert "brightness           10.00   30.00   50.00   70.00   90.00   50.00   88.56" in out
+    [line] = [line for line in out.splitlines() if line.startswith("brightness")]
+    assert line.split()[1:] == "10.00 30.00 50.00 70.00 90.00 50.00 88.56".split()
 
 
 @pytest.mark.evaluator
@@ -339,18 +346,25 @@ def test_the_mce_of_alexnet_is_100():
     assert {round(row[6], 9) for row in errors["corruptions"].values()} == {100} and len(ALEXNET) == 15
 
 
+def prepared(checkpoint, spec):
+    """Return {part: the data set as it is scored} of a spec."""
+    args = evaluation.parse_args([checkpoint, "--data", spec])
+    data = {(spec, part): dataset for part, dataset in open_parts(spec, "all").items()}
+    _, _, matched = evaluation.prepare(checkpoint, data, args)
+    return {part: found for (_, part), found in matched.items()}
+
+
 @pytest.mark.evaluator
 def test_corrupted_images_are_cropped_only(tmp_path, always):
     """ImageNet-C is not resized: the model sees the centre 32 pixels, while other sets are resized to 64 first."""
     pixels = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
     v2.functional.to_pil_image(pixels).save(tmp_path / "c" / "fog" / "1" / "n02" / "0.png")
-    args = evaluation.parse_args([always, "--data", root])
-    _, _, data = evaluation.prepare(always, {root: open_parts(root, "all")}, args)
-    assert torch.equal(data[root]["fog/1"][0][0], pixels[:, 4:36, 6:38])  # (40 - 32) / 2 = 4, (44 - 32) / 2 = 6
-    plain = open_parts(os.path.join(root, "fog", "1"), "all")
-    _, _, data = evaluation.prepare(always, {"x": plain}, args)
-    assert not torch.equal(data["x"][""][0][0], pixels[:, 4:36, 6:38]), "crop ratio 0.5: the short side becomes 64"
+    centre = pixels[:, 4:36, 6:38]  # (40 - 32) / 2 = 4, (44 - 32) / 2 = 6
+    cropped = prepared(always, root)["fog/1"].dataset
+    assert torch.equal(cropped[0][0], centre)
+    resized = prepared(always, os.path.join(root, "fog", "1"))[""].dataset
+    assert not torch.equal(resized[0][0], centre), "crop ratio 0.5: the short side becomes 64"
 
 
 @pytest.mark.evaluator
@@ -359,7 +373,7 @@ def test_small_corrupted_images_are_refused(tmp_path, always):
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
     Image.new("RGB", (40, 31)).save(tmp_path / "c" / "snow" / "4" / "n02" / "0.png")
     with pytest.raises(ValueError, match="only cropped, but an image of snow/4 is smaller than 32 pixels"):
-        evaluation.prepare(always, {root: open_parts(root, "all")}, evaluation.parse_args([always, "--data", root]))
+        prepared(always, root)
 
 
 @pytest.mark.evaluator
@@ -549,27 +563,51 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- several seeds
 
 
-@pytest.mark.evaluator
-def test_runs_that_differ_in_the_seed_only_are_averaged():
-    """Mean and deviation (of a sample: n - 1) over the seeds of one setting; a single run has none."""
-    def row(path, top1, **args):
-        return dict(checkpoint=path, args=args, data={"shapes": dict(top1=top1), "c": dict(mce=1.0)})
+def row(path, top1, **args):
+    """Return a row of the results, with the top-1 accuracy on `shapes`, and an mCE."""
+    size = dict(params=1, active=1, multiply_adds=1, images_per_s=1.0)
+    result = dict(top1=top1, top5=100.0)
+    errors = dict(corruptions={}, mean_error=1.0, mce=1.0)
+    return size | dict(checkpoint=path, args=args, data={"shapes": result, "c": errors})
 
-    rows = [row("s/E8-0/last.pt", 90.0, experts=8, seed=0, out="s/E8-0"), row("s/E4-0/last.pt", 70.0, experts=4, seed=0),
-            row("s/E8-1/last.pt", 94.0, experts=8, seed=1, out="s/E8-1")]
-    # Mean 92, both deviate by 2: (4 + 4) / (2 - 1) = 8.
-    assert over_seeds(rows) == [("s/E8-*", 2, {"shapes": (92.0, math.sqrt(8.0))})]
+
+@pytest.mark.evaluator
+def test_runs_that_differ_in_the_seed_only_are_averaged(capsys):
+    """Mean and deviation (of a sample: n - 1) are over the seeds of one setting."""
+    rows = [
+        row("s/E8-0/last.pt", 90.0, experts=8, seed=0, out="s/E8-0"),
+        row("s/E4-0/last.pt", 70.0, experts=4, seed=0),
+        row("s/E8-1/last.pt", 94.0, experts=8, seed=1, out="s/E8-1"),
+    ]
+    assert over_seeds(rows) == [[rows[0], rows[2]]]
+    print_results(rows)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("s/E8-*")]
+    # Mean 92, both deviate by 2: the root of (4 + 4) / (2 - 1) is 2.83.
+    assert line.split() == ["s/E8-*", "2", "92.00", "2.83"]
+
+
+@pytest.mark.evaluator
+def test_a_single_run_has_no_deviation(capsys):
+    """best.pt and last.pt of one run are one seed, and there is no table of seeds."""
+    rows = [row("r/best.pt", 90.0, seed=0), row("r/last.pt", 94.0, seed=0)]
+    assert over_seeds(rows) == []
+    print_results(rows)
+    assert "over seeds" not in capsys.readouterr().out
+    other = row("s/best.pt", 80.0, seed=1)
+    assert over_seeds([*rows, other]) == [[rows[0], other]], "the first one counts"
 
 
 @pytest.mark.evaluator
 def test_the_command_prints_a_line_per_group_of_seeds(always, tmp_path, monkeypatch, capsys):
-    """Two checkpoints of one setting: their mean stands under the table."""
+    """For two seeds of one setting the mean stands under the table."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "d", ["n02/1.png", "n03/1.png"])  # the model says n02 to everything
-    for name in ("a", "b"):
-        shutil.copy(always, tmp_path / f"seed-{name}.pt")
-    run(monkeypatch, tmp_path, "seed-a.pt", "seed-b.pt", "--data", "d")
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["seed-*", "2", "50.00", "0.00"]
+    model, _ = load_checkpoint(always, CPU)
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / f"seed-{seed}.pt", model, args=dict(seed=seed))
+    run(monkeypatch, tmp_path, "seed-0.pt", "seed-1.pt", "--data", "d")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["seed-*", "2", "50.00", "0.00"]
 
 
 # ---------------------------------------------------------------- speed, options, processes
