@@ -4,15 +4,15 @@
     python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-a --json result.json
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
 
-The way of an image: open_dataset() finds its file and its class, which match_dataset() translates
-into a class of the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a
-tensor (3, H, W) uint8, and eval_transform() cuts out (3, S, S). evaluate() normalizes the batch,
-runs the model and counts right answers, and print_results() prints these in percent, one row per
-checkpoint as in Videau et al., TMLR 2025.
+The way of an image: open_dataset() finds its file and its class, and match_dataset() the same class
+in the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a tensor
+(3, H, W) uint8, and eval_transform() cuts out (3, S, S). evaluate() normalizes the batch, runs the
+model and counts right answers, and print_results() prints them in percent, one row per checkpoint
+as in Videau et al., TMLR 2025.
 
-The first half is what train.py and inspect_experts.py share with this program: processes,
-checkpoints, data sets, counting, and the drawn data `shapes`. The second half evaluates
-checkpoints: class matching, ImageNet-C, changed routing, cost, results, command line.
+The first half is what all programs share: processes, checkpoints, data sets, counting, and the
+drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, changed
+routing, cost, results, command line.
 
 A data set spec is
 - `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same
@@ -101,8 +101,7 @@ def autocast(device, dtype):
 def together():
     """Let a ValueError or OSError inside this block end all processes, whichever met it.
 
-    Every process must come here. Rank 0 raises the error as a ValueError, and the others
-    exit quietly, with status 2.
+    Every process must come here. Rank 0 raises a ValueError, the others exit with status 2.
     """
     error = None
     try:
@@ -121,10 +120,7 @@ def together():
 
 
 def fail(error):
-    """Print an error in one line and exit with status 2.
-
-    Of an error in a loader's process only what it said is left, without the traceback.
-    """
+    """Print an error in one line, without a loader's traceback, and exit with status 2."""
     text = str(error).rpartition("ValueError: ")[2].strip()
     print(f"error: {one_line(text)}", file=sys.stderr)
     sys.exit(2)
@@ -237,8 +233,8 @@ def build_model(config):
 def load_checkpoint(path, device, raw=False):
     """Return the model of a checkpoint, in evaluation mode on the device, and the file's dict.
 
-    The model has the averaged weights (EMA) if the run kept them, unless raw. Raise ValueError, in
-    one line, for whatever is not a checkpoint of train.py.
+    The model has the averaged weights (EMA) if the run kept them, unless raw. Raise ValueError for
+    whatever is not a checkpoint of train.py.
     """
     checkpoint = read_checkpoint(path, device)
     weights = checkpoint["ema"]
@@ -259,11 +255,10 @@ def load_checkpoint(path, device, raw=False):
 
 
 def read_checkpoint(path, device):
-    """Read the dict of a checkpoint. Raise ValueError, in one line, if the file is not one.
+    """Read the dict of a checkpoint. Raise ValueError if the file is not one.
 
-    Read with weights_only=True: a file that wants to run code when opened is refused. With
-    mmap=True the processes share the file's pages, and what nobody looks at, such as the
-    optimizer's moments, takes no memory.
+    weights_only=True refuses a file that wants to run code when opened. With mmap=True what nobody
+    looks at, such as the optimizer's moments, takes no memory.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: expected one like runs/<run>/best.pt")
@@ -295,8 +290,8 @@ def open_dataset(spec, split, transform=None):
     """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
 
     Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
-    "all" everything. Elsewhere "all" means "val". transform: uint8 tensor (3, H, W) -> uint8 tensor
-    (3, S, S). Raise ValueError if there is no such data set.
+    "all" everything. Elsewhere "all" means "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
+    Raise ValueError if there is no such data set.
     """
     name = spec.split(":")[0]
     if name == "shapes":
@@ -340,10 +335,9 @@ class TensorImages:
 
 
 def fingerprint(dataset, names):
-    """Describe a data set in plain values, for comparing it: dict(classes, images, digest).
+    """Describe a data set, for comparing it: dict(classes, images per class, digest).
 
-    classes: the names, in label order. images: how many each class has. digest: a hash of `names`,
-    bytes that tell the images apart. Contents do not count, nor the place of the folder.
+    digest: a hash of `names`, bytes that tell the images apart. Their contents do not count.
     """
     counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
     digest = hashlib.sha256(names).hexdigest()
@@ -379,10 +373,9 @@ EXPECTED_TREE = (
 class FolderImages:
     """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
 
-    root, split and transform: as in open_dataset(). The next image takes the place of an unreadable
-    one. flat: whether root had no folder for validation. files: paths from self.root, (N,), in an
-    array: a million str would take ten times the memory, again in each process, as counting
-    references writes to shared pages.
+    The next image takes the place of an unreadable one. flat: whether root had no folder for
+    validation. files: paths from self.root, in an array: a million str would take ten times the
+    memory, again in each process, as counting references writes to shared pages.
     """
 
     def __init__(self, root, split, transform=None):
@@ -460,10 +453,7 @@ def is_image(name):
 
 
 def list_folder(path):
-    """List a folder: (names of folders, names of files), both sorted.
-
-    Hidden ones and what systems leave behind are left out. Raise ValueError if it may not be read.
-    """
+    """Return the names of the folders and of the files in a folder, without NO_DATA, sorted."""
     def refuse(error):
         raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
 
@@ -477,8 +467,7 @@ def list_folder(path):
 def list_files(root):
     """List the files in and below the folders of root, each as its path from there: "cat/1.jpg".
 
-    No folder is read twice: a link to one above must not lead round in a circle. Folders that our
-    own programs have written are left out.
+    No folder is read twice: a link to one above must not lead round in a circle.
     """
     found = []
     places = [Path(root)]  # more are added on the way
@@ -503,7 +492,7 @@ def find_images(root):
     """Find the images of each class: {class: paths from root}, both sorted.
 
     A class is a folder with an image in it or below it. One warning says what is odd. Raise
-    ValueError if there is no image.
+    ValueError if there is none.
     """
     found = {composed(name): [] for name in list_folder(root)[0]}
     types, deep = [], []
@@ -546,7 +535,7 @@ def hold_out(classes, split, root):
     """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
 
     The fifth whose names have the smallest hashes validates: one image less moves at most one
-    other. Warn of classes of root without a validation image. Raise ValueError if all are such.
+    other. Warn of classes of root that are too small. Raise ValueError if all are.
     """
     def hash_of(file):
         below = composed(file.partition("/")[2])  # within the class folder
@@ -571,11 +560,11 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(path):
-    """Read the file at path: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
+    """Read an image file: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
 
-    Pictures are turned as their EXIF data say, as every viewer shows them. Published ImageNet
-    protocols do not turn them. A file that is cut off, or of more pixels than Pillow's limit of 179
-    million, is unreadable: for what a damaged header claims, a decoder may take all of the memory.
+    It is turned as its EXIF data say, which published ImageNet protocols do not do. More pixels
+    than Pillow's limit of 179 million are unreadable: for what a damaged header claims, a decoder
+    may take all of the memory.
     """
     try:
         content = bytearray(Path(path).read_bytes())
@@ -589,9 +578,9 @@ def read_image(path):
 
 
 def read_jpeg(content):
-    """Decode the bytes of a JPEG file with torchvision, which is faster than Pillow, or raise.
+    """Decode a JPEG file with torchvision, which is faster than Pillow, or raise.
 
-    For JPEG only: one wrong bit of a PNG can crash torchvision.
+    Other files go to Pillow: one wrong bit of a PNG can crash torchvision.
     """
     content = torch.frombuffer(content, dtype=torch.uint8)
     return torchvision.io.decode_jpeg(content, mode="RGB", apply_exif_orientation=True)
@@ -600,8 +589,7 @@ def read_jpeg(content):
 def read_other(image):
     """Decode an image that Pillow has opened, or raise.
 
-    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255. Other numbers have no known
-    range.
+    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255.
     """
     upright = ImageOps.exif_transpose(image)
     if not image.mode.startswith(("I", "F")):
@@ -612,7 +600,7 @@ def read_other(image):
     grey = v2.functional.pil_to_tensor(upright.convert("F"))  # (1, H, W)
     grey = grey * (255 / white)
     if image.mode == "I" and tags or not 0 <= grey.min() <= grey.max() <= 255:
-        raise ValueError("signed, of 32 bits, or floats beyond 0 to 1")
+        raise ValueError("no known range: signed, of 32 bits, or floats beyond 0 to 1")
     if tags.get(262) == 0:
         grey = 255 - grey
     return grey.round().to(torch.uint8).repeat(3, 1, 1)
@@ -654,8 +642,8 @@ def auto_workers(dataset, world=1):
 def eval_loader(dataset, batch_size, workers, device, indices=None):
     """Return a loader of this process's share of a dataset: every world-th image.
 
-    So each image is counted exactly once. DistributedSampler would repeat images until the shares
-    are equal, and count those twice. indices: of the images that take part; None for all.
+    So each image is counted once. DistributedSampler would fill up the shares with images that
+    count twice. indices: of the images that take part; None for all.
     """
     rank, world = 0, 1
     if dist.is_initialized():
@@ -675,19 +663,17 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
              loss="softmax", stop=lambda: False):
-    """Count over a loader of eval_loader(): dict(images, correct1, correct5, loss, top1, top5).
+    """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5, loss).
 
-    top1 and top5 are in percent; with fewer than 5 classes top5 is 100. loss is the mean over the
-    images, of the kind `loss`; see image_losses(). Labels are (B,), or (B, L) padded with -1 where
-    several answers are right.
-
+    top1 and top5 are in percent; with fewer than 5 classes top5 is 100. loss is the mean of
+    image_losses(), of the kind `loss`. Labels are (B,), or (B, L) padded with -1 where several
+    answers are right.
     columns: the columns of the logits among which the prediction is made; labels are indices into
-    them. None: all. dtype: with bfloat16 the model runs under autocast. progress: the name of the
-    progress bar; none if empty. stop: a function, asked before each batch whether to end here; then
-    the result is None.
-
-    Under torchrun each process counts its share, and all get the sums. The model is left in the
-    mode it came in. Raise ValueError, see together(), if an image cannot be read.
+    them. None: all. dtype: bfloat16 for autocast. progress: the name of the progress bar; none if
+    empty. stop: a function, asked before each batch whether to end and return None.
+    Under torchrun each process counts its share, and all return the sums. The model is left in the
+    mode it came in. Raise ValueError, see together(), if an image cannot be read: an accuracy
+    without it would not be comparable.
     """
     was_training = model.training
     model.eval()
@@ -729,8 +715,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
 def count_batch(logits, answers, loss):
     """Count one batch: dict(images, correct1, correct5, loss), sums that evaluate() adds up.
 
-    logits (B, classes), answers (B, L) and loss: as in image_losses(). One of the answers must be
-    the best guess, or among the best five.
+    Parameters: as in image_losses(). correct1: the best guess is one of the answers. correct5: one
+    of the best five is.
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     # (B, 5, 1) and (B, 1, L) -> (B, 5): is this guess one of the answers?
@@ -743,8 +729,7 @@ def count_batch(logits, answers, loss):
 def image_losses(logits, answers, loss):
     """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
 
-    answers are the right classes of an image, int64, padded with -1; L is 1 if there is only one.
-    loss is the kind with which the model was trained, without label smoothing:
+    answers are the right classes, int64, padded with -1. loss is that of the training:
     - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
     - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
     """
@@ -773,13 +758,11 @@ SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
 
 
 class Shapes(TensorImages):
-    """`count` pictures (N, 3, 32, 32) drawn from a seed, and a transform as in open_dataset().
+    """`count` pictures (N, 3, 32, 32) drawn from a seed, in parts of 500.
 
-    They are drawn in parts of 500 with generators of their own: a longer set of the same seed
-    begins with the same pictures.
-    factors: dict of int64 tensors (N,): shape, texture, colour and background (indices into the
-    tuples above), row and column of the object's centre in pixels. masks (N, 32, 32): where the
-    object is.
+    A longer set of the same seed begins with the same pictures. factors: dict of int64 tensors
+    (N,): shape, texture, colour and background (indices into the tuples above), row and column of
+    the object's centre in pixels. masks (N, 32, 32): where the object is.
     """
 
     def __init__(self, count, seed, transform=None):
@@ -799,8 +782,7 @@ class Shapes(TensorImages):
 def shapes_size(spec, split):
     """Return (count, seed) of a split of spec: 16,000 to train on, 2,000 others to validate.
 
-    spec: `shapes` or, for another number to train on, `shapes:COUNT`. Raise ValueError unless the
-    count is 1 to 100000.
+    `shapes:COUNT` is another number to train on. Raise ValueError unless it is 1 to 100000.
     """
     count = spec.partition(":")[2] or "16000"
     if not count.isdecimal() or not 1 <= int(count) <= 100_000:
@@ -915,8 +897,7 @@ class Matched:
 def match_classes(names, classes, ignore_unmatched=False):
     """Find the class folders of a data set among the checkpoint's classes: a list of positions.
 
-    Raise ValueError if the checkpoint does not know a folder. With ignore_unmatched such a folder
-    gets -1, if others are known.
+    Raise ValueError for an unknown folder. With ignore_unmatched it gets -1, if others are known.
     """
     position = {name: i for i, name in enumerate(classes)}
     if are_numbers(names, classes):
@@ -937,10 +918,10 @@ def are_numbers(names, classes):
 
 
 def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
-    """Return a data set as a checkpoint with these classes is scored on it. The images are shared.
+    """Return a data set as a checkpoint with these classes is scored on it: a Matched.
 
-    ignore_unmatched: as in match_classes(). real: a file of ReaL labels, which replace those of the
-    folders. A label of -1 is no answer. Raise ValueError if no image is left.
+    The images are shared. ignore_unmatched: see match_classes(). real: a file of ReaL labels, which
+    replace those of the folders. Raise ValueError if no image has an answer.
     """
     found = match_classes(dataset.classes, classes, ignore_unmatched)
     columns = sorted(set(found) - {-1})
@@ -967,12 +948,11 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
 
 
 def read_real(path, dataset, num_classes):
-    """Read ReaL's labels of ImageNet's validation images (Beyer et al. 2020): (N, L) int64.
+    """Read ReaL labels (Beyer et al. 2020): (N, L) int64, padded with -1.
 
     The file at path is a JSON list of the lists of right labels, some empty. Entry i belongs to the
     image whose NAME has number i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files
-    sorted by class. Rows are padded with -1. Raise ValueError if file and images do not correspond
-    one to one, or the labels are not among 0 .. num_classes - 1.
+    sorted by class. Raise ValueError if it does not fit the images or the number of classes.
     """
     try:
         entries = json.loads(Path(path).read_text())
@@ -1022,11 +1002,11 @@ def open_parts(spec, split):
 
 
 def corruption_errors(results):
-    """Sum up results {"fog/1": evaluate()'s, ...} in percent: dict(corruptions, mean_error, mce).
+    """Sum up {"fog/1": evaluate()'s result, ...}: dict(corruptions, mean_error, mce) in percent.
 
-    corruptions: {"fog": [5 errors, their mean, CE]}. A CE is the mean divided by AlexNet's. mCE is
-    the mean of the CE, mean_error that of the errors: two numbers of similar size, of which one has
-    been quoted as the other.
+    corruptions: {"fog": [5 errors, their mean, CE], ...}. A CE is the mean divided by AlexNet's.
+    The means over the corruptions are mce and mean_error, of which one has been quoted as the
+    other.
     """
     table = {}
     for name, alexnet in ALEXNET.items():
@@ -1087,8 +1067,8 @@ def mute(router, inputs, logits, expert):
 def count_flops(model, image_size):
     """Return the multiply-adds of one image in evaluation, an int: what the papers call FLOPs.
 
-    torch counts the products and convolutions of a copy of the model that has shapes, but no data.
-    Norms, activations and additions are left out, as is usual.
+    torch counts products and convolutions in a copy of the model without data, as is usual without
+    norms, activations and additions.
     """
     shapes = copy.deepcopy(model).to("meta").eval()
     for layer in shapes.modules():
@@ -1120,7 +1100,7 @@ def clock(device):
 def images_per_second(model, images, device, dtype):
     """Measure the speed of the model alone on images (B, 3, S, S): a float.
 
-    It is the median of 3 passes, or of more if they take less than 0.3 s, after a warm-up.
+    It is the median of 3 passes, or of 0.3 s of them, after a warm-up.
     """
     seconds = []
     while len(seconds) < 4 or sum(seconds) < 0.3:
@@ -1137,8 +1117,8 @@ def images_per_second(model, images, device, dtype):
 def prepare(path, data, args):
     """Find what can be wrong before anything is computed: return (model, row, {key: Matched}).
 
-    path: of a checkpoint. data: {key: data set}; a key is (spec, part), with the part "fog/1" of
-    ImageNet-C, or "". row: a dict of what is known of the checkpoint.
+    path: of a checkpoint. row: a dict of its results so far. data: {key: data set}; a key is
+    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise.
     """
     model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
     weights = "raw" if args.raw or not checkpoint["ema"] else "EMA"
@@ -1170,13 +1150,10 @@ def was_trained_on(row, spec):
 
 
 def measure(model, row, matched, args, device, world, progress):
-    """Add to a row the model's speed and its counts on each data set; see prepare().
-
-    world: number of processes. progress: whether this one shows a progress bar.
-    """
+    """Add to a row the model's speed and its counts on each data set; see prepare()."""
     model.to(device)
     dtype, size = best_dtype(device), row["image_size"]
-    noise = torch.randn(args.batch_size, 3, size, size, device=device)
+    noise = torch.randn(args.batch_size, 3, size, size, device=device)  # as good as photographs
     row["images_per_s"] = images_per_second(model, noise, device, dtype)
     results = defaultdict(dict)  # {spec: {part: counts}}
     for (spec, part), found in matched.items():
@@ -1185,8 +1162,8 @@ def measure(model, row, matched, args, device, world, progress):
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
         name = progress and f"{spec} {part}"
         loss = row["args"].get("loss", "softmax")
-        counts = evaluate(model, loader, device, row["mean"], row["std"], found.columns,
-                          dtype, name, loss)
+        counts = evaluate(model, loader, device, row["mean"], row["std"], found.columns, dtype,
+                          name, loss)
         if not math.isfinite(counts["loss"]):
             raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
         transform = " ".join(str(data.transform).split())
@@ -1250,21 +1227,27 @@ def print_results(rows):
         table.append(cells)
     print()
     print_table(table)
-    table = [["", "n", *names]]
-    for group in over_seeds(rows):
-        cells = [os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group)]
-        for spec in specs:
-            top1 = [row["data"][spec]["top1"] for row in group]
-            cells += [mean(top1), stdev(top1)]
-        table.append(cells)
-    if len(table) > 1:
+    groups = over_seeds(rows)
+    if groups:
         print("\ntop-1 %, mean and standard deviation over seeds")
-        print_table(table)
+        print_table([["", "n", *names], *(seed_cells(group, specs) for group in groups)])
     for row in rows:
         for spec, result in row["data"].items():
             if "mce" in result:
                 print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
                 print_corruptions(result)
+
+
+def seed_cells(group, specs):
+    """Return the cells of a line: name and size of a group of seeds, mean and deviation per spec.
+
+    The deviation is that of a sample, divided by n - 1.
+    """
+    cells = [os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group)]
+    for spec in specs:
+        top1 = [row["data"][spec]["top1"] for row in group]
+        cells += [mean(top1), stdev(top1)]
+    return cells
 
 
 def print_corruptions(result):
@@ -1282,23 +1265,22 @@ def print_corruptions(result):
 
 def parse_args(argv=None):
     usage = "%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)"
-    parser = argparse.ArgumentParser(usage=usage, description="Evaluate checkpoints of train.py.")
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    count = number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, action="append",
-         help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
+    flag("--data", required=True, action="append", help="see the top of eval.py; repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or what training holds out (default: all)")
-    flag("--ignore-unmatched", action="store_true", help="leave out folders of unknown classes")
-    flag("--real", metavar="FILE", help="score ImageNet's validation images by ReaL labels (JSON)")
-    flag("--raw", action="store_true", help="the plain weights in place of averaged ones (EMA)")
-    flag("--k", type=number("[1, inf)", int), help="experts per token, other than in training")
+    flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
+    flag("--real", metavar="FILE", help="score ImageNet by the ReaL labels in this JSON file")
+    flag("--raw", action="store_true", help="plain weights, not the averaged ones (EMA)")
+    flag("--k", type=count, help="experts per token, other than in training")
     flag("--capacity-factor", type=number("(0, inf)"),
          help="slots per expert, in units of the even share (default: no limit)")
     flag("--drop-expert", type=layer_and_expert, action="append", default=[],
          metavar="LAYER:EXPERT", help="never choose this expert; both count from 0; repeatable")
-    flag("--batch-size", type=number("[1, inf)", int), default=128,
-         help="images at a time in each process (default: 128)")
+    flag("--batch-size", type=count, default=128, help="in each process (default: 128)")
     flag("--workers", type=number("[0, inf)", int),
          help="processes that load images (default: 0 if in memory, else up to 12)")
     flag("--json", metavar="FILE", help="also write the results there")
