@@ -365,9 +365,8 @@ TRAIN = ("train", "training")  # the first that exists, in small letters or capi
 VAL = ("val", "valid", "validation", "test")
 NO_DATA = "__macosx @eadir $recycle.bin lost+found thumbs.db desktop.ini".split()
 RESULTS = {"last.pt", "report.html"}  # in folders that our programs have written
-EXPECTED_TREE = (
-    "expected FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg or "
-    "FOLDER/<class>/<image>.jpg")
+TREE = ("FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg or "
+        "FOLDER/<class>/<image>.jpg")
 
 
 class FolderImages:
@@ -384,7 +383,7 @@ class FolderImages:
         files = find_images(self.root)
         if split == "train" and len(files) == 1:
             told = f"only one class folder, {', '.join(files)}, in {self.root}"
-            raise ValueError(f"{told}: give the folder that holds all, {EXPECTED_TREE}")
+            raise ValueError(f"{told}: give the folder that holds all: {TREE}")
         if self.flat and split != "all":
             files = hold_out(files, split, root)
         self.classes = list(files)
@@ -426,8 +425,8 @@ def split_folder(root, split):
     It is called by a word of TRAIN or VAL. Without such a folder it is root.
     """
     if not os.path.isdir(root):
-        specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100` or a folder"
-        raise ValueError(f"no data at {root!r}: expected {specs}: {EXPECTED_TREE}")
+        specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100`"
+        raise ValueError(f"no data at {root!r}: expected {specs} or a folder: {TREE}")
     paths = {name.lower(): os.path.join(root, name) for name in list_folder(root)[0]}
     train = [paths[name] for name in TRAIN if name in paths]
     val = [paths[name] for name in VAL if name in paths]
@@ -513,11 +512,11 @@ def find_images(root):
     notes = [root]
     for what, names in odd.items():
         if names:
-            notes.append(f"{len(names)} {what} ({', '.join(sorted(set(names))[:5])})")
+            notes.append(f"{len(names)} {what} ({', '.join(sorted(set(names))[:3])})")
     notes = "; ".join(notes)
     if not classes:
         what = "images in the class folders of" if found else "class folders in"
-        raise ValueError(f"no {what} {notes}: {EXPECTED_TREE}")
+        raise ValueError(f"no {what} {notes}: expected {TREE}")
     if classes.keys() <= set("12345") and len(deep) == sum(map(len, classes.values())):
         raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
                          f"{', '.join(classes)} hold class folders; give one of them, or all")
@@ -693,7 +692,6 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
             logits = logits[:, columns]
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
         totals.update(count_batch(logits, answers, loss))  # adds
-    batches.close()
     model.train(was_training)
     with together():
         if broken >= 0:
@@ -832,9 +830,8 @@ def draw_shapes(generator, n=500):
 
 def outlines(u, v, r):
     """Say where each of the SHAPES is: u, v (n, 32, 32), radius r (n, 1, 1) -> (4, n, 32, 32)."""
-    a, b = u.abs(), v.abs()
-    near, far = torch.minimum(a, b), torch.maximum(a, b)
-    slope = (a * 443 >> 8) - v  # 443 / 256 is the square root of 3
+    near, far = torch.stack([u, v]).abs().aminmax(dim=0)
+    slope = (u.abs() * 443 >> 8) - v  # 443 / 256 is the square root of 3
     circle = u * u + v * v < r * r
     square = far * 8 < r * 7
     triangle = torch.maximum(2 * v, slope) < r * 5 // 4
@@ -1131,7 +1128,8 @@ def prepare(path, data, args):
     matched = {}
     for (spec, part), dataset in data.items():
         found = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
-        if args.split == "all" and getattr(dataset, "flat", False) and was_trained_on(row, spec):
+        whole = args.split == "all" and getattr(dataset, "flat", False)
+        if whole and was_trained_on(row, spec):
             found.note += ", those of the training among them: --split val leaves them out"
         found.dataset.transform = eval_transform(row["image_size"], row["crop_ratio"])
         if part:
@@ -1152,18 +1150,20 @@ def was_trained_on(row, spec):
 def measure(model, row, matched, args, device, world, progress):
     """Add to a row the model's speed and its counts on each data set; see prepare()."""
     model.to(device)
-    dtype, size = best_dtype(device), row["image_size"]
-    noise = torch.randn(args.batch_size, 3, size, size, device=device)  # as good as photographs
-    row["images_per_s"] = images_per_second(model, noise, device, dtype)
+    dtype = best_dtype(device)
+    first = next(iter(matched.values()))
+    images = torch.stack([first.dataset[i][0] for i in first.indices[:args.batch_size]])
+    images = normalize(images.to(device), row["mean"], row["std"])
+    row["images_per_s"] = images_per_second(model, images, device, dtype)
     results = defaultdict(dict)  # {spec: {part: counts}}
     for (spec, part), found in matched.items():
         data = found.dataset
         workers = auto_workers(data, world) if args.workers is None else args.workers
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
-        name = progress and f"{spec} {part}"
-        loss = row["args"].get("loss", "softmax")
-        counts = evaluate(model, loader, device, row["mean"], row["std"], found.columns, dtype,
-                          name, loss)
+        options = dict(columns=found.columns, dtype=dtype)
+        options |= dict(progress=progress and f"{spec} {part}")
+        options |= dict(loss=row["args"].get("loss", "softmax"))
+        counts = evaluate(model, loader, device, row["mean"], row["std"], **options)
         if not math.isfinite(counts["loss"]):
             raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
         transform = " ".join(str(data.transform).split())
@@ -1217,11 +1217,11 @@ def print_results(rows):
     """Print a line per checkpoint, one per group of seeds, and one per corruption of ImageNet-C."""
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
     names = [name for spec in specs for name in (spec, "")]  # each above two columns
-    header = "checkpoint,params M,active M,GFLOPs,images/s".split(",")
+    header = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
     table = [[""] * len(header) + names, header + ["top-1 %", "top-5 %"] * len(specs)]
     for row in rows:
-        flops, speed = f"{row['multiply_adds'] / 1e9:.3g}", round(row["images_per_s"])
-        cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6, flops, speed]
+        cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6]
+        cells += [f"{row['multiply_adds'] / 1e9:.3g}", round(row["images_per_s"])]
         for spec in specs:
             cells += [row["data"][spec]["top1"], row["data"][spec]["top5"]]
         table.append(cells)
@@ -1321,8 +1321,8 @@ def main(args):
         print_results(rows)
     if rank == 0 and args.json:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        run = dict(torch=torch.__version__, device=name, dtype=str(best_dtype(device)),
-                   processes=world, batch_size=args.batch_size, results=rows)
+        run = dict(torch=torch.__version__, device=name, dtype=str(best_dtype(device)))
+        run |= dict(processes=world, batch_size=args.batch_size, results=rows)
         Path(args.json).write_text(json.dumps(run, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
