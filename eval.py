@@ -33,6 +33,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -44,7 +45,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from statistics import mean, median, stdev
 
 import numpy as np
 import torch
@@ -1008,9 +1008,10 @@ def corruption_errors(results):
     table = {}
     for name, alexnet in ALEXNET.items():
         errors = [100 - results[f"{name}/{severity}"]["top1"] for severity in "12345"]
-        table[name] = [*errors, mean(errors), mean(errors) / alexnet]
-    mean_error = mean(row[5] for row in table.values())
-    mce = mean(row[6] for row in table.values())
+        average = statistics.mean(errors)
+        table[name] = [*errors, average, average / alexnet]
+    mean_error = statistics.mean(row[5] for row in table.values())
+    mce = statistics.mean(row[6] for row in table.values())
     return dict(corruptions=table, mean_error=mean_error, mce=mce)
 
 
@@ -1105,7 +1106,7 @@ def images_per_second(model, images, device, dtype):
         with autocast(device, dtype):
             model(images)
         seconds.append(clock(device.type) - start)
-    return len(images) / median(seconds[1:])
+    return len(images) / statistics.median(seconds[1:])
 
 
 # ---------------------------------------------------------------- results: a dict per checkpoint
@@ -1246,7 +1247,7 @@ def seed_cells(group, specs):
     cells = [os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group)]
     for spec in specs:
         top1 = [row["data"][spec]["top1"] for row in group]
-        cells += [mean(top1), stdev(top1)]
+        cells += [statistics.mean(top1), statistics.stdev(top1)]
     return cells
 
 
@@ -1269,7 +1270,8 @@ def parse_args(argv=None):
     flag = parser.add_argument
     count = number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, action="append", help="see the top of eval.py; repeatable")
+    flag("--data", required=True, action="append",
+         help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or what training holds out (default: all)")
     flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
