@@ -125,7 +125,7 @@ MUTANTS = [
 
     ("eval.py", 'files[:fifth] if split == "val" else files[fifth:]', "files[fifth:]", "folders"),
     ("eval.py", 'file.partition("/")[2])', "file)", "folders"),  # the class folder counts
-    ("eval.py", "if folder.resolve() in met:\n", "if False:\n", "folders"),
+    ("eval.py", 'warn(f"{folder} leads', 'str(f"{folder} leads', "folders"),  # without a word
     ("eval.py", "met.add(folder.resolve())", "pass", "folders"),  # in two classes
     ("eval.py", "ImageOps.exif_transpose(image)", "image", "folders"),
     ("eval.py", "apply_exif_orientation=True", "apply_exif_orientation=False", "folders"),
