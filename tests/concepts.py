@@ -56,11 +56,11 @@ CONCEPTS = (
             "eval.shift", "",
             "Pictures whose every factor is known: the same on every machine, and shifted to where training never was."),
     Concept("folders", "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ eval.split_folder "
-            "eval.walk eval.find_images eval.hold_out eval.read_image eval.read_jpeg "
+            "eval.list_folder eval.list_files eval.find_images eval.hold_out eval.read_image eval.read_jpeg "
             "eval.read_other eval.fingerprint eval.open_cifar", "shapes",
             "A million files, odd names, broken images: what is on disk is read, or named."),
     Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-            "eval.eval_loader eval.start_loader eval.together eval.image_losses eval.evaluate",
+            "eval.eval_loader eval.start_loader eval.together eval.count_batch eval.image_losses eval.evaluate",
             "folders",
             "Each image counts once, at any batch size and any number of processes."),
     Concept("checkpoints", "eval.build_model eval.read_checkpoint eval.load_checkpoint", "vit",
@@ -68,7 +68,7 @@ CONCEPTS = (
     Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
             "Robustness sets name their classes otherwise: match by name, predict among those found."),
     Concept("evaluator", "eval.change_routing eval.mute eval.images_per_second eval.open_parts eval.corruption_errors eval.over_seeds "
-            "eval.check eval.prepare eval.measure eval.print_plan eval.print_results eval.main", "checkpoints classes costs",
+            "eval.check eval.prepare eval.measure eval.print_plan eval.print_table eval.print_results eval.main", "checkpoints classes costs",
             "One table, several checkpoints and test sets; whatever deviates from training is printed."),
     # ---- train.py: from a recipe to a checkpoint
     Concept("recipe", "train.parse_args train.blocks train.resolve train.find_recipe "

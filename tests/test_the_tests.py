@@ -121,30 +121,32 @@ MUTANTS = [
     ("vit.py", "there[:, :1], there[:, 1:]", "here[:, :1], there[:, 1:]", "weights"),  # not the class token's own
 
     ("eval.py", "data.masks.rot90(1, (1, 2))", "data.masks", "shapes"),  # picture turned, mask not
-    ("eval.py", "data.images = 255 - images", "data.images = 256 - images", "shapes"),  # 0 stays 0
+    ("eval.py", "images = 255 - images", "images = 256 - images", "shapes"),  # one too bright
 
-    ("eval.py", '(file in fifth) == (split == "val")', "(file in fifth) == 0", "folders"),
+    ("eval.py", 'files[:fifth] if split == "val" else files[fifth:]', "files[fifth:]", "folders"),
     ("eval.py", 'file.partition("/")[2])', "file)", "folders"),  # the class folder counts
-    ("eval.py", "if real in met:\n", "if False:\n", "folders"),
-    ("eval.py", "met.add(real)", "pass", "folders"),  # images of a class in another one, too
+    ("eval.py", 'warn(f"{folder} leads', 'str(f"{folder} leads', "folders"),  # without a word
+    ("eval.py", "met.add(folder.resolve())", "pass", "folders"),  # in two classes
     ("eval.py", "ImageOps.exif_transpose(image)", "image", "folders"),
     ("eval.py", "apply_exif_orientation=True", "apply_exif_orientation=False", "folders"),
-    ("eval.py", "2 ** tags.get(258, (16,))[0] - 1", "65535", "folders"),  # 12 bits turn black
-    ("eval.py", "height * width > 2 * Image.MAX_IMAGE_PIXELS", "False", "folders"),
-    ("eval.py", "            unreadable = index\n", "            unreadable = i\n", "folders"),  # names the wrong file
+    ("eval.py", "2**bits - 1", "65535", "folders"),  # 12 bits turn black
+    ("eval.py", 'if image.format in ("JPEG", "MPO"):', "if True:", "folders"),  # may crash
+    ("eval.py", "-1 if i == index else index", "-1 if i == index else i", "folders"),  # wrong file
 
     ("eval.py", "min(5, logits.shape[1])", "5", "counting"),
-    ("eval.py", "indices)[rank::world]", "indices)[::world]", "counting"),  # all processes count the same images
+    ("eval.py", "indices[rank::world]", "indices[::world]", "counting"),  # all count the same
+    ("eval.py", "hits.any(1).sum()", "hits.sum()", "counting"),  # two answers count twice
     ("eval.py", "right = right[:, 1:]", "right = right[:, :-1]", "counting"),  # not the padding
     ("eval.py", "torch.addcmul(-mean / std", "torch.addcmul(mean / std", "counting"),
 
-    ("eval.py", 'checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]', 'checkpoint["model"]',
-     "checkpoints"),
+    ("eval.py", "if raw or not weights:", "if True:", "checkpoints"),  # never the averaged ones
     ("eval.py", "weights_only=True, mmap=True", "weights_only=False", "checkpoints"),
 
-    ("eval.py", "keys, known = [int(name) for name in names]", "keys, known = range(len(names))", "classes"),  # sorted 0, 1, 10
+    ("eval.py", "position = {name: int(name) for name in names if int(name) < len(classes)}",
+     "position = {name: i for i, name in enumerate(names)}", "classes"),  # sorted 0, 1, 10
 
     ("eval.py", 'row["params"], row["active"] = ', 'row["active"], row["params"] = ', "evaluator"),
+    ("eval.py", ".setdefault(seed, row)", '.setdefault(row["checkpoint"], row)', "evaluator"),  # not by seed
 
     ("train.py", "config.base_lr * batch / config.base_batch", "config.base_lr", "recipe"),
     ("train.py", "config.warmup_epochs = config.epochs / 10", "pass", "recipe"),  # ends at its peak
