@@ -93,7 +93,7 @@ MUTANTS = [
     ("moe.py", "importance_loss(probs) + load_loss", "importance_loss(noisy.softmax(-1)) + load_loss", "layer"),
 
     ("vit.py", '"last2": odd[-2:]', '"last2": odd[:2]', "placement"),
-    ("convnext.py", "ends[-2] - depths[-2] + depths[-2] // 2", "ends[-2] - depths[-2] // 2", "placement"),
+    ("convnext.py", "stages[-2][depths[-2] // 2]", "stages[-2][0]", "placement"),
 
     ("vit.py", "drop_path * i / max(1, depth - 1)", "drop_path", "building"),  # the same rate everywhere
     ("convnext.py", "MoE(dim, int(expert_ratio * dim)", "MoE(dim, int(mlp_ratio * dim)", "building"),
@@ -118,7 +118,7 @@ MUTANTS = [
     ("eval.py", "for e in range(layer.k)]", "for e in range(layer.num_experts)]", "costs"),
 
     ("train.py", "layer.num_experts / layer.k if exact", "1.0 if exact", "weights"),  # copies only: outputs shrink
-    ("vit.py", "there[:, :1], there[:, 1:]", "here[:, :1], there[:, 1:]", "weights"),  # not the class token's own
+    ("vit.py", "torch.cat([class_token, patches]", "torch.cat([here[:, :1], patches]", "weights"),  # not the class token's own
 
     ("eval.py", "data.masks.rot90(1, (1, 2))", "data.masks", "shapes"),  # picture turned, mask not
     ("eval.py", "data.images = 255 - images", "data.images = 256 - images", "shapes"),  # 0 stays 0
