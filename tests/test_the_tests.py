@@ -173,7 +173,7 @@ MUTANTS = [
 
     ("inspect_experts.py", "return 2 * shared.double()", "return shared.double()", "statistics"),
     ("inspect_experts.py", "smaller = min(h_rows", "smaller = max(h_rows", "statistics"),
-    ("inspect_experts.py", "else routing.experts[:, :1]", "else routing.experts[:, -1:]", "statistics"),  # the last choice
+    ("inspect_experts.py", "else experts[..., :1]", "else experts[..., -1:]", "statistics"),  # the last choice
     ("inspect_experts.py", 'element("text", escape(words)', 'element("text", words', "report"),
 ]
 
