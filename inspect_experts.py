@@ -295,7 +295,7 @@ def count_choices(model, loader, layers, device, mean, std, examples=()):
 
     examples: positions of images to show. Returns for each of them (label, image (3, S, S) uint8,
     [first choices (rows, columns) per layer]). Computes in bfloat16 where eval.py does. mean, std:
-    see normalize(). Raises ValueError at the first image that cannot be read.
+    see normalize(). Raise ValueError at the first image that cannot be read.
     """
     shown = []
     seen = 0
@@ -942,7 +942,7 @@ def parse_args(argv=None):
 def open_all(path, args, device):
     """Open a checkpoint and its data: (path, model, checkpoint, data set).
 
-    Raises ValueError if one of them cannot be opened or if they do not fit together.
+    Raise ValueError if one of them cannot be opened or if they do not fit together.
     """
     model, checkpoint = load_checkpoint(path, device)
     if not model.moe_blocks:

@@ -56,7 +56,7 @@ class MoE(nn.Module):
     eval_capacity_factor: the same in evaluation. If set, a prediction depends on the whole batch.
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
-    Raises ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
+    Raise ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -120,7 +120,7 @@ class Router(nn.Module):
     Parameters: `codes`, a vector per expert; `proj`, the P, projects to min(256, D / 2) dimensions;
     `log_scale`: the scale starts at 2 and stays at most 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
-    Logits are float32, or float64 for tokens in float64. Raises ValueError for another kind.
+    Logits are float32, or float64 for tokens in float64. Raise ValueError for another kind.
     """
 
     def __init__(self, dim, num_experts, kind="linear"):

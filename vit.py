@@ -30,7 +30,7 @@ def place_moe(moe_layers, depth):
 
     moe_layers: a list of indices, or a placement (paper, section 4): every2 is the odd blocks 1, 3,
     5, ...; last2 and last3 are the last two or three of these; none is no block.
-    Raises ValueError if a network of `depth` blocks has no such blocks.
+    Raise ValueError if a network of `depth` blocks has no such blocks.
     """
     odd = list(range(1, depth, 2))
     places = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}

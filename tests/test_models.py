@@ -48,8 +48,7 @@ SMALL = {
 
 
 def by_family(names, vits, convnexts):
-    """Parametrize a test whose cases belong to two concepts: those of a ViT to vit, those of a
-    ConvNeXt to convnext."""
+    """Parametrize a test with cases of two concepts: ViTs belong to vit, ConvNeXts to convnext."""
     cases = [(case, pytest.mark.vit) for case in vits] + [
         (case, pytest.mark.convnext) for case in convnexts
     ]
@@ -75,8 +74,7 @@ def blocks_of(model):
 
 
 def with_random_weights(module, std=0.2):
-    """The module in float64 and evaluation mode, with no weight at a special value such as zero
-    or one."""
+    """Return the module in float64 and evaluation mode, with no weight at 0, 1 or so."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)
     return module.double().eval()
@@ -95,8 +93,7 @@ def with_random_weights(module, std=0.2):
     ("last2", 5, [1, 3]),
 ])
 def test_placements_in_a_vit(name, depth, expected):
-    """Counted from 0, the sparse blocks of a ViT are the odd ones, or the last two or three of
-    these."""
+    """The sparse blocks of a ViT are the odd ones, counted from 0, or the last 2 or 3 of these."""
     assert vit.place_moe(name, depth) == expected, (
         "one too low or high: counted from 0, odd means 1, 3, 5")
 
@@ -119,8 +116,7 @@ def test_placements_in_a_vit(name, depth, expected):
     ("stage", (3, 3, 27, 3), [2, 5, 32, 35]),
 ])
 def test_placements_in_a_convnext(name, depths, expected):
-    """With stages, "odd" and "last" are counted inside each stage; with one stage they are
-    counted as in a ViT."""
+    """With stages, "odd" and "last" are counted inside each. With one they are as in a ViT."""
     assert convnext.place_moe(name, depths) == expected, (
         "odd within the whole network, or within its stage?")
 
@@ -208,8 +204,7 @@ def test_the_model_holds_its_experts_where_it_was_told(model, sparse):
     (partial(convnext_iso_s), []),
 ])
 def test_grids_say_how_the_tokens_lie_in_the_image(model, grids):
-    """grids has (class tokens, rows, columns) for each sparse block: the resolution of its
-    stage."""
+    """grids has (class tokens, rows, columns) of each sparse block, at its stage's resolution."""
     with torch.device("meta"):
         model = model()
     assert model.grids == grids, "is the resolution halved before or after the stage?"
@@ -245,8 +240,7 @@ TABLE_1 = [  # paper, Table 1: model, options, millions of parameters in total a
 @pytest.mark.costs
 @pytest.mark.parametrize("preset, options, total, active", TABLE_1)
 def test_parameter_counts_of_the_paper(preset, options, total, active):
-    """Every row of Table 1 has the paper's number of parameters, in total and at work for one
-    token, to 0.1 million."""
+    """Every row of Table 1 has the paper's parameters, total and active, to 0.1 million."""
     with torch.device("meta"):  # shapes without memory: ViT-B with 8 experts would fill a gigabyte
         counted = count_parameters(preset(**options))
     for count, millions in zip(counted, (total, active)):
@@ -256,8 +250,7 @@ def test_parameter_counts_of_the_paper(preset, options, total, active):
 
 @pytest.mark.costs
 def test_parameters_of_a_vit_by_hand():
-    """ViT-S has 22,050,664 parameters, and 4,729,352 more for each MLP that becomes 5 more
-    experts and a router."""
+    """ViT-S has 22,050,664 parameters, and 4,729,352 more per 5 more experts and a router."""
     D, H = 384, 4 * 384
     mlp = D * H + H + H * D + D  # 1,181,568
     # two norms, q k v, projection, MLP: 1,774,464
@@ -317,8 +310,7 @@ def test_the_default_k_is_the_papers(preset, k):
 @pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_regularisation_must_be_asked_for(preset):
-    """Unless told otherwise no preset drops paths or limits its experts: both are part of a
-    recipe, not of a model."""
+    """Unless told otherwise no preset drops paths or limits its experts: a recipe does."""
     with torch.device("meta"):
         model = preset(moe_layers="last2")
     assert {m.p for m in model.modules() if isinstance(m, StochasticDepth)} == {0.0}
@@ -330,8 +322,7 @@ def test_regularisation_must_be_asked_for(preset):
 @pytest.mark.building
 @pytest.mark.parametrize("preset, heads", [(vit_ti, 3), (vit_s, 6), (vit_b, 12)])
 def test_heads_have_64_channels(preset, heads):
-    """The ViTs of the papers split their width into heads of 64; no count of parameters would
-    show another split."""
+    """The papers' ViTs have heads of 64 channels, which no count of parameters shows."""
     with torch.device("meta"):
         model = preset()
     assert {block.attn.heads for block in model.blocks} == {heads}
@@ -373,8 +364,7 @@ def test_impossible_sizes_are_refused(model, expected):
 
 @pytest.mark.convnext
 def test_a_convnext_classifies_images_of_other_sizes():
-    """Convolutions and the mean over positions do not ask for one image size: 64 x 96 works with
-    a model for 32."""
+    """Convolutions and the mean over positions take other sizes: 64 x 96 in a model for 32."""
     logits, routings = SMALL["convnext"]()(torch.zeros(2, 3, 64, 96), return_routing=True)
     assert logits.shape == (2, 5)
     assert [len(r.logits) for r in routings] == [2 * 16 * 24, 2 * 8 * 12, 2 * 4 * 6]
@@ -398,8 +388,7 @@ def test_one_routing_per_sparse_block_in_order(small):
 
 @both
 def test_the_grid_counts_the_tokens(small):
-    """A Routing has B * (class tokens + rows * columns) tokens, with rows and columns from
-    grids."""
+    """A Routing has B * (class tokens + rows * columns) tokens, as grids says."""
     model = small()
     _, routings = model(torch.randn(3, 3, 32, 32), return_routing=True)
     for routing, (class_tokens, rows, columns) in zip(routings, model.grids, strict=True):
@@ -450,8 +439,7 @@ def test_tokens_are_in_reading_order(small):
 @pytest.mark.vit
 @pytest.mark.parametrize("heads", [1, 4])
 def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
-    """A block computes what nn.TransformerEncoderLayer computes with norm_first=True, given the
-    same weights."""
+    """A block computes what nn.TransformerEncoderLayer with norm_first=True does."""
     ours = with_random_weights(vit.Block(16, heads, MLP(16, 48), drop_path=0.0))
     theirs = (
         nn.TransformerEncoderLayer(
@@ -529,8 +517,7 @@ def small_convnext(**options):
 
 
 def same_function(ours, theirs, images):
-    """Both give the same logits and, for a random direction of these, the same gradient with
-    respect to the images."""
+    """Both give the same logits and, in a random direction, the same gradient to the images."""
     results, direction = [], torch.randn(len(images), 5, dtype=images.dtype)
     for model in (ours, theirs):
         x = images.clone().requires_grad_()
@@ -599,8 +586,7 @@ def test_a_head_for_other_classes_stays_fresh(module, theirs, ours):
 
 @pytest.mark.weights
 def test_positions_of_another_image_size():
-    """A position embedding that is linear in the row stays linear in the row; the class token's
-    is not touched."""
+    """Position embeddings linear in the row stay linear. The class token's is not touched."""
     ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
     state = small_vit(image_size=32).state_dict()
     rows = torch.arange(4.0).view(4, 1, 1).expand(4, 4, 16)
@@ -632,8 +618,7 @@ def test_positions_of_another_image_size():
     ids=["missing", "unexpected", "shape"],
 )
 def test_weights_that_do_not_fit_are_named(change, message):
-    """The error names the tensor, its shape there and its shape here, and nothing has been
-    loaded."""
+    """The error names the tensor and its shapes there and here, and nothing has been loaded."""
     state, ours = official_vit().state_dict(), small_vit()
     before = {name: weight.clone() for name, weight in ours.state_dict().items()}
     change(state)
@@ -644,8 +629,7 @@ def test_weights_that_do_not_fit_are_named(change, message):
 
 @pytest.mark.convnext
 def test_an_isotropic_convnext_by_hand():
-    """One stage: patches, blocks x + MLP(norm(dwconv(x))) without layer scale, mean over
-    positions, norm, head."""
+    """One stage: patches, blocks x + MLP(norm(dwconv(x))), mean over positions, norm, head."""
     model = with_random_weights(
         ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5)
     )
@@ -665,8 +649,7 @@ def test_an_isotropic_convnext_by_hand():
 @pytest.mark.building
 @pytest.mark.parametrize("model", [vit_nano, convnext_nano, convnext_t])
 def test_every_norm_has_the_published_epsilon(model):
-    """All LayerNorms add 1e-6 to the variance, as both papers' code does, and not the 1e-5 that
-    PyTorch would."""
+    """All LayerNorms add 1e-6 to the variance, as both papers' code does, not PyTorch's 1e-5."""
     with torch.device("meta"):
         assert {m.eps for m in model().modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
@@ -686,8 +669,7 @@ def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
 
 @pytest.mark.convnext
 def test_a_sparse_convnext_block_has_one_more_skip():
-    """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))): h is the convolution, a token
-    one position of it."""
+    """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))), where h is the convolution."""
     block = with_random_weights(
         convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1)
     )
@@ -728,8 +710,7 @@ def test_a_dropped_token_passes_a_vit_block():
 
 @pytest.mark.convnext
 def test_a_dropped_token_keeps_its_convolution():
-    """In a ConvNeXt a position that finds no slot gets x + gamma * h: the added skip is there
-    for it."""
+    """In a ConvNeXt a position without a slot gets x + gamma * h: so the skip was added."""
     block = with_random_weights(
         convnext.Block(16, with_few_slots(16), drop_path=0.0, layer_scale=0.1)
     ).train()
@@ -764,8 +745,7 @@ def test_with_one_expert_a_sparse_vit_is_the_dense_one():
     "mlp", [partial(MLP, 8, 32), partial(MoE, 8, 32, num_experts=2, k=1)], ids=["dense", "sparse"]
 )
 def test_gamma_zero_switches_a_block_off(mlp):
-    """Layer scale multiplies everything that a ConvNeXt block adds: with gamma = 0 the block is
-    the identity."""
+    """Layer scale multiplies all that a ConvNeXt block adds: with gamma = 0 it changes nothing."""
     block = convnext.Block(8, mlp(), drop_path=0.0, layer_scale=0.1)
     nn.init.zeros_(block.gamma)
     x = torch.randn(2, 8, 4, 4)
@@ -774,8 +754,7 @@ def test_gamma_zero_switches_a_block_off(mlp):
 
 @pytest.mark.building
 def test_gamma_starts_at_layer_scale():
-    """gamma has one value per channel and starts at 1e-6, or at the layer_scale asked for; None
-    leaves it out."""
+    """gamma has a value per channel and starts at layer_scale, 1e-6 by default. None: no gamma."""
     for options, expected in [({}, 1e-6), ({"layer_scale": 0.1}, 0.1)]:
         model = ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), **options)
         for width, block in zip((4, 8), blocks_of(model)):
@@ -800,8 +779,7 @@ def test_gamma_starts_at_layer_scale():
     ],
 )
 def test_drop_path_grows_linearly_with_depth(model):
-    """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, counted through all
-    stages."""
+    """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, through all stages."""
     with torch.device("meta"):
         blocks = blocks_of(model(drop_path=0.6))
     rates = [m.p for block in blocks for m in block.modules() if isinstance(m, StochasticDepth)]
@@ -809,8 +787,7 @@ def test_drop_path_grows_linearly_with_depth(model):
 
 
 def branch_of(name):
-    """A block with drop path 0.75 and one branch, and an input for it: the two branches of a ViT
-    block draw apart."""
+    """Return a block with drop path 0.75 and one branch, because two draw apart, and an input."""
     if name == "convnext":
         return convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5), torch.randn(
             200, 8, 2, 2
@@ -824,8 +801,7 @@ def branch_of(name):
 
 @by_family("name", ["vit attention", "vit mlp"], ["convnext"])
 def test_drop_path_keeps_the_mean(name):
-    """Drop path removes a branch for whole images and multiplies it by 1 / (1 - rate) for the
-    others."""
+    """Drop path removes a branch for whole images, and multiplies others by 1 / (1 - rate)."""
     block, x = branch_of(name)
     branch = block.eval()(x)[0] - x
     trained = block.train()(x)[0] - x
@@ -842,8 +818,7 @@ def test_drop_path_keeps_the_mean(name):
 
 @both
 def test_evaluation_is_deterministic(small):
-    """In evaluation there is no drop path, no router noise and no capacity: the same images give
-    the same logits."""
+    """In evaluation nothing is dropped, noisy or limited: the same images give the same logits."""
     model, images = small(drop_path=0.5, capacity_factor=1.0).eval(), torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
     assert not torch.equal(model.train()(images), model(images)), "in training there are all three"
@@ -854,8 +829,7 @@ def test_evaluation_is_deterministic(small):
 
 @both
 def test_a_prediction_does_not_depend_on_the_batch(small):
-    """In evaluation an image has the same logits alone and among others, also where training
-    limits the experts."""
+    """In evaluation an image has the same logits alone and among others, with any capacity."""
     model = with_random_weights(small(capacity_factor=1.0))
     images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     alone = torch.cat([model(image.unsqueeze(0)) for image in images])
@@ -939,8 +913,7 @@ def test_without_init_std_pytorch_draws_the_weights(preset):
 
 @pytest.mark.building
 def test_token_and_positions_of_a_vit_start_apart():
-    """Class token and positions start random: were all positions alike, attention could not tell
-    them apart."""
+    """Class token and positions start random: attention could not tell equal positions apart."""
     model = vit_s(depth=1)
     assert abs(model.pos_embed.std() - 0.02) < 0.001  # 197 * 384 = 75,648 values
     assert 0.01 < model.class_token.std() < 0.03  # 384 values
@@ -1004,8 +977,7 @@ def dense_and_sparse(preset, **options):
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_an_upcycled_model_starts_as_the_dense_one(preset, k, router):
-    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP, no added skip: the dense
-    logits to 1e-6."""
+    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP: the dense logits to 1e-6."""
     dense, sparse = dense_and_sparse(preset, k=k, router=router)
     upcycle(dense.state_dict(), sparse)
     images = torch.randn(3, 3, 32, 32)
@@ -1037,8 +1009,7 @@ def test_upcycling_may_copy_only():
 
 @pytest.mark.weights
 def test_a_sparse_model_is_loaded_as_it_is():
-    """Weights that are sparse already are copied one to one, with the router and the skip they
-    were trained with."""
+    """Sparse weights are copied one to one, with their router and their skip."""
     _, first = dense_and_sparse(convnext_nano, k=1)
     _, second = dense_and_sparse(convnext_nano, k=1)
     assert upcycle(first.state_dict(), second) == []
@@ -1072,8 +1043,7 @@ def test_the_switched_off_skip_survives_saving():
 
 @pytest.mark.weights
 def test_upcycling_names_what_does_not_fit():
-    """A checkpoint of another backbone is refused with the name of the first tensor that does
-    not fit."""
+    """A checkpoint of another backbone is refused: the message names the first wrong tensor."""
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias is missing in the weights"):
         upcycle(
             convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2")
@@ -1096,8 +1066,7 @@ def test_flops_of_a_vit_by_hand():
 
 @pytest.mark.costs
 def test_flops_of_a_depthwise_convolution():
-    """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: one isotropic
-    block by hand."""
+    """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: by hand."""
     model = ConvNeXt(image_size=8, patch_size=4, depths=(1,), widths=(6,), num_classes=3)
     stem, positions = 4 * 6 * (3 * 4 * 4), 4
     assert count_flops(model, 8) == stem + positions * (6 * 49 + 2 * 6 * 24) + 6 * 3
@@ -1170,8 +1139,7 @@ class FirstOutput(nn.Module):
 
 @pytest.mark.costs
 def test_vmoe_s32_by_hand():
-    """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in blocks 5 and 7, two
-    per token."""
+    """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in 5 and 7, top 2."""
     with torch.device("meta"):
         model = vmoe_s32()
     assert model.moe_blocks == [5, 7] and model.pos_embed.shape == (1, 50, 512)

@@ -35,8 +35,7 @@ def randn(*shape):
 
 
 def randomise(module):
-    """Every parameter from N(0, 1), in float64: zero biases would hide a forgotten one, equal
-    logits a wrong choice."""
+    """Draw every parameter from N(0, 1), in float64, so that no zero bias hides a forgotten one."""
     for parameter in module.double().parameters():
         nn.init.normal_(parameter)
     return module
@@ -122,8 +121,7 @@ def test_the_most_probable_experts_best_first():
 
 @pytest.mark.top_k
 def test_a_single_gate_is_a_probability_and_not_1():
-    """With k = 1 the gate is the softmax over ALL experts: a renormalised one would be 1, and
-    teach nothing."""
+    """With k = 1 the gate is the softmax over ALL experts: renormalised, it would always be 1."""
     gates, _ = top_k_gates(torch.tensor([[0.2, 0.5, 0.3]]), 1)
     close(gates, [[0.5]], "1.0 instead of 0.5: are the gates renormalised?")
 
@@ -131,8 +129,7 @@ def test_a_single_gate_is_a_probability_and_not_1():
 @pytest.mark.top_k
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_top_k_against_a_loop(k):
-    """Token by token: sort the experts by probability and take the first k; k = E takes them
-    all."""
+    """Token by token: sort the experts by probability and take the first k. k = E takes all."""
     probs = randn(20, 8).softmax(-1)
     gates, experts = top_k_gates(probs, k)
     for t in range(20):
@@ -144,8 +141,7 @@ def test_top_k_against_a_loop(k):
 
 @pytest.mark.top_k
 def test_equal_probabilities_still_give_different_experts():
-    """All probabilities equal: which experts are chosen is open, but a token never gets one of
-    them twice."""
+    """With equal probabilities any expert may be chosen, but no token gets one of them twice."""
     gates, experts = top_k_gates(torch.full((3, 4), 0.25), 2)
     assert all(len(set(choices)) == 2 for choices in experts.tolist()), "the same expert twice"
     close(gates, torch.full((3, 2), 0.25))
@@ -153,8 +149,7 @@ def test_equal_probabilities_still_give_different_experts():
 
 @pytest.mark.top_k
 def test_the_gradient_goes_to_the_chosen_probabilities():
-    """d(gate)/d(probability) is 1 for the chosen experts and 0 for the others: the choice itself
-    has no gradient."""
+    """d(gate)/d(probability) is 1 for chosen experts and 0 for others: no choice has a gradient."""
     probs = torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.1, 0.3]], requires_grad=True)
     gates, _ = top_k_gates(probs, 2)
     assert gates.requires_grad, "detached: the router would never learn"
@@ -243,8 +238,7 @@ SLOTS = {  # what is tested: experts, capacity, priority, kept, and the likely m
 @pytest.mark.capacity
 @pytest.mark.parametrize("experts, capacity, priority, kept, hint", SLOTS.values(), ids=SLOTS)
 def test_slots_by_hand(experts, capacity, priority, kept, hint):
-    """All first choices before any second; within a rank by position or by priority; full means
-    dropped."""
+    """All first choices come before any second. Within a rank position or priority decides."""
     priority = None if priority is None else torch.tensor(priority)
     close(assign_slots(torch.tensor(experts), 3, capacity, priority), kept, hint)
 
@@ -260,8 +254,7 @@ def test_ties_go_to_the_earlier_token():
 @pytest.mark.parametrize("prioritised", [False, True])
 @pytest.mark.parametrize("capacity", [1, 7, 40])
 def test_slots_against_a_loop(capacity, prioritised):
-    """The cumulative sum gives out the same slots as serving one choice after the other; T slots
-    drop nothing."""
+    """The cumulative sum gives out the slots that serving one choice after the other does."""
     T, K, E = 40, 3, 5
     experts = torch.rand(T, E).topk(K).indices
     priority = torch.rand(T) if prioritised else None
@@ -278,8 +271,7 @@ def test_slots_against_a_loop(capacity, prioritised):
 @pytest.mark.capacity
 @pytest.mark.parametrize("prioritised", [False, True])
 def test_slots_need_no_look_at_the_data(prioritised):
-    """Tensor operations on the device of the input: no loop over tokens, which a GPU would wait
-    for."""
+    """It works by tensor operations on the input's device: a GPU would wait for a loop."""
     priority = on_meta(6) if prioritised else None
     kept = assign_slots(on_meta(6, 2, dtype=torch.int64), 4, 3, priority)
     assert kept.is_meta and kept.shape == (6, 2) and kept.dtype == torch.bool
@@ -298,8 +290,7 @@ def test_no_tokens_need_no_slots(prioritised):
 
 @pytest.mark.balance
 def test_importance_by_hand():
-    """Importance is var / mean^2 of the experts' summed probabilities, with the population
-    variance."""
+    """Importance is var / mean^2 of the experts' summed probabilities (population variance)."""
     # Sums 1.5 and 0.5: mean 1, both deviate by 0.5. One token alone: mean 0.5, both deviate by
     # 0.25, 0.0625 / 0.25.
     close(
@@ -344,8 +335,7 @@ def test_exact_balance_has_no_loss_and_a_finite_gradient(E, noise_std):
 
 @pytest.mark.balance
 def test_load_without_noise_is_the_plain_count():
-    """noise_std = 0 counts who is in the top k, divides nothing by zero, and has a zero
-    gradient, not a missing one."""
+    """noise_std = 0 counts who is in the top k, and has a zero gradient, not a missing one."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
     # k = 1: both choose expert 0: load (1, 0, 0), mean 1/3, var (4 + 1 + 1) / 9 / 3 = 2/9, CV^2 =
     # 2/9 * 9 = 2.
@@ -386,8 +376,7 @@ def test_losses_stay_on_the_device_of_their_input():
 
 @pytest.mark.balance
 def test_load_by_hand():
-    """An expert's load is P(clean logit + new noise >= threshold), with the k-th largest NOISY
-    logit as threshold."""
+    """The load is P(clean logit + new noise >= threshold), the k-th largest NOISY logit."""
     logits, noisy = torch.tensor([[0.0, 1.0]]).double(), torch.tensor([[2.0, 0.5]]).double()
     # k = 1, sigma 0.5, threshold 2: expert 0 falls 4 sigma short, 1 - Phi(4); expert 1 falls 2
     # sigma short, 1 - Phi(2).
@@ -399,8 +388,7 @@ def test_load_by_hand():
 
 @pytest.mark.balance
 def test_load_against_a_loop():
-    """load = CV^2 over experts of the mean over tokens of 1 - Phi((k-th largest noisy logit -
-    clean logit) / sigma)."""
+    """load = CV^2 of the mean over tokens of 1 - Phi((threshold - clean logit) / sigma)."""
     T, E, k, sigma = 6, 4, 2, 0.25
     logits = randn(T, E)
     noisy = logits + sigma * randn(T, E)
@@ -416,8 +404,7 @@ def test_load_against_a_loop():
 
 @pytest.mark.balance
 def test_load_gradcheck():
-    """The gradient agrees with finite differences: it also flows through the threshold, itself a
-    logit."""
+    """The gradient agrees with finite differences. It also flows through the threshold, a logit."""
     noise = 0.25 * randn(5, 4)
     assert torch.autograd.gradcheck(
         lambda logits: load_loss(logits, logits + noise, 2, 0.25), randn(5, 4).requires_grad_()
@@ -426,8 +413,7 @@ def test_load_gradcheck():
 
 @pytest.mark.balance
 def test_load_has_a_gradient_although_counting_has_none():
-    """With noise a step against the gradient takes tokens from the busier expert: that is what
-    the noise is for."""
+    """With noise a step against the gradient takes tokens from the busier expert."""
     logits = torch.tensor([[0.5, 0.0], [0.5, 0.0]], requires_grad=True)  # expert 0 wins every token
     load_loss(logits, logits + torch.tensor([[0.3, 0.0], [-0.1, 0.2]]), 1, 0.5).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1] < 0).all(), (
@@ -476,8 +462,7 @@ def test_dispatch_by_hand(kept, order, counts):
 @pytest.mark.dispatch
 @pytest.mark.parametrize("T, K, E", [(7, 1, 3), (7, 3, 5), (1, 2, 2)])
 def test_every_row_knows_its_token_and_its_expert(T, K, E):
-    """R = T K rows; row r is token order[r] // K, and in each expert's block are exactly the
-    choices of that expert."""
+    """R = T K rows: row r is token order[r] // K, and each expert's block has its own choices."""
     tokens, experts = randn(T, 4), torch.rand(T, E).topk(K).indices
     rows, counts, order = dispatch(tokens, experts, torch.ones(T, K, dtype=torch.bool), E)
     assert (
@@ -496,8 +481,7 @@ def test_every_row_knows_its_token_and_its_expert(T, K, E):
 
 @pytest.mark.dispatch
 def test_the_gradients_of_a_tokens_copies_add_up():
-    """A token with K rows gets the sum of their K gradients, the dropped ones' too: combine()
-    makes those 0."""
+    """A token with K rows gets the sum of their K gradients, also those of dropped rows."""
     tokens = torch.zeros(2, 1, requires_grad=True)
     rows, _, order = dispatch(
         tokens, torch.tensor([[1, 0], [0, 1]]), torch.tensor([[True, True], [True, False]]), 2
@@ -513,8 +497,7 @@ def test_the_gradients_of_a_tokens_copies_add_up():
     "expert, kept, counts", [(2, True, [0, 0, 60]), (0, True, [60, 0, 0]), (1, False, [0, 0, 0])]
 )
 def test_all_to_one_expert_and_all_dropped(expert, kept, counts):
-    """Experts without a token count 0, at either end; when all are dropped nobody has any, and
-    no row is lost."""
+    """Experts without a token count 0, at either end. When all are dropped no row is lost."""
     tokens = randn(60, 2)
     rows, found, _ = dispatch(tokens, torch.full((60, 1), expert), torch.full((60, 1), kept), 3)
     close(found, counts)
@@ -557,8 +540,7 @@ def test_combine_gives_one_row_per_token(T, K, D):
 
 @pytest.mark.combine
 def test_combine_by_hand():
-    """Each answer returns to its token, times its weight, and the answers of one token are
-    added."""
+    """Each answer returns to its token, times its weight. The answers of one token are added."""
     rows = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0]])
     # token 0 gets 30 and 10, token 1 gets 20 and 50, token 2 gets 40 and 60
     order = torch.tensor([1, 2, 0, 4, 3, 5])
@@ -580,8 +562,7 @@ def test_weights_of_0_give_exactly_0():
 
 @pytest.mark.combine
 def test_the_gradient_of_an_answer_is_its_gate():
-    """dy/d(answer) = gate: an expert learns from a token as much as the router trusts it; a
-    dropped choice teaches nothing."""
+    """dy/d(answer) = gate: an expert learns from a token as much as the router trusts it."""
     rows = torch.zeros(4, 2, requires_grad=True)
     combine(
         rows, torch.tensor([[0.5, 0.25], [0.125, 0.0]]), torch.tensor([3, 0, 2, 1])
@@ -628,8 +609,7 @@ def test_the_gradient_of_a_gate_is_the_experts_answer():
 
 @pytest.mark.combine
 def test_there_and_back_again_against_a_loop():
-    """With experts that add their number, x + p, a row at any wrong place shows; the dropped add
-    exactly 0."""
+    """With experts that add their number, x + p, a row at any wrong place shows. Dropped: 0."""
     T, K, E, D = 30, 3, 5, 4
     tokens, weights, kept = randn(T, D).requires_grad_(), randn(T, K), torch.rand(T, K) < 0.7
     experts = torch.rand(T, E).topk(K).indices
@@ -654,8 +634,7 @@ def test_there_and_back_again_against_a_loop():
 @pytest.mark.experts
 @pytest.mark.parametrize("counts", [[3, 1, 2], [0, 4, 0], [0, 0, 6], [2, 0, 3], [0, 0, 0]])
 def test_experts_are_independent_mlps(counts):
-    """Outputs and gradients are those of Linear - GELU - Linear, expert by expert; rows beyond
-    the counts give 0."""
+    """Outputs and gradients are those of Linear - GELU - Linear. Rows beyond the counts give 0."""
     experts, rows = randomise(Experts(3, 4, 7)), randn(6, 4)
     out = experts(rows, torch.tensor(counts))
     out.sum().backward()
@@ -695,8 +674,7 @@ def test_an_idle_expert_gets_a_zero_gradient_and_not_none():
 @pytest.mark.experts
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]])
 def test_experts_answer_in_the_type_of_autocast(counts):
-    """Under bf16 autocast the answers are bfloat16, as those of one MLP; dropped rows still give
-    0."""
+    """Under bf16 autocast the answers are bfloat16, as those of one MLP. Dropped rows give 0."""
     experts, rows = Experts(3, 4, 7), torch.randn(6, 4)
     with torch.autocast("cpu", torch.bfloat16):
         answers = experts(rows, torch.tensor(counts))
@@ -768,8 +746,7 @@ GROUPS = [  # rows per expert, number of rows: what is more belongs to nobody
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts, num_rows", GROUPS)
 def test_one_kernel_gives_what_the_loop_gives(counts, num_rows, dtype):
-    """grouped() and loop() agree in answers and all gradients, with idle experts and dropped
-    rows."""
+    """grouped() and loop() agree in answers and gradients, with idle experts and dropped rows."""
     tolerance = 1e-6 if dtype == torch.float32 else 2 ** -7  # bfloat16 rounds to 2^-8 at each step
     for name, looped, grouped in run_both(counts, num_rows, dtype):
         assert looped.dtype == grouped.dtype == dtype, name
@@ -940,8 +917,7 @@ def test_torch_export_in_bfloat16():
     ],
 )
 def test_router_formulas(kind, score):
-    """Each logit is the formula of its kind, token by token and expert by expert; float64 tokens
-    keep their precision."""
+    """Each logit is the formula of its kind, token by token. float64 tokens stay float64."""
     router, x = randomise(Router(6, 3, kind)), randn(5, 6)
     assert router(x).dtype == torch.float64, (
         "float32 is the least, not the only one: torch.promote_types")
@@ -953,8 +929,7 @@ def test_router_formulas(kind, score):
 @pytest.mark.router
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_scores_are_float32_under_autocast(kind):
-    """Under bf16 autocast, and for bf16 tokens and weights, logits are float32: near ties must
-    not be decided by rounding."""
+    """Under bf16 autocast and for bf16 weights logits are float32: rounding must not decide."""
     router, x = Router(16, 4, kind), torch.randn(30, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, of_bfloat16 = router(x), router(x.bfloat16())
@@ -983,8 +958,7 @@ def test_cosine_router_ignores_the_length_of_a_token():
 )
 @pytest.mark.parametrize("kind, score", [("cosine", 1.0), ("l2", -math.sqrt(3.0))])
 def test_temperature_starts_at_2_and_is_bounded_by_100(kind, score, log_scale, scale):
-    """s is 2 at the start and never more than 100, so that training cannot turn the softmax into
-    an argmax."""
+    """s is 2 at the start and at most 100, so that the softmax never becomes an argmax."""
     router = Router(6, 1, kind)
     # x = 1/6 gives P x = (1, 1, 1): cosine 1 with (1, 1, 1), distance sqrt(3) to (0, 0, 0)
     nn.init.ones_(router.proj)
@@ -1026,8 +1000,7 @@ def test_a_projection_keeps_the_size_of_a_token(kind):
 
 @pytest.mark.router
 def test_linear_codes_start_small():
-    """They are drawn from N(0, 0.02^2), as other weights are: so at the start all probabilities
-    are near 1 / E."""
+    """They are drawn from N(0, 0.02^2): so at the start all probabilities are near 1 / E."""
     codes = Router(400, 50).codes  # 20,000 values
     assert abs(codes.std() - 0.02) < 0.001 and abs(codes.mean()) < 0.001
     assert codes.abs().max() > 0.06, (
@@ -1036,8 +1009,7 @@ def test_linear_codes_start_small():
 
 @pytest.mark.router
 def test_distances_do_not_depend_on_the_number_of_tokens():
-    """l2: torch.cdist takes a less exact formula for large batches unless told not to, and far
-    from 0 it shows."""
+    """l2: for large batches torch.cdist takes a less exact formula unless told not to."""
     router, x = Router(8, 4, "l2"), 300 + torch.randn(40, 8)
     assert torch.equal(router(x)[:3], router(x[:3])), "compute_mode?"
 
@@ -1056,8 +1028,7 @@ def test_unknown_router_lists_the_known_ones():
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_layer_against_a_loop_over_tokens(router, k):
-    """y = sum over the k best experts e of softmax(logits)_e * MLP_e(x), token by token, in any
-    shape (..., D)."""
+    """y = sum over the k best experts e of softmax(logits)_e * MLP_e(x), in any shape (..., D)."""
     layer = randomise(MoE(dim=6, hidden=8, num_experts=4, k=k, router=router)).eval()
     x = randn(2, 5, 6)
     y, routing = layer(x)
@@ -1083,8 +1054,7 @@ def test_layer_against_a_loop_over_tokens(router, k):
 @pytest.mark.layer
 @pytest.mark.parametrize("training", [False, True])
 def test_one_expert_is_the_dense_mlp(training):
-    """E = 1, k = 1: the softmax of one number is 1, so the layer is MLP(x), and there is nothing
-    to balance."""
+    """E = 1, k = 1: the softmax of one number is 1, so the layer is MLP(x), already balanced."""
     layer = randomise(MoE(6, 8, num_experts=1, k=1)).train(training)
     mlp = MLP(6, 8).double()
     x = randn(5, 6)
@@ -1099,8 +1069,7 @@ def test_one_expert_is_the_dense_mlp(training):
 
 @pytest.mark.layer
 def test_the_task_alone_teaches_the_router():
-    """k = 1 and no balance loss: every expert's logit gets a gradient, since the gate is a
-    softmax over all experts."""
+    """With k = 1 every expert's logit gets a gradient: the gate is a softmax over all experts."""
     layer = randomise(MoE(6, 8, num_experts=4, k=1))
     layer(randn(20, 6))[0].square().sum().backward()
     gradient = layer.router.codes.grad
@@ -1120,8 +1089,7 @@ def test_the_balance_loss_teaches_the_router_only():
 
 @pytest.mark.layer
 def test_layer_gradcheck():
-    """y and the balance loss agree with finite differences in x and every parameter, through
-    router and experts."""
+    """y and the balance loss agree with finite differences in x and every parameter."""
     layer = randomise(MoE(2, 3, num_experts=3, k=2, router="cosine")).eval()
     x = randn(3, 2).requires_grad_()
 
@@ -1134,8 +1102,7 @@ def test_layer_gradcheck():
 
 @pytest.mark.layer
 def test_noise_only_while_training():
-    """Training draws other gates every time; evaluation, and training with router_noise = 0,
-    never do."""
+    """Training draws other gates every time. Evaluation and router_noise = 0 never do."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2)), randn(5, 6)
     quiet = MoE(6, 8, num_experts=4, k=2, router_noise=0.0).double()
     quiet.load_state_dict(layer.state_dict())
@@ -1147,8 +1114,7 @@ def test_noise_only_while_training():
 
 @pytest.mark.layer
 def test_noise_moves_the_choice_but_not_logits_and_probs():
-    """In training experts and gates come from logits + N(0, (noise / E)^2); logits, probs and
-    importance are clean."""
+    """In training noise N(0, (noise / E)^2) changes experts and gates, but not logits and probs."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2, router_noise=2.0)), randn(50, 6)
     logits, sigma = layer.router(x), 2.0 / 4
     torch.manual_seed(1)
@@ -1168,8 +1134,7 @@ def test_noise_moves_the_choice_but_not_logits_and_probs():
 
 @pytest.mark.layer
 def test_balance_loss_in_evaluation():
-    """Evaluation draws no noise, but its load loss asks the same question as in training: with
-    sigma = noise / E."""
+    """Evaluation draws no noise, but its load loss has the sigma of training, noise / E."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2)).eval(), randn(20, 6)
     logits, routing = layer.router(x), layer(x)[1]
     close(
@@ -1181,8 +1146,7 @@ def test_balance_loss_in_evaluation():
 @pytest.mark.layer
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_routing_stays_float32_under_autocast(kind):
-    """Under bf16 autocast logits, gates and choices are bit for bit those of float32; the
-    experts do run in bf16."""
+    """Under bf16 autocast logits, gates and choices are float32's. The experts run in bf16."""
     layer, x = MoE(16, 32, num_experts=8, k=2, router=kind).eval(), torch.randn(40, 16)
     y, plain = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -1201,8 +1165,7 @@ def test_routing_stays_float32_under_autocast(kind):
 @pytest.mark.layer
 @pytest.mark.parametrize("router", ROUTERS)
 def test_evaluation_does_not_depend_on_the_batch(router):
-    """In evaluation a token's y is the same among few and among many, whatever the capacity in
-    training."""
+    """In evaluation a token's y is the same among few and many, whatever training's capacity."""
     layer = randomise(MoE(6, 8, num_experts=4, k=2, router=router, capacity_factor=0.5)).eval()
     x = randn(40, 6)
     y, routing = layer(x)
@@ -1215,8 +1178,7 @@ def test_evaluation_does_not_depend_on_the_batch(router):
     "train_factor, eval_factor", [(None, None), (0.5, None), (None, 0.5), (1.0, 0.5)]
 )
 def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
-    """capacity_factor limits training only, eval_capacity_factor evaluation only, and None drops
-    nothing."""
+    """capacity_factor limits training only, eval_capacity_factor evaluation only, None nothing."""
     layer = MoE(
         6,
         8,
@@ -1239,8 +1201,7 @@ def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_priority, dropped", [(True, 0), (False, 2)])
 def test_a_dropped_token_is_exactly_zero(batch_priority, dropped, training):
-    """Where the expert was full y is exactly 0 (the residual carries the token); the others are
-    as without a limit."""
+    """Where the expert was full y is exactly 0. The other tokens are as without a limit."""
     layer = randomise(
         MoE(
             2,
@@ -1333,8 +1294,7 @@ def test_the_same_seed_gives_the_same_bits():
     "wrong", [dict(capacity_factor=0.0), dict(eval_capacity_factor=-1.0), dict(router_noise=-0.1)]
 )
 def test_impossible_factors_are_refused(wrong):
-    """A capacity factor of 0 would leave one slot per expert, and noise cannot be negative: the
-    message has the value."""
+    """A capacity factor of 0 and negative noise are refused. The message has the value."""
     with pytest.raises(ValueError, match=str(*wrong.values())):
         MoE(6, 8, num_experts=4, k=1, **wrong)
 
@@ -1342,8 +1302,7 @@ def test_impossible_factors_are_refused(wrong):
 @pytest.mark.layer
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_must_fit_the_experts(k):
-    """A token cannot choose more experts than there are, nor none: one line with both numbers,
-    before any work."""
+    """A token cannot choose more experts than there are, nor none: the message has both numbers."""
     with pytest.raises(ValueError, match=rf"\b{k}\b.*\b4\b"):
         MoE(6, 8, num_experts=4, k=k)
 
@@ -1363,8 +1322,7 @@ def test_parameters_by_hand(k, active):
 
 @pytest.mark.balance
 def test_balance_loss_of_a_model_is_the_sum_over_its_layers():
-    """The sum, as in V-MoE, so that each layer is balanced as much at any depth; a dense model
-    has 0."""
+    """The sum, as in V-MoE, so that each layer is balanced as much at any depth. Dense: 0."""
     losses = torch.tensor([1.0, 4.0], requires_grad=True)
     loss = balance_loss([Routing(*[None] * 5, balance_loss=value) for value in losses])
     close(loss.detach(), 5.0, "2.5: the mean")

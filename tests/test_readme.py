@@ -51,8 +51,7 @@ def commands():
 
 
 def test_every_command_has_flags_that_exist(capsys):
-    """The parser of each program takes its command; the benchmark has no flags; pytest's names
-    exist."""
+    """The parser of each program takes its command. The benchmark has no flags."""
     seen = set()
     for program, *arguments in commands():
         seen.add(program)
@@ -83,8 +82,7 @@ ELSEWHERE = ("/imagenet", "path/to", "/shared", "a/best.pt", "best.pt", "runs/de
 
 @pytest.mark.slow
 def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, capsys):
-    """On few pictures and for one epoch, each in the same process, the study included: what they
-    need has been made before."""
+    """On few pictures, for one epoch, in one process: what a command needs has been made before."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nor waits for the disk
@@ -166,8 +164,7 @@ def test_links_lead_somewhere():
 
 
 def test_ci_runs_the_command_for_tests():
-    """.ci/run takes the command behind the mark in the README, which is there once and installs
-    first."""
+    """.ci/run takes the command behind the mark, which is there once and installs first."""
     command = re.findall(r"<!-- test command -->\n```sh\n(.*)\n```", TEXT)
     assert (
         len(command) == 1
