@@ -774,6 +774,7 @@ table { border-collapse: collapse; font-size: 13px; line-height: 1.3 }
 td, th { padding: 3px 5px; text-align: right }
 th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
+SUFFIXES = ("", "_compare")  # of the names of a run's files
 KEY_NUMBERS = {  # columns of the table at the top, and their cells for a layer
     "block": "{block}",
     "grid": "{grid[0]}×{grid[1]}",
@@ -818,24 +819,36 @@ def key_numbers(run):
     return f"<div><h3>{escape(run.name)}</h3><p>{escape(config)}</p><table>{table}</table></div>"
 
 
-def report_html(runs, drawn, about):
-    """Return the page, a str: one file, no scripts, no links.
+def draw_all(runs):
+    """Draw each figure of each run once: return (its part of the page, {file name: SVG file}).
 
-    drawn: for each run {figure: its panels}. about: a sentence for the head.
+    The files of the second run, that of --compare, have a name of their own.
     """
-    heads = "".join(key_numbers(run) for run in runs)
-    parts = [f"<h1>What the experts do</h1><p>{escape(about)}</p><div class=panels>{heads}</div>"]
+    parts = []
+    files = {}
     for figure, draw in FIGURES.items():
         heading, caption = draw.__doc__.split("\n", 1)
         parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
-        for run, figures in zip(runs, drawn):
+        for run, suffix in zip(runs, SUFFIXES):
+            panels = list(draw(run))
+            files[f"{figure}{suffix}.svg"] = file_svg(panels)
             if len(runs) > 1:
                 parts.append(f"<h3>{escape(run.name)}</h3>")
-            panels = "".join(panel_svg(panel) for panel in figures[figure])
-            parts.append(f"<div class=panels>{panels}</div>")
+            elements = "".join(panel_svg(panel) for panel in panels)
+            parts.append(f"<div class=panels>{elements}</div>")
+    return "".join(parts), files
+
+
+def report_html(runs, figures, about):
+    """Return the page, a str: one file, no scripts, no links.
+
+    figures: see draw_all(). about: a sentence for the head.
+    """
+    heads = "".join(key_numbers(run) for run in runs)
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
             "<meta name=viewport content='width=device-width'><title>What the experts do</title>"
-            f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
+            f"<style>{STYLE}</style><h1>What the experts do</h1><p>{escape(about)}</p>"
+            f"<div class=panels>{heads}</div>{figures}</html>\n")
 
 
 def routing_csv(run):
@@ -870,26 +883,21 @@ def describe(run, args):
 
 def make_files(runs, args):
     """Return all results, {file name: str}. The second of two runs is that of --compare."""
-    summary = describe(runs[0], args)
-    if len(runs) > 1:
-        summary["compare"] = describe(runs[1], args)
-    summary = json.dumps(summary, indent=1, allow_nan=False)
-    files = {"summary.json": re.sub(r",\n *(?=[-\d])", ", ", summary)}  # a list of numbers: a line
-
-    drawn = []
-    for run, suffix in zip(runs, ("", "_compare")):
+    figures, files = draw_all(runs)
+    for run, suffix in zip(runs, SUFFIXES):
         files[f"routing{suffix}.csv"] = "\ufeff" + routing_csv(run)  # the mark is for Excel
-        figures = {name: list(draw(run)) for name, draw in FIGURES.items()}
-        for name, panels in figures.items():
-            files[f"{name}{suffix}.svg"] = file_svg(panels)
-        drawn.append(figures)
-
     counted = "all its experts" if args.all_choices else "its first choice"
     about = (f"{runs[0].images} images of {args.data}. Every patch counts for {counted}, and the "
              f"class token of a ViT is left out. Made with torch {torch.__version__}, after "
              f"Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet "
              f"Spot?” (2025), section 5.6.")
-    files["report.html"] = report_html(runs, drawn, about)
+    files["report.html"] = report_html(runs, figures, about)
+
+    summary = describe(runs[0], args)
+    if len(runs) > 1:
+        summary["compare"] = describe(runs[1], args)
+    summary = json.dumps(summary, indent=1, allow_nan=False)
+    files["summary.json"] = re.sub(r",\n *(?=[-\d])", ", ", summary)  # a list of numbers: a line
     return files
 
 
@@ -962,10 +970,11 @@ def print_layers(run):
           f"so on: normalised mutual information")
     print(f"{'block':>5}{'experts per image':>19}{head}   share of patches per expert, %")
     for layer in run.layers:
-        known = layer["information"].values()
-        known = "".join(f"{numbers['normalized']:>10.3f}" for numbers in known)
+        cells = ["{block:>5}{experts_per_image:>19.2f}".format(**layer)]
+        for known in layer["information"].values():
+            cells.append(f"{known['normalized']:>10.3f}")
         load = " ".join(f"{100 * share:4.1f}" for share in layer["share"])
-        print(f"{layer['block']:>5}{layer['experts_per_image']:>19.2f}{known}   {load}")
+        print(f"{''.join(cells)}   {load}")
 
 
 def main(args):

@@ -223,7 +223,8 @@ CONCEPTS = (
         "inspect_experts.picture inspect_experts.tint inspect_experts.overlay "
         "inspect_experts.labels_across inspect_experts.bars inspect_experts.tiles "
         "inspect_experts.heat_map inspect_experts.plot inspect_experts.legend "
-        "inspect_experts.panel_svg inspect_experts.file_svg inspect_experts.report_html "
+        "inspect_experts.panel_svg inspect_experts.file_svg inspect_experts.draw_all "
+        "inspect_experts.report_html "
         "inspect_experts.routing_csv inspect_experts.make_files inspect_experts.open_folder "
         "inspect_experts.write_files inspect_experts.open_all inspect_experts.print_layers "
         "inspect_experts.parse_args inspect_experts.main",
