@@ -350,7 +350,7 @@ def surest_patches(dataset, chosen, layer):
     return strips
 
 
-class Run(NamedTuple):
+class Findings(NamedTuple):
     """What one checkpoint did on the data: everything that the figures and files are made of."""
 
     name: str  # path of the checkpoint
@@ -364,7 +364,7 @@ class Run(NamedTuple):
 
 
 def inspect(path, model, checkpoint, dataset, args, device):
-    """Run one checkpoint over a data set, and return all that is known of it, a Run.
+    """Run one checkpoint over a data set, and return all that is known of it.
 
     path, checkpoint, model: the file, its dict and the model. args: of the command line. Raises
     ValueError if an image cannot be read or if a router computes something that is not finite.
@@ -391,7 +391,7 @@ def inspect(path, model, checkpoint, dataset, args, device):
         layers.append(dict(layer=i, block=block) | layer.summary(dataset.classes))
     tables = [layer.tables["class"] for layer in counts]
     patches = [surest_patches(dataset, chosen, layer) for layer in counts]
-    return Run(path, config, M, dataset.classes, layers, tables, shown, patches)
+    return Findings(path, config, M, dataset.classes, layers, tables, shown, patches)
 
 
 # ---------------------------------------------------------------- 3. figures
@@ -609,7 +609,7 @@ def legend(num_experts):
     return tiles("the experts and their colours", swatches, range(num_experts), 10)
 
 
-# Each figure takes a Run and yields its panels. The first line of its docstring is its heading in
+# Each figure takes the Findings of a run and yields its panels. The first line of its docstring is its heading in
 # the report, and the rest is its caption.
 
 

@@ -356,7 +356,7 @@ def red_images(values, side=2):
 
 
 def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
-    """inspect() on such images: a Run, and its arguments."""
+    """inspect() on such images: its Findings, and its arguments."""
     usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
                  data="red", split="all")
     args = SimpleNamespace(**usual | options)
