@@ -609,8 +609,8 @@ def legend(num_experts):
     return tiles("the experts and their colours", swatches, range(num_experts), 10)
 
 
-# Each figure takes the Findings of a run and yields its panels. The first line of its docstring is its heading in
-# the report, and the rest is its caption.
+# Each figure takes the Findings of a run and yields its panels. The first line of its docstring is
+# its heading in the report, and the rest is its caption.
 
 
 def draw_load(run):
