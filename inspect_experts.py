@@ -928,6 +928,7 @@ def write_files(folder, files):
 
 
 def parse_args(argv=None):
+    """Return the flags as a namespace."""
     parser = argparse.ArgumentParser(description="Show what each expert of a checkpoint does.")
     flag = parser.add_argument
     flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
