@@ -1,9 +1,8 @@
 """ConvNeXt, dense or sparse: some blocks hold a Mixture of Experts in place of their MLP.
 
-The architecture is ConvNeXt (Liu et al. 2022), hierarchical with four stages, and its isotropic
-variant, which keeps one resolution like a ViT; with moe_layers="none" it is exactly that. The
-sparse variants follow Videau et al., TMLR 2025, section 3: every position of the feature map is a
-token and is routed on its own.
+The architecture is ConvNeXt (Liu et al. 2022), with four stages, or isotropic: one resolution, like
+a ViT. With moe_layers="none" it is exactly that. The sparse variants follow Videau et al., TMLR
+2025, section 3: every position of the feature map is a token.
 
     from convnext import convnext_t
     model = convnext_t(moe_layers="last2", num_experts=4, k=1, expert_ratio=2)
@@ -11,11 +10,12 @@ token and is routed on its own.
     logits, routings = model(images, return_routing=True)   # and one moe.Routing per sparse block
 
 Letters: B images, C channels (the width D of the MoE), H and W rows and columns of the feature map,
-E experts, K experts per token. T = B * H * W tokens, row by row.
+E experts, K experts per token. T = B * H * W tokens, row by row. vit.py and convnext.py have parts
+of the same name (place_moe, Block, init_weights, ...) on purpose: each file can be read alone.
 """
 
 from functools import partial
-from itertools import accumulate
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -34,22 +34,24 @@ def place_moe(moe_layers, depths):
         stage   the last block of each stage
     With one stage (isotropic) the placements are those of a ViT: every2 is the odd blocks, last2
     and last3 are the last two or three of these.
-    Raises ValueError if a network of these depths has no such blocks.
+    Raise ValueError if a network of these depths has no such blocks.
     """
-    ends = list(accumulate(depths))  # the index behind each stage
+    depth = sum(depths)
+    blocks = iter(range(depth))
+    stages = [list(islice(blocks, n)) for n in depths]  # depths (2, 3): [[0, 1], [2, 3, 4]]
     if not isinstance(moe_layers, str):
-        wrong = [i for i in moe_layers if not 0 <= i < ends[-1]]
+        wrong = [i for i in moe_layers if not 0 <= i < depth]
         if wrong:
-            raise ValueError(f"moe_layers names block {wrong[0]}: expected 0 to {ends[-1] - 1}")
+            raise ValueError(f"moe_layers names block {wrong[0]}: expected 0 to {depth - 1}")
         return sorted(set(moe_layers))
-    odd = [end - depth + i for depth, end in zip(depths, ends) for i in range(1, depth, 2)]
-    if len(depths) == 1:
-        places = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}
-    else:
-        lasts = [end - 1 for end in ends]
-        middle = ends[-2] - depths[-2] + depths[-2] // 2
-        places = {"none": [], "every2": odd, "last2": lasts[-2:], "last3": [middle, *lasts[-2:]],
-                  "stage": lasts}
+    odd = [i for stage in stages for i in stage[1::2]]
+    places = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}
+    if len(stages) > 1:
+        ends = [stage[-1] for stage in stages]
+        middle = stages[-2][depths[-2] // 2]
+        places["last2"] = ends[-2:]
+        places["last3"] = [middle, *ends[-2:]]
+        places["stage"] = ends
     if moe_layers not in places:
         raise ValueError(f"moe_layers {moe_layers!r} does not exist in a ConvNeXt of {len(depths)} "
                          f"stage(s): expected one of {', '.join(places)}, or block indices")
@@ -79,9 +81,8 @@ class Block(nn.Module):
     The sparse block has an added skip connection around the MoE (paper, Figure 1b): a token that
     finds no slot still brings its convolution. That gamma scales this skip, too, is our reading.
 
-    The MLP is two nn.Linear on (B, H, W, C) and not two 1x1 convolutions on (B, C, H, W), as in the
-    official code: the same function, but faster, and the MoE wants a position as a row. In
-    channels_last memory the permutes cost nothing.
+    The MLP is two nn.Linear on (B, H, W, C) and not two 1x1 convolutions, as in the official code:
+    the same function, but faster, and the MoE wants rows. In channels_last the permutes are free.
     """
 
     def __init__(self, dim, mlp, drop_path, layer_scale):
@@ -96,7 +97,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.dwconv(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
-        y, routing = self.mlp(self.norm(h)), None
+        y = self.mlp(self.norm(h))
+        routing = None
         if not isinstance(self.mlp, MLP):
             y, routing = y
             y = self.skip * h + y
@@ -113,16 +115,14 @@ class ConvNeXt(nn.Module):
     Args:
         depths, widths: the blocks and channels of each stage. The resolution halves in between.
             A single stage is isotropic: no norm after the stem and no layer scale.
-        image_size, patch_size: in pixels; the stem cuts patches. image_size is only for grids: the
-            model takes images of any size that the strides divide.
+        image_size, patch_size of the stem: in pixels. Other sizes work, too; grids is for this one.
         moe_layers: which blocks are sparse, see place_moe.
         num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE. router may
             also be "expert_choice" or "soft", see moe.make_moe.
         mlp_ratio, expert_ratio: hidden width over C, of a dense block's MLP and of one expert.
         drop_path: the rate at the last block. It grows linearly from 0 at the first.
         layer_scale: the initial gamma. None leaves gamma out.
-        init_std: deviation of the initial weights, as in the official code. None leaves them to
-            PyTorch (uniform in +-1/sqrt(inputs)), which suits small widths better.
+        init_std: deviation of the initial weights. None: PyTorch's, which suit small widths.
 
     Attributes: moe_blocks, the indices of the sparse blocks; grids, for each of them (0 class
     tokens, rows, columns) in the order of the tokens, to lay a Routing out as a picture.
@@ -147,10 +147,12 @@ class ConvNeXt(nn.Module):
             self.stem.append(ChannelNorm(widths[0], eps=1e-6))
         self.downsample = nn.ModuleList()
         for before, after in zip(widths, widths[1:]):
-            norm, conv = ChannelNorm(before, eps=1e-6), nn.Conv2d(before, after, 2, stride=2)
+            norm = ChannelNorm(before, eps=1e-6)
+            conv = nn.Conv2d(before, after, 2, stride=2)
             self.downsample.append(nn.Sequential(norm, conv))
         self.stages = nn.ModuleList()
-        index, side = 0, image_size // patch_size
+        index = 0
+        side = image_size // patch_size
         for depth, dim in zip(depths, widths):
             stage = nn.ModuleList()
             for _ in range(depth):
@@ -188,8 +190,7 @@ class ConvNeXt(nn.Module):
 def init_weights(module, std):
     """Draw the weights of a linear layer or convolution from N(0, std^2), truncated; zero biases.
 
-    For module.apply, as in the official code. So the experts start as the MLP of a dense block
-    does. (vit.py has the same function: each file can be read alone.)
+    For module.apply, as in the official code. So the experts start like a dense block's MLP.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=std)
@@ -229,9 +230,7 @@ def from_torchvision(state_dict):
     return renamed
 
 
-# ---------------------------------------------------------------- presets
-# The sizes of the paper, and one for a laptop. options: those of ConvNeXt above.
-
+# ---------------------------------------------------------------- presets (options: see ConvNeXt)
 
 def convnext_nano(num_classes=1000, **options):
     """For 32-pixel images on a CPU: three stages of 8 x 8, 4 x 4 and 2 x 2 positions."""
@@ -275,7 +274,8 @@ def convnext_iso_b(num_classes=1000, **options):
 DENSE = dict(moe_layers="none")
 FOUR = dict(moe_layers="last2", num_experts=4, k=1, expert_ratio=2, router="linear")
 EIGHT = dict(moe_layers="last2", num_experts=8, k=1, expert_ratio=4, router="linear")
-OFFICIAL, ONE_MOE = "the official code has 87.1", "115.4 counts one MoE of two"
+OFFICIAL = "the official code has 87.1"
+ONE_MOE = "115.4 counts one MoE of two"
 TABLE = (
     ("ConvNeXt-T", convnext_t, DENSE, 28.6, 28.6, 4.5, 82.1, ""),
     ("ConvNeXt-T-4", convnext_t, FOUR, 34.5, 25.6, 4.2, 82.1, ""),

@@ -1,15 +1,22 @@
-"""Put a number on a checkpoint: open a data set, load a model, match the classes, count what is right.
+"""Put numbers on checkpoints: open data sets, load models, match classes, count what is right.
 
-    python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes --data shapes-noise --data shapes-rotated
-    python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-v2 --data /imagenet-a --json result.json
+    python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes --data shapes-noise
+    python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-a --json result.json
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
 
-One row per checkpoint, as in the tables of Videau et al., TMLR 2025. train.py computes the accuracies of its log with the
-same evaluate(). Sections: models and checkpoints, data sets, whose class is which, counting, command line.
+The way of an image: open_dataset() finds its file and its class, and match_dataset() the same class
+in the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a tensor
+(3, H, W) uint8, and eval_transform() cuts out (3, S, S). evaluate() normalizes the batch, runs the
+model and counts right answers, and print_results() prints them in percent, one row per checkpoint
+as in Videau et al., TMLR 2025.
+
+The first half is what all programs share: processes, checkpoints, data sets, counting, and the
+drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, changed
+routing, cost, results, command line.
 
 A data set spec is
-- `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same pictures as training
-  never shows them: `shapes-noise`, `shapes-blur`, `shapes-rotated`, `shapes-inverted`;
+- `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same
+  pictures as training never shows them: `shapes-noise`, `-blur`, `-rotated`, `-inverted`;
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
@@ -17,7 +24,6 @@ A data set spec is
 """
 
 import argparse
-import collections
 import copy
 import hashlib
 import io
@@ -33,17 +39,20 @@ import threading
 import time
 import unicodedata
 import warnings
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, cycle, islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -53,660 +62,106 @@ import convnext
 import vit
 from moe import MoE, Router, count_parameters
 
-# ---------------------------------------------------------------- models and checkpoints
+# ================================================================================================
+# FIRST HALF: what all programs share
+# train.py and inspect_experts.py import from here: processes and messages, models and checkpoints,
+# data sets, counting, and last the drawn data.
 
-MODELS = {preset.__name__: preset for preset in (
-    vit.vit_nano, vit.vit_ti, vit.vit_s, vit.vit_b, vit.vit_b32, vit.vit_l, vit.vmoe_s32, convnext.convnext_nano,
-    convnext.convnext_t, convnext.convnext_s, convnext.convnext_b, convnext.convnext_iso_s, convnext.convnext_iso_b)}
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, per colour
-CHECKPOINT_KEYS = {"config", "classes", "image_size", "crop_ratio", "mean", "std", "model", "ema", "optimizer", "epoch",
-                   "step", "best", "args"}
+# ---------------------------------------------------------------- processes and messages
 
 
-def build_model(config):
-    """The model of a config: a dict with `model`, a preset's name, and the options of that preset. ValueError if wrong."""
-    options = dict(config)
-    name = options.pop("model")
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
-    return MODELS[name](**options)
+def setup_processes():
+    """Return (rank, world size, device), as torchrun says or for a single process."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
-def load_checkpoint(path, device, raw=False):
-    """Open a checkpoint of train.py at path: (model in evaluation mode on the device, the
-    checkpoint's dict).
+def best_dtype(device):
+    """Return bfloat16 for a GPU that computes in it, else float32.
 
-    The model has the averaged weights (EMA) if the run kept them, unless raw. Raises ValueError, in
-    one line, for whatever is not such a checkpoint.
+    A CPU and older GPUs would only emulate bfloat16, or gain little.
     """
-    checkpoint = read_checkpoint(path, device)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device, dtype):
+    """Return the autocast context of a run: on for bfloat16, off for float32."""
+    enabled = dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextmanager
+def together():
+    """Let a ValueError or OSError inside this block end all processes, whichever met it.
+
+    Every process must come here. Rank 0 raises a ValueError, the others exit with status 2.
+    """
+    error = None
     try:
-        model = build_model(checkpoint["config"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"the config in {path} does not describe a model of this version: {error}") from None
-    if checkpoint["config"].get("num_classes") != len(checkpoint["classes"]):
-        raise ValueError(f"{path} names {len(checkpoint['classes'])} classes, but its model has "
-                         f"{checkpoint['config'].get('num_classes')} outputs: expected one name per output")
-    try:
-        model.load_state_dict(checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
-    return model.to(device).eval(), checkpoint
+        yield
+    except (ValueError, OSError) as raised:
+        error = str(raised)
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors) and dist.get_rank() > 0:
+            raise SystemExit(2)
+    for rank, error in enumerate(errors):
+        if error:
+            raise ValueError(f"process {rank}: {error}" if rank else error)
 
 
-def read_checkpoint(path, device):
-    """Read the dict of a checkpoint at path. Raise ValueError, in one line, if the file is not one.
-
-    Read with weights_only=True: a file that wants to run code when opened is refused. With
-    mmap=True the processes share the file's pages, and what nobody looks at, such as the
-    optimizer's moments, takes no memory.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}: expected a file like "
-                         f"runs/<model>-<data>-1/best.pt")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # of whatever kind: any bytes may be in the file
-        reason = f"it is truncated or not one of ours: {first_line(error)}"
-        if os.path.getsize(path) == 0:
-            reason = "it is empty"
-        raise ValueError(f"{path} cannot be opened as a checkpoint, {reason}") from None
-    missing = CHECKPOINT_KEYS - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        lacking = ", ".join(sorted(missing))
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {lacking}")
-    if any(name.endswith(".experts.w1") for name in checkpoint["model"]):
-        raise ValueError(f"{path} is from an older version, whose experts were stacked weights and "
-                         f"not MLPs: train it again")
-    return checkpoint
-
-
-def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
-    """Let a sparse model choose its experts otherwise than in training. Returns what differs, a list of sentences.
-
-    k: experts per token. capacity_factor: limits the experts' slots, in units of the even share. drop_experts: pairs
-    (MoE layer, expert), both counted from 0. ValueError if the model has no such layer or expert, or too few are left.
-    """
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    if not layers:
-        raise ValueError("a dense model has no router: --k, --capacity-factor and --drop-expert need a sparse one")
-    E, trained_k, trained_factor = layers[0].num_experts, layers[0].k, layers[0].capacity_factor
-    k, notes = k or trained_k, []
-    for i, expert in drop_experts:
-        if not (0 <= i < len(layers) and 0 <= expert < E):
-            raise ValueError(f"--drop-expert {i}:{expert}: expected a MoE layer 0 to {len(layers) - 1}, expert 0 to {E - 1}")
-        layers[i].router.register_forward_hook(partial(mute, expert=expert))
-        notes.append(f"expert {expert} of MoE layer {i}, block {model.moe_blocks[i]}, is never chosen")
-    left = E - max(len({expert for i, expert in drop_experts if i == layer}) for layer in range(len(layers)))
-    if k > left:
-        raise ValueError(f"k = {k} experts per token, but a MoE layer has only {left} to choose from: give --k 1 to {left}")
-    for layer in layers:
-        layer.k, layer.eval_capacity_factor = k, capacity_factor
-    if k != trained_k:
-        notes.append(f"k = {k} instead of {trained_k}")
-    if capacity_factor is not None:
-        notes.append(f"capacity factor {capacity_factor} instead of {trained_factor or 'no limit'}; with a limit a "
-                     f"prediction depends on the other images of its batch")
-    return notes
-
-
-def mute(router, inputs, logits, expert):
-    """A forward hook for a router, inputs -> logits (T, E): nobody chooses this expert, the softmax is over the others."""
-    logits[:, expert] = -math.inf
-
-
-# ---------------------------------------------------------------- data sets
-# Each has .classes (names in label order), .labels (N,), .path(index), and items (image (3, S, S) uint8, label, unreadable):
-# the last is -1, or the index of the file that could not be read and was replaced by the next one. Who gets the item
-# decides what that means: train.py reports and goes on, evaluate() stops.
-
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-              ".ppm", ".pgm", ".avif")
-TRAIN, VAL = ("train", "training"), ("val", "valid", "validation", "test")  # the first that exists
-NO_DATA = ("__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini")
-RESULTS = {"last.pt", "report.html"}  # a folder with one of these was written by our programs
-EXPECTED_TREE = """: expected
-    FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg
- or FOLDER/<class>/<image>.jpg"""
-warnings.filterwarnings("ignore", module="PIL")  # an odd file is read or reported, and that is all
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
-
-def open_dataset(spec, split, transform=None):
-    """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
-
-    Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
-    "all" everything. Elsewhere "all" means "val". transform: uint8 tensor (3, H, W) -> uint8 tensor
-    (3, S, S). Raise ValueError if there is no such data set.
-    """
-    if spec.split(":")[0] in ("shapes", *SHIFTS):
-        return shift(Shapes(*shapes_size(spec, split), transform), spec.split(":")[0])
-    if spec in ("cifar10", "cifar100"):
-        return open_cifar(spec, split, transform)
-    return FolderImages(spec, split, transform)
-
-
-class FolderImages:
-    """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
-
-    root, split and transform as in open_dataset. flat: whether root had no folder for validation.
-    Items come by their index; the next image takes the place of an unreadable one. File names are
-    one block of bytes and an array of offsets: a list of a million strings takes ten times the
-    memory, again in each worker, as counting references writes to shared pages (pytorch issue
-    13246).
-    """
-
-    def __init__(self, root, split, transform=None):
-        self.root, self.flat = split_folder(root, split)
-        self.transform = transform
-        files = find_images(self.root)
-        if split == "train" and len(files) == 1:
-            raise ValueError(f"only one class folder, {', '.join(files)}, in {self.root}: give the "
-                             f"folder that holds the class folders{EXPECTED_TREE}")
-        if self.flat and split != "all":
-            files = hold_out(files, split, root)
-        self.classes = list(files)
-        names = [os.fsencode(name) for name in chain(*files.values())]
-        self.names = b"".join(names)
-        self.ends = torch.tensor([len(name) for name in names]).cumsum(0)
-        counts = torch.tensor([len(files[name]) for name in files])
-        self.labels = torch.arange(len(files), dtype=torch.int32).repeat_interleave(counts)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def path(self, index):
-        """The file of the item at an index, as a str."""
-        start = int(self.ends[index - 1]) if index else 0
-        return os.path.join(self.root, os.fsdecode(self.names[start:int(self.ends[index])]))
-
-    def fingerprint(self):
-        """Describe the images by their names; see fingerprint()."""
-        return fingerprint(self, self.names + self.ends.numpy().tobytes())
-
-    def __getitem__(self, index):
-        unreadable = -1
-        for i in range(index, index + 100):  # the file itself or the next that can be read
-            i %= len(self)
-            image = read_image(self.path(i))
-            if image is not None:
-                break
-            unreadable = index
-        else:
-            raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
-        try:
-            image = self.transform(image) if self.transform else image
-        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels, resized, take gigabytes
-            raise ValueError(f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels: "
-                             f"{first_line(error)}") from error
-        return image, self.labels[i].long(), unreadable
+def fail(error):
+    """Print an error in one line, without a loader's traceback, and exit with status 2."""
+    text = str(error).rpartition("ValueError: ")[2].strip()
+    print(f"error: {one_line(text)}", file=sys.stderr)
+    sys.exit(2)
 
 
 @cache
 def warn(text):
     """Print a warning, once, however many data sets and processes have it to say."""
     if os.environ.get("RANK", "0") == "0":
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # odd names, escaped
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(text):
+    """Escape what no terminal can show, such as a line break in a file's name."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error):
-    """What an error says, in one line; its name if it says nothing."""
+    """Return the first line of what an error says, or its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def split_folder(root, split):
-    """Find the folder with the class folders of a split: (its path, whether to hold out a fifth).
+def number(interval, kind=float):
+    """Return an argparse type that accepts the finite numbers of an interval such as "[0, 1)".
 
-    It is called by a word of TRAIN or VAL, in small letters or capitals; without any it is root.
+    A square bracket includes the end, a round one excludes it. kind: float or int.
     """
-    if not os.path.isdir(root):
-        raise ValueError(f"no data at {root!r}: expected `shapes`, one of {', '.join(SHIFTS)}, "
-                         f"`cifar10`, `cifar100` or a folder{EXPECTED_TREE}")
-    paths = {name.lower(): os.path.join(root, name) for name in next(walk(root))[1]}
-    if paths and set(paths) <= set("12345") and all(map(holds_folders, paths.values())):
-        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
-                         f"{', '.join(sorted(paths))} hold class folders, not images; give one of "
-                         f"them, or the folder of all corruptions")
-    train = next((paths[name] for name in TRAIN if name in paths), None)
-    val = next((paths[name] for name in VAL if name in paths), None)
-    if train and val:
-        return (train if split == "train" else val), False
-    if val and split != "train" and holds_folders(val):
-        return val, False
-    if train and holds_folders(train):
-        warn(f"no {root}/val: a fifth of {train} is held out, and what lies beside it is not read")
-        return train, True
-    return root, True
+    low, high = map(float, interval[1:-1].split(","))
+    included = {low: interval[0] == "[", high: interval[-1] == "]"}
 
-
-def holds_folders(path):
-    """Whether a folder holds folders and no image, as that of a split does, but none of a class."""
-    _, folders, files = next(walk(path))
-    return bool(folders) and not any(file.lower().endswith(EXTENSIONS) for file in files)
-
-
-def walk(root):
-    """os.walk() without hidden files, what systems leave behind, and folders that were met before.
-
-    So a link to a folder above does not lead round in a circle. ValueError for a folder without
-    permission.
-    """
-    def refuse(error):
-        raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
-
-    def is_data(name):
-        return name[0] != "." and name.lower() not in NO_DATA
-
-    def is_new(path):
-        real = Path(path).resolve()
-        if real in met:
-            warn(f"{path} leads to a folder above it or read already: left out")
-        new = real not in met
-        met.add(real)
-        return new
-
-    met = {Path(root).resolve(), *Path(root).resolve().parents}
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in sorted(folders)
-                      if is_data(name) and is_new(os.path.join(folder, name))]
-        yield folder, folders, list(filter(is_data, files))
-
-
-def find_images(root):
-    """Find the images of each class: {class: file names relative to root}, both sorted.
-
-    A class is a folder with an image in it or below it. Warnings say what is left out. Class names
-    are in Unicode's composed form (NFC), for macOS may decompose them. ValueError if there is no
-    image.
-    """
-    found, others = {}, collections.Counter()
-    for folder, folders, files in walk(root):
-        place = os.path.relpath(folder, root).replace(os.sep, "/")
-        if RESULTS & set(files):
-            folders.clear()  # nothing below it is data either
-        elif folder != root:
-            images = [f"{place}/{file}" for file in files if file.lower().endswith(EXTENSIONS)]
-            found.setdefault(unicodedata.normalize("NFC", place.split("/")[0]), []).extend(images)
-            others.update(os.path.splitext(file)[1].lower() or file for file in files)
-    classes = {name: sorted(found[name]) for name in sorted(found) if found[name]}
-    empty = [name for name in sorted(found) if not found[name]]
-    types = [f"{n} {kind}" for kind, n in others.most_common(9) if kind not in EXTENSIONS]
-    left_out = f"left out of {root}"
-    if empty:
-        left_out += f", class folders without images: {', '.join(empty[:5])}"
-    if types:
-        left_out += f", files of other types: {', '.join(types)}"
-    if not classes:
-        what = "images in the class folders of" if found else "class folders in"
-        raise ValueError(f"no {what} {root}; {left_out}{EXPECTED_TREE}")
-    if empty or types:
-        warn(left_out)
-    deep = [name for name in chain(*classes.values()) if name.count("/") > 1]
-    if deep:
-        warn(f"{len(deep)} images of {root} lie deeper than in a class folder ({deep[0]}, ...): "
-             f"they belong to the upper one")
-    return classes
-
-
-def hold_out(classes, split, root):
-    """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
-
-    The fifth whose names have the smallest hashes validates: one image less moves at most one
-    other. Warn of classes of root without a validation image. ValueError if that is all of them.
-    """
-    def hash_of(file):
-        below = unicodedata.normalize("NFC", file.partition("/")[2])  # within the class folder
-        return hashlib.sha256(os.fsencode(below)).digest()
-
-    kept, few = {}, []
-    for name, files in classes.items():
-        fifth = set(sorted(files, key=hash_of)[:len(files) // 5])
-        kept[name] = [file for file in files if (file in fifth) == (split == "val")]
-        few += [] if fifth else [name]
-    told = f"{len(few)} of {len(classes)} classes of {root} have fewer than 5 images"
-    if len(few) == len(classes):
-        raise ValueError(f"{told}: too few to hold out a fifth for validation")
-    if few:
-        warn(f"{told}, and so no validation image: {', '.join(few[:5])}")
-    return kept
-
-
-def read_image(path):
-    """Read the file at path: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
-
-    Pictures are turned as their EXIF data say, as every viewer shows them. Published ImageNet
-    protocols do not turn them. Pillow reads what is no JPEG: one wrong bit of a PNG can crash
-    torchvision. Cut off, or of more than Pillow's limit of 179 million pixels, a JPEG is unreadable
-    to either.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = bytearray(file.read())
-    except (OSError, MemoryError):
-        return None
-    for decode in (read_jpeg, read_other):
+    def parse(text):
         try:
-            return decode(content)
-        except Exception:  # a decoder may raise anything
-            pass
-    return None
-
-
-JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers before height and width
-
-
-def read_jpeg(content):
-    """Decode a JPEG file, a bytearray, with torchvision, which is faster than Pillow, or raise.
-
-    The size is looked up first: for what a damaged header claims, libjpeg may take all of the
-    memory.
-    """
-    if content[:3] != b"\xff\xd8\xff":
-        raise ValueError("no JPEG")
-    place = 2  # of a marker: FF, its number, and the length of what belongs to it
-    while content[place + 1] not in JPEG_FRAMES:
-        place += 2 + int.from_bytes(content[place + 2:place + 4], "big")
-    height, width = (int.from_bytes(content[place + i:place + i + 2], "big") for i in (5, 7))
-    if content[place] != 0xFF or height * width > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError("a damaged header")
-    content = torch.frombuffer(content, dtype=torch.uint8)
-    return torchvision.io.decode_jpeg(content, mode="RGB", apply_exif_orientation=True)
-
-
-def read_other(content):
-    """Decode an image file, a bytearray, with Pillow, or raise.
-
-    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255. Other numbers have no known
-    range.
-    """
-    image = Image.open(io.BytesIO(content))
-    upright = ImageOps.exif_transpose(image)
-    if not image.mode.startswith(("I", "F")):
-        return v2.functional.pil_to_tensor(upright.convert("RGB"))
-    tags = getattr(image, "tag_v2", {})  # TIFF's: 258 is the bits, 262 is 0 if 0 is white
-    white = 1 if image.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1  # PNG and PGM have 16 here
-    grey = v2.functional.pil_to_tensor(upright.convert("F")) * (255 / white)  # (1, H, W)
-    if image.mode == "I" and tags or not 0 <= grey.min() <= grey.max() <= 255:
-        raise ValueError("signed, of 32 bits, or floats beyond 0 to 1")
-    grey = 255 - grey if tags.get(262) == 0 else grey
-    return grey.round().to(torch.uint8).repeat(3, 1, 1)
-
-
-class TensorImages:
-    """Images that are in memory already: images (N, 3, H, W) uint8, labels (N,), the names of the classes, a transform.
-
-    An index may also be a list of B: then the item is a batch of them. One by one they take longer than a small model.
-    """
-
-    def __init__(self, images, labels, classes, transform=None):
-        self.images, self.labels, self.classes, self.transform = images, labels, list(classes), transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def path(self, index):
-        """There is no file; a name for messages."""
-        return f"image {index}"
-
-    def fingerprint(self):
-        """Describe the images by their labels, for they have no names; see fingerprint()."""
-        return fingerprint(self, self.labels.numpy().tobytes())
-
-    def __getitem__(self, index):
-        image, label = self.images[index], self.labels[index]
-        return self.transform(image) if self.transform else image, label, torch.full(image.shape[:-3], -1)
-
-
-def fingerprint(dataset, names):
-    """Describe a data set in plain values, for comparing it: dict(classes, images, digest).
-
-    classes: the names, in label order. images: how many each class has. digest: a hash of `names`,
-    the bytes of the file names relative to the folder, which may lie elsewhere. Contents do not
-    count.
-    """
-    counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
-    return dict(classes=dataset.classes, images=counts, digest=hashlib.sha256(names).hexdigest())
-
-
-def open_cifar(spec, split, transform):
-    """cifar10 or cifar100 (spec) by torchvision, downloaded to data/ at first use; split, transform: see open_dataset."""
-    kind = torchvision.datasets.CIFAR10 if spec == "cifar10" else torchvision.datasets.CIFAR100
-    try:
-        cifar = kind("data", train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{spec} could not be downloaded ({first_line(error)}): without a "
-                         f"network, place {kind.filename} in data/ by hand") from None
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 32, 32, 3) -> (N, 3, 32, 32)
-    return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
-
-
-# ---------------------------------------------------------------- the embedded data: shapes
-# A textured shape on a background; the class is shape and texture. Position, size, rotation and colours are nuisance.
-# Unlike a photograph, every picture comes with its factors and its object's mask, so that one can measure what the
-# experts follow. Only whole numbers are used (lengths in 1/256 pixel), so that every machine draws the same pictures.
-
-SHAPES = ("circle", "square", "triangle", "cross")
-TEXTURES = ("plain", "stripes", "checks", "dots")
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-           (235, 235, 235))  # the eight colours of Okabe and Ito, with white for their black
-COSINES, SINES = (213, 237, 251, 256, 251, 237, 213), (-142, -98, -50, 0, 50, 98, 142)  # x 256, of -33.75 .. 33.75 degrees
-
-
-class Shapes(TensorImages):
-    """`count` pictures (N, 3, 32, 32) drawn from a seed, in parts of 500 with generators of their own; a longer set of the
-    same seed begins with the same pictures. transform: as in open_dataset.
-
-    factors: dict of int64 tensors (N,): shape, texture, colour and background (indices into the tuples above), row and
-    column of the object's centre in pixels. masks (N, 32, 32): where the object is.
-    """
-
-    def __init__(self, count, seed, transform=None):
-        parts = [draw_shapes(torch.Generator().manual_seed(seed * 1000 + i)) for i in range(-(-count // 500))]
-        images, self.masks = (torch.cat([part[i] for part in parts])[:count] for i in (0, 1))
-        self.factors = {name: torch.cat([part[2][name] for part in parts])[:count] for name in parts[0][2]}
-        classes = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
-        super().__init__(images, 4 * self.factors["shape"] + self.factors["texture"], classes, transform)
-
-
-def shapes_size(spec, split):
-    """(count, seed) of a split of spec, `shapes` or `shapes:COUNT`: 16,000 to train on, 2,000 others to validate.
-
-    ValueError unless the count is 1 to 100000.
-    """
-    count = spec.partition(":")[2] or "16000"
-    if not count.isdecimal() or not 1 <= int(count) <= 100_000:
-        raise ValueError(f"{spec!r} is no data set: expected `shapes` or `shapes:COUNT` with a count of 1 to 100000")
-    return (int(count), 1) if split == "train" else (2000, 2)
-
-
-def draw_shapes(generator, n=500):
-    """n pictures of a torch.Generator: images (n, 3, 32, 32) uint8, masks (n, 32, 32) bool, a dict of factors (n,) int64."""
-    def draw(low, high, *size):
-        return torch.randint(low, high, (n, *size), generator=generator, dtype=torch.int32)
-
-    shape, texture = draw(0, 4), draw(0, 4)
-    row, column, radius = draw(12, 20), draw(12, 20), draw(10 * 256, 13 * 256)
-    turn = draw(0, 7)
-    colours = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)[:, :3]  # three: object, texture, background
-
-    # The pixel grid in the object's own frame: u to its right, v down, both (n, 32, 32) in 1/256 pixel.
-    cos, sin = (torch.tensor(table, dtype=torch.int32)[turn].view(n, 1, 1) for table in (COSINES, SINES))
-    x = torch.arange(32, dtype=torch.int32).view(1, 1, 32) - column.view(n, 1, 1)
-    y = torch.arange(32, dtype=torch.int32).view(1, 32, 1) - row.view(n, 1, 1)
-    u, v, r = cos * x + sin * y, cos * y - sin * x, radius.view(n, 1, 1)
-
-    inside = torch.stack([
-        u * u + v * v < r * r,
-        torch.maximum(u.abs(), v.abs()) * 8 < r * 7,
-        torch.maximum(2 * v, (u.abs() * 443 >> 8) - v) < r * 5 // 4,  # 443 / 256 is the square root of 3
-        (torch.minimum(u.abs(), v.abs()) * 3 < r) & (torch.maximum(u.abs(), v.abs()) < r)])
-    second = torch.stack([  # where the texture shows its second colour; stripes and checks of 3 pixels, dots every 5
-        torch.zeros_like(u, dtype=torch.bool),
-        u // 1024 % 2 == 1,
-        (u // 1024 + v // 1024) % 2 == 1,
-        ((u + 896) % 1792 - 896) ** 2 + ((v + 896) % 1792 - 896) ** 2 < 580 ** 2])
-    every = torch.arange(n)
-    mask = inside[shape.long(), every]
-    layer = torch.where(mask, second[texture.long(), every].long(), 2)  # (n, 32, 32): object, texture, background
-    paint = torch.tensor(PALETTE, dtype=torch.int32)[colours]  # (n, 3 layers, 3 colours)
-    paint = (paint + draw(-25, 26, 3, 3)) * torch.tensor([4, 4, 1], dtype=torch.int32).view(3, 1) // 4  # dark background
-    images = paint[every.view(n, 1, 1), layer].permute(0, 3, 1, 2) + draw(-12, 13, 3, 32, 32)  # (n, 3, 32, 32)
-    factors = dict(shape=shape, texture=texture, colour=colours[:, 0], background=colours[:, 2], row=row, column=column)
-    return images.clamp(0, 255).to(torch.uint8), mask, {name: factor.long() for name, factor in factors.items()}
-
-
-SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
-
-
-def shift(data, name):
-    """Change the pictures of data, a Shapes, in place, to what training never shows; labels, masks and places stay right.
-
-    name: one of SHIFTS; any other changes nothing.
-    """
-    images = data.images
-    if name == "shapes-noise":  # each value up to 80 brighter or darker; training has seen 12
-        draws = torch.randint(-80, 81, images.shape, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
-        data.images = (images + draws).clamp(0, 255).to(torch.uint8)
-    elif name == "shapes-blur":  # the mean of 3 x 3 values: their sum is exact in float32, and no ninth is near .5
-        data.images = F.avg_pool2d(F.pad(images.float(), (1, 1, 1, 1), "replicate"), 3, 1).round().to(torch.uint8)
-    elif name == "shapes-rotated":  # a quarter turn to the left; training has seen turns of up to 34 degrees
-        data.images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
-        data.factors |= dict(row=31 - data.factors["column"], column=data.factors["row"])
-    elif name == "shapes-inverted":  # negatives: a dark object on a bright background
-        data.images = 255 - images
-    return data
-
-
-# ---------------------------------------------------------------- whose class is which
-# One rule for every test set. Folder names are looked up among the checkpoint's classes, and the prediction is made among
-# the classes that were found: all 1,000 for ImageNet-V2 and Sketch, 200 for -A and -R, and 1,000 of a 21k model's ("zero
-# shot"). V2 has folders 0 to 999, which are sorted 0, 1, 10, 100: such a name is the number of a class, not its position.
-
-
-def match_classes(names, classes, ignore_unmatched=False):
-    """For each class folder of a data set its position among the checkpoint's classes: a list of int.
-
-    ValueError names folders that the checkpoint does not know; with ignore_unmatched they get -1, if others are known.
-    """
-    keys, known = names, classes
-    if are_numbers(names, classes):
-        keys, known = [int(name) for name in names], range(len(classes))
-    position = {key: i for i, key in enumerate(known)}
-    columns = [position.get(key, -1) for key in keys]
-    unknown = [name for name, column in zip(names, columns) if column < 0]
-    if unknown and (not ignore_unmatched or len(unknown) == len(names)):
-        way_out = "" if len(unknown) == len(names) else "; --ignore-unmatched leaves them out"
-        raise ValueError(f"{len(unknown)} of {len(names)} classes of the data are unknown to the checkpoint "
-                         f"({', '.join(unknown[:3])}, ...): it knows {', '.join(classes[:3])}, ...{way_out}")
-    return columns
-
-
-def are_numbers(names, classes):
-    """Whether folder names are numbers of classes: all are integers, and no class is itself called by an integer."""
-    return all(n.isdecimal() for n in names) and not any(c.isdecimal() for c in classes)
-
-
-def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
-    """A dataset as a checkpoint with these classes is scored on it: a copy, which shares the images, with new attributes.
-
-    ignore_unmatched: as in match_classes.
-    labels (N, L): the L right answers of each image as indices into columns, padded with -1. L is 1, except with real, a
-    file of ReaL labels. columns: those of the logits that take part. indices: the images that have an answer. note: what
-    was done, in words. Raises ValueError if nothing is left.
-    """
-    found = match_classes(dataset.classes, classes, ignore_unmatched)
-    dataset = copy.copy(dataset)
-    dataset.columns = sorted(set(found) - {-1})
-    place = {column: i for i, column in enumerate(dataset.columns)} | {-1: -1}
-    if real:
-        dataset.labels = read_real(real, dataset, len(dataset.columns))
-    else:
-        dataset.labels = torch.tensor([place[column] for column in found])[dataset.labels.long()].unsqueeze(1)  # (N, 1)
-    dataset.indices = (dataset.labels >= 0).any(1).nonzero().flatten().tolist()
-    if not dataset.indices:
-        raise ValueError("no image of the data is in a class that the checkpoint knows")
-    skipped = len(dataset) - len(dataset.indices)
-    dataset.note = ", ".join([f"{len(dataset.indices)} images, {len(dataset.columns)} of {len(classes)} classes"]
-                             + ["logits restricted"] * (len(dataset.columns) < len(classes))
-                             + ["folder names are class numbers"] * are_numbers(dataset.classes, classes)
-                             + [f"{found.count(-1)} unmatched folders left out"] * (-1 in found)
-                             + [f"ReaL labels from {real}"] * bool(real) + [f"{skipped} images skipped"] * (skipped > 0))
-    return dataset
-
-
-def read_real(path, dataset, num_classes):
-    """ReaL's labels of ImageNet's validation images (Beyer et al. 2020), (N, L) int64 padded with -1, for a dataset of N.
-
-    The file at path is a JSON list of the lists of right labels, some empty: entry i belongs to the image whose NAME has
-    number i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files sorted by class. ValueError if file and images
-    do not correspond one to one, or the labels are not among 0 .. num_classes - 1.
-    """
-    try:
-        with open(path) as file:
-            real = {f"ILSVRC2012_val_{i:08}": entry for i, entry in enumerate(json.load(file), start=1)}
-        names = [os.path.basename(dataset.path(i))[:23] for i in range(len(dataset))]
-        if sorted(names) != sorted(real):
-            raise ValueError(f"{len(real)} entries for {len(names)} images ({names[0]}, ...), expected one for each of "
-                             f"ILSVRC2012_val_00000001 to {len(names):08}")
-        longest = max(1, *map(len, real.values()))
-        labels = torch.tensor([real[name] + [-1] * (longest - len(real[name])) for name in names])  # (N, L)
-        if labels.dtype != torch.int64 or not -1 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes in order")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--real {path} does not fit: {first_line(error)}") from None
-    return labels
-
-
-# ---------------------------------------------------------------- counting
-
-
-def eval_transform(image_size, crop_ratio):
-    """uint8 (3, H, W) -> (3, S, S), S = image_size: resize the short side to S / crop_ratio (bicubic), then the centre.
-
-    256 and 224 pixels for ImageNet.
-    """
-    resize = round(image_size / crop_ratio)
-    return v2.Compose([v2.Resize(resize, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(image_size)])
-
-
-def normalize(images, mean, std):
-    """images uint8 (B, 3, S, S) on any device -> float32, (pixel / 255 - mean) / std per colour."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))  # one pass: a small model would wait for the memory
-
-
-def autocast(device, dtype):
-    """The autocast context of a run: on for bfloat16, off for float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def best_dtype(device):
-    """bfloat16 on a GPU that computes in it, else float32. (A CPU and older GPUs would only emulate it, or gain little.)"""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-def auto_workers(dataset, world=1):
-    """Processes to load a dataset with: none if it is in memory, else a share of the processors by world, at most 12."""
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine alone
-    return 0 if isinstance(dataset, TensorImages) else min(12, max(1, (os.cpu_count() or 1) // world))
-
-
-def eval_loader(dataset, batch_size, workers, device, indices=None):
-    """Batches of this process's share of a dataset: every world-th image, so that each is counted exactly once.
-
-    (DistributedSampler would repeat images until the shares are equal, and count those twice.)
-    batch_size images at a time, loaded by `workers` processes; indices: of the images that take part; None for all.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = (range(len(dataset)) if indices is None else indices)[rank::world]
-    sampling = dict(batch_size=batch_size, sampler=share)
-    if isinstance(dataset, TensorImages):  # asked for whole batches
-        sampling = dict(batch_size=None, sampler=BatchSampler(share, batch_size, drop_last=False))
-    return DataLoader(dataset, **sampling, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0, worker_init_fn=leave_signals)
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # in no interval
+        if low < value < high or included.get(value):
+            return value
+        told = f"expected {kind.__name__} in {interval}, got {text}"
+        raise argparse.ArgumentTypeError(told)
+
+    return parse
 
 
 # Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see
@@ -721,8 +176,8 @@ def leave_signals(worker):
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=obey_parent, daemon=True).start()
-    elif hasattr(os, "setpgid"):  # macOS: at least out of reach of signals to the whole group
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that has come already
+    elif hasattr(os, "setpgid"):  # macOS: out of reach of signals to the whole group
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that has come
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -730,122 +185,889 @@ def leave_signals(worker):
 
 def obey_parent():
     """End this process at a SIGTERM of the main process, but not at those of others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+    main = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
 
 
 def start_loader(loader):
-    """Return iter(loader), whose new processes get no signal before they call leave_signals()."""
+    """Return iter(loader), whose new processes get no signal before leave_signals()."""
     if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
-    resource_tracker.ensure_running()  # started later, it unblocks the signals (Python < 3.12)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit this
+    resource_tracker.ensure_running()  # later it would unblock the signals (Python < 3.12)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit it
     try:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def together():
-    """Let a ValueError or OSError inside this block end all processes, whichever of them met it.
+# ---------------------------------------------------------------- models and checkpoints
 
-    Every process must come here. Rank 0 raises a ValueError that names each error once. The others
-    exit quietly, with status 2.
+VITS = "vit_nano vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
+CONVNEXTS = (
+    "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b")
+MODELS = {name: getattr(vit, name) for name in VITS.split()}
+MODELS |= {name: getattr(convnext, name) for name in CONVNEXTS.split()}
+
+CHECKPOINT_KEYS = set(
+    "config classes image_size crop_ratio mean std model ema optimizer epoch step best "
+    "args".split())
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in 0..1, per colour
+STD = (0.229, 0.224, 0.225)
+
+
+def build_model(config):
+    """Build the model of a config: a dict with `model`, a preset's name, and its options.
+
+    Raise ValueError if there is no such model or an option is out of range.
     """
-    error = None
+    options = dict(config)
+    name = options.pop("model")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    return MODELS[name](**options)
+
+
+def load_checkpoint(path, device, raw=False):
+    """Return the model of a checkpoint, in evaluation mode on the device, and the file's dict.
+
+    The model has the averaged weights (EMA) if the run kept them, unless raw. Raise ValueError for
+    whatever is not a checkpoint of train.py.
+    """
+    checkpoint = read_checkpoint(path, device)
+    weights = checkpoint["ema"]
+    if raw or not weights:
+        weights = checkpoint["model"]
     try:
-        yield
-    except (ValueError, OSError) as raised:
-        error = str(raised)
-    errors = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        if any(errors) and dist.get_rank() > 0:
-            raise SystemExit(2)
-    found = {}  # {error: in words}
-    for rank, error in enumerate(errors):
-        found.setdefault(error, f"process {rank}: {error}" if rank else error)
-    found.pop(None, None)
-    if found:
-        raise ValueError("\nerror: ".join(found.values()))
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(weights)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"the config in {path} does not describe a model: {error}") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {path} do not fit its own config: {reason}") from None
+    names, outputs = len(checkpoint["classes"]), checkpoint["config"].get("num_classes")
+    if names != outputs:
+        raise ValueError(f"{path} names {names} classes, but its model has {outputs} outputs")
+    return model.to(device).eval(), checkpoint
 
 
-def image_losses(logits, answers, loss):
-    """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
+def read_checkpoint(path, device):
+    """Read the dict of a checkpoint. Raise ValueError if the file is not one.
 
-    answers are the right classes of an image, int64, padded with -1; L is 1 if there is only one.
-    loss is the kind with which the model was trained, without label smoothing:
-    - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
-    - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
+    weights_only=True refuses a file that wants to run code when opened. With mmap=True what nobody
+    looks at, such as the optimizer's moments, takes no memory.
     """
-    if loss == "sigmoid":
-        right = F.one_hot(answers + 1, logits.shape[1] + 1).amax(1)  # (B, L) -> (B, 1 + classes)
-        right = right[:, 1:].to(logits.dtype)  # without the column of the padding
-        return F.binary_cross_entropy_with_logits(logits, right, reduction="none").sum(1)
-    log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0))  # (B, L)
-    return -log_probs.masked_fill(answers < 0, -math.inf).logsumexp(1)
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: expected one like runs/<run>/best.pt")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # of whatever kind: any bytes may be in the file
+        reason = f"it is truncated or not one of ours: {first_line(error)}"
+        if os.path.getsize(path) == 0:
+            reason = "it is empty"
+        raise ValueError(f"{path} cannot be opened as a checkpoint, {reason}") from None
+    missing = CHECKPOINT_KEYS - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        lacking = ", ".join(sorted(missing))
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {lacking}")
+    if any(name.endswith(".experts.w1") for name in checkpoint["model"]):
+        told = "whose experts were stacked weights: train it again"
+        raise ValueError(f"{path} is from an older version, {told}")
+    return checkpoint
+
+
+# ---------------------------------------------------------------- data sets
+# Each has .classes (names in label order), .labels (N,), .path(index), .fingerprint() and items
+# (image (3, S, S) uint8, label, unreadable). The last is -1, or the index of the file that could
+# not be read and was replaced by the next one. Who gets the item decides what that means: train.py
+# reports and goes on, evaluate() stops.
+
+
+def open_dataset(spec, split, transform=None):
+    """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
+
+    Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
+    "all" everything. Elsewhere "all" means "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
+    Raise ValueError if there is no such data set.
+    """
+    name = spec.split(":")[0]
+    if name == "shapes":
+        return Shapes(*shapes_size(spec, split), transform)
+    if name in SHIFTS:
+        return shift(Shapes(*shapes_size(spec, split), transform), name)
+    if spec in ("cifar10", "cifar100"):
+        return open_cifar(spec, split, transform)
+    return FolderImages(spec, split, transform)
+
+
+class TensorImages:
+    """Images in memory: images (N, 3, H, W) uint8, labels (N,) int64, names of the classes.
+
+    An index may also be a list of B: then the item is a batch of them, which is much faster.
+    """
+
+    def __init__(self, images, labels, classes, transform=None):
+        self.images = images
+        self.labels = labels
+        self.classes = list(classes)
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, index):
+        """Return a name for messages: there is no file."""
+        return f"image {index}"
+
+    def fingerprint(self):
+        """Describe the images by their labels, for they have no names; see fingerprint()."""
+        return fingerprint(self, self.labels.numpy().tobytes())
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        unreadable = torch.full(image.shape[:-3], -1)  # () or (B,)
+        if self.transform:
+            image = self.transform(image)
+        return image, self.labels[index], unreadable
+
+
+def fingerprint(dataset, names):
+    """Describe a data set, for comparing it: dict(classes, images per class, digest).
+
+    digest: a hash of `names`, bytes that tell the images apart. Their contents do not count.
+    """
+    counts = dataset.labels.bincount(minlength=len(dataset.classes)).tolist()
+    digest = hashlib.sha256(names).hexdigest()
+    return dict(classes=dataset.classes, images=counts, digest=digest)
+
+
+def open_cifar(spec, split, transform):
+    """Open cifar10 or cifar100, downloaded to data/ at first use. See open_dataset()."""
+    kind = getattr(torchvision.datasets, spec.upper())
+    try:
+        cifar = kind("data", train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        reason = f"could not be downloaded ({first_line(error)})"
+        raise ValueError(f"{spec} {reason}: place {kind.filename} in data/ by hand") from None
+    # (N, 32, 32, 3) -> (N, 3, 32, 32)
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
+
+
+# ---------------------------------------------------------------- folders of images
+
+EXTENSIONS = tuple(
+    ".jpg .jpeg .jpe .jfif .png .bmp .webp .gif .tif .tiff .ppm .pgm .avif".split())
+TRAIN = ("train", "training")  # the first that exists, in small letters or capitals
+VAL = ("val", "valid", "validation", "test")
+NO_DATA = "__macosx @eadir $recycle.bin lost+found thumbs.db desktop.ini".split()
+RESULTS = {"last.pt", "report.html"}  # in folders that our programs have written
+TREE = ("FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg or "
+        "FOLDER/<class>/<image>.jpg")
+
+
+class FolderImages:
+    """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
+
+    The next image takes the place of an unreadable one. flat: whether root had no folder for
+    validation. files: paths from self.root, in an array: a million str would take ten times the
+    memory, again in each process, as counting references writes to shared pages.
+    """
+
+    def __init__(self, root, split, transform=None):
+        self.root, self.flat = split_folder(root, split)
+        self.transform = transform
+        files = find_images(self.root)
+        if split == "train" and len(files) == 1:
+            told = f"only one class folder, {', '.join(files)}, in {self.root}"
+            raise ValueError(f"{told}: give the folder that holds all: {TREE}")
+        if self.flat and split != "all":
+            files = hold_out(files, split, root)
+        self.classes = list(files)
+        self.files = np.array([os.fsencode(name) for names in files.values() for name in names])
+        counts = torch.tensor([len(names) for names in files.values()])
+        self.labels = torch.arange(len(files)).repeat_interleave(counts)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, index):
+        """Return the file of the item at an index, a str."""
+        return os.path.join(self.root, os.fsdecode(self.files[index]))
+
+    def fingerprint(self):
+        """Describe the images by their names; see fingerprint()."""
+        names = composed(os.fsdecode(b"\0".join(self.files)))
+        return fingerprint(self, os.fsencode(names))
+
+    def __getitem__(self, index):
+        for i in range(index, index + 100):  # the file itself or the next that can be read
+            i %= len(self)
+            image = read_image(self.path(i))
+            if image is not None:
+                break
+        else:
+            raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
+        try:
+            image = self.transform(image) if self.transform else image
+        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
+            told = f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels"
+            raise ValueError(f"{told}: {first_line(error)}") from error
+        return image, self.labels[i], -1 if i == index else index
+
+
+def split_folder(root, split):
+    """Find the folder with the class folders of a split: (its path, whether to hold out a fifth).
+
+    It is called by a word of TRAIN or VAL. Without such a folder it is root.
+    """
+    if not os.path.isdir(root):
+        specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100`"
+        raise ValueError(f"no data at {root!r}: expected {specs} or a folder: {TREE}")
+    paths = {name.lower(): os.path.join(root, name) for name in list_folder(root)[0]}
+    train = [paths[name] for name in TRAIN if name in paths]
+    val = [paths[name] for name in VAL if name in paths]
+    if train and val:
+        return (train if split == "train" else val)[0], False
+    if val and split != "train" and holds_folders(val[0]):
+        return val[0], False
+    if train and holds_folders(train[0]):
+        warn(f"no {root}/val: a fifth of {train[0]} is held out, all else is not read")
+        return train[0], True
+    return root, True
+
+
+def holds_folders(path):
+    """Tell whether a folder holds folders and no image, unlike one of a class."""
+    folders, files = list_folder(path)
+    return bool(folders) and not any(map(is_image, files))
+
+
+def is_image(name):
+    """Tell by its name whether a file is an image."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def list_folder(path):
+    """Return the names of the folders and of the files in a folder, without NO_DATA, sorted."""
+    def refuse(error):
+        raise ValueError(f"cannot open the folder {error.filename}: {error.strerror}")
+
+    def is_data(name):
+        return name[0] != "." and name.lower() not in NO_DATA
+
+    _, folders, files = next(os.walk(path, onerror=refuse))
+    return sorted(filter(is_data, folders)), sorted(filter(is_data, files))
+
+
+def list_files(root):
+    """List the files in and below the folders of root, each as its path from there: "cat/1.jpg".
+
+    No folder is read twice: a link to one above must not lead round in a circle.
+    """
+    found = []
+    places = [Path(root)]  # more are added on the way
+    met = {Path(root).resolve(), *Path(root).resolve().parents}
+    for place in places:
+        folders, files = list_folder(place)
+        if RESULTS & set(files):
+            continue
+        if place != Path(root):  # what lies beside the class folders is no data
+            inside = place.relative_to(root).as_posix()
+            found += [f"{inside}/{name}" for name in files]
+        for folder in map(place.joinpath, folders):
+            if folder.resolve() in met:
+                warn(f"{folder} leads to a folder above it or read already: left out")
+            else:
+                places.append(folder)
+            met.add(folder.resolve())
+    return found
+
+
+def find_images(root):
+    """Find the images of each class: {class: paths from root}, both sorted.
+
+    A class is a folder with an image in it or below it. One warning says what is odd. Raise
+    ValueError if there is none.
+    """
+    found = {composed(name): [] for name in list_folder(root)[0]}
+    types, deep = [], []
+    for file in sorted(list_files(root)):
+        top, *below = file.split("/")
+        if not is_image(file):
+            types.append(os.path.splitext(file)[1].lower() or below[-1])
+            continue
+        found[composed(top)].append(file)
+        if len(below) > 1:
+            deep.append(file)
+    classes = {name: files for name, files in sorted(found.items()) if files}
+    odd = {
+        "class folders without images are left out": found.keys() - classes.keys(),
+        "files of other types are left out": types,
+        "images lie deeper than in a class folder and belong to the upper one": deep,
+    }
+    notes = [root]
+    for what, names in odd.items():
+        if names:
+            notes.append(f"{len(names)} {what} ({', '.join(sorted(set(names))[:3])})")
+    notes = "; ".join(notes)
+    if not classes:
+        what = "images in the class folders of" if found else "class folders in"
+        raise ValueError(f"no {what} {notes}: expected {TREE}")
+    if classes.keys() <= set("12345") and len(deep) == sum(map(len, classes.values())):
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
+                         f"{', '.join(classes)} hold class folders; give one of them, or all")
+    if notes != root:
+        warn(notes)
+    return classes
+
+
+def composed(name):
+    """Return a name in Unicode's composed form (NFC): macOS may store é as e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def hold_out(classes, split, root):
+    """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
+
+    The fifth whose names have the smallest hashes validates: one image less moves at most one
+    other. Warn of classes of root that are too small. Raise ValueError if all are.
+    """
+    def hash_of(file):
+        below = composed(file.partition("/")[2])  # within the class folder
+        return hashlib.sha256(os.fsencode(below)).digest()
+
+    few = [name for name, files in classes.items() if len(files) < 5]
+    told = f"{len(few)} of {len(classes)} classes of {root} have fewer than 5 images"
+    if len(few) == len(classes):
+        raise ValueError(f"{told}: too few to hold out a fifth for validation")
+    if few:
+        warn(f"{told}, and so no validation image: {', '.join(few[:5])}")
+    kept = {}
+    for name, files in classes.items():
+        files = sorted(files, key=hash_of)
+        fifth = len(files) // 5
+        kept[name] = sorted(files[:fifth] if split == "val" else files[fifth:])
+    return kept
+
+
+warnings.filterwarnings("ignore", module="PIL")  # an odd file is read or reported
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def read_image(path):
+    """Read an image file: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
+
+    It is turned as its EXIF data say, which published ImageNet protocols do not do. More pixels
+    than Pillow's limit of 179 million are unreadable: for what a damaged header claims, a decoder
+    may take all of the memory.
+    """
+    try:
+        content = bytearray(Path(path).read_bytes())
+        image = Image.open(io.BytesIO(content))  # the header; too many pixels raise
+        if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with more than one picture
+            with suppress(Exception):
+                return read_jpeg(content)
+        return read_other(image)
+    except Exception:  # a decoder may raise anything
+        return None
+
+
+def read_jpeg(content):
+    """Decode a JPEG file with torchvision, which is faster than Pillow, or raise.
+
+    Other files go to Pillow: one wrong bit of a PNG can crash torchvision.
+    """
+    content = torch.frombuffer(content, dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(content, mode="RGB", apply_exif_orientation=True)
+
+
+def read_other(image):
+    """Decode an image that Pillow has opened, or raise.
+
+    Grey of 12 or 16 bits and floats from 0 to 1 are scaled to 0 .. 255.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if not image.mode.startswith(("I", "F")):
+        return v2.functional.pil_to_tensor(upright.convert("RGB"))
+    tags = getattr(image, "tag_v2", {})  # TIFF's: 258 is the bits, 262 is 0 if 0 is white
+    bits = tags.get(258, (16,))[0]  # PNG and PGM have 16 here
+    white = 1 if image.mode == "F" else 2**bits - 1
+    grey = v2.functional.pil_to_tensor(upright.convert("F"))  # (1, H, W)
+    grey = grey * (255 / white)
+    if image.mode == "I" and tags or not 0 <= grey.min() <= grey.max() <= 255:
+        raise ValueError("no known range: signed, of 32 bits, or floats beyond 0 to 1")
+    if tags.get(262) == 0:
+        grey = 255 - grey
+    return grey.round().to(torch.uint8).repeat(3, 1, 1)
+
+
+# ---------------------------------------------------------------- from images to counts
+
+
+def eval_transform(image_size, crop_ratio):
+    """Return the transform uint8 (3, H, W) -> (3, S, S), S = image_size.
+
+    It resizes the short side to S / crop_ratio (bicubic) and cuts out the centre: 256 and 224
+    pixels for ImageNet.
+    """
+    short_side = round(image_size / crop_ratio)
+    resize = v2.Resize(short_side, v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(image_size)])
+
+
+def normalize(images, mean, std):
+    """Turn images uint8 (B, 3, S, S) into float32: (pixel / 255 - mean) / std per colour."""
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    # In one pass: a small model would wait for the memory.
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+
+
+def auto_workers(dataset, world=1):
+    """Return how many processes load a dataset: 0 if it is in memory, else 1 to 12.
+
+    world processes share the machine's processors.
+    """
+    if isinstance(dataset, TensorImages):
+        return 0
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # on this machine alone
+    return min(12, max(1, (os.cpu_count() or 1) // world))
+
+
+def eval_loader(dataset, batch_size, workers, device, indices=None):
+    """Return a loader of this process's share of a dataset: every world-th image.
+
+    So each image is counted once. DistributedSampler would fill up the shares with images that
+    count twice. indices: of the images that take part; None for all.
+    """
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    if indices is None:
+        indices = range(len(dataset))
+    share = indices[rank::world]
+    sampling = dict(batch_size=batch_size, sampler=share)
+    if isinstance(dataset, TensorImages):  # asked for whole batches
+        batches = BatchSampler(share, batch_size, drop_last=False)
+        sampling = dict(batch_size=None, sampler=batches)
+    gpu = device.type == "cuda"
+    loading = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=gpu)
+    return DataLoader(dataset, **sampling, **loading, worker_init_fn=leave_signals)
 
 
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
              loss="softmax", stop=lambda: False):
-    """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5 in percent, loss).
+    """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5, loss).
 
-    The model runs on normalize(images, mean, std), under autocast if dtype is bfloat16.
-    Labels are (B,), or (B, L) padded with -1 if several answers are right: then one of them must be the best, or among the
-    best five. The result's loss is the mean over images of image_losses(), of the kind `loss`.
-    columns: the columns of the logits among which the prediction is made; labels are indices into them. None: all.
-    With fewer than 5 classes top5 is top-all, 100. progress: what the progress bar is called; none if empty.
-    Under torchrun each process counts its share and the sums are added at the end. ValueError if an
-    image cannot be read, see together(). stop: a function, asked before each batch whether to end
-    here; then the result is None, in all processes. The model is left in the mode it came in.
+    top1 and top5 are in percent; with fewer than 5 classes top5 is 100. loss is the mean of
+    image_losses(), of the kind `loss`. Labels are (B,), or (B, L) padded with -1 where several
+    answers are right.
+    columns: the columns of the logits among which the prediction is made; labels are indices into
+    them. None: all. dtype: bfloat16 for autocast. progress: the name of the progress bar; none if
+    empty. stop: a function, asked before each batch whether to end and return None.
+    Under torchrun each process counts its share, and all return the sums. The model is left in the
+    mode it came in. Raise ValueError, see together(), if an image cannot be read: an accuracy
+    without it would not be comparable.
     """
     was_training = model.training
     model.eval()
-    columns = None if columns is None else torch.tensor(columns, device=device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, right at once, right within five, loss
+    totals = Counter()
     broken = -1
-    shown = None if progress else True  # tqdm's `disable`; None: shown on a terminal only
-    for images, labels, unreadable in tqdm(start_loader(loader), desc=progress, unit="batch",
-                                           leave=False, total=len(loader), disable=shown):
+    hidden = None if progress else True  # None: shown on a terminal only
+    batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
+    for images, labels, unreadable in batches:
         broken = int(unreadable.max())
         if broken >= 0 or stop():
             break
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True)  # (B, 3, S, S)
+        labels = labels.to(device, non_blocking=True)
         with autocast(device, dtype):
             logits = model(normalize(images, mean, std)).float()  # (B, classes)
-        logits = logits if columns is None else logits[:, columns]
+        if columns is not None:
+            logits = logits[:, columns]
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)  # (B, 5): is this guess one of the answers?
-        total = image_losses(logits, answers, loss).double().sum()
-        count = torch.tensor(len(labels), device=device)
-        sums += torch.stack([count, hits[:, 0].sum(), hits.any(1).sum(), total])
+        totals.update(count_batch(logits, answers, loss))  # adds
     model.train(was_training)
     with together():
         if broken >= 0:
-            raise ValueError(f"cannot read {loader.dataset.path(broken)}: an accuracy without "
-                             f"this image would not be comparable; repair or remove the file")
+            path = loader.dataset.path(broken)
+            raise ValueError(f"cannot read {path}: repair or remove the file")
+    sums = [float(totals[name]) for name in ("images", "correct1", "correct5", "loss")]
+    sums = torch.tensor(sums, dtype=torch.float64, device=device)
     stopped = torch.tensor(int(bool(stop())), device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(stopped, dist.ReduceOp.MAX)
     if stopped:
         return None
-    images, correct1, correct5, total = sums.tolist()
-    return dict(images=int(images), correct1=int(correct1), correct5=int(correct5), top1=100 * correct1 / images,
-                top5=100 * correct5 / images, loss=total / images)
+    n, correct1, correct5, total = sums.tolist()
+    counts = dict(images=int(n), correct1=int(correct1), correct5=int(correct5))
+    return counts | dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
+
+
+def count_batch(logits, answers, loss):
+    """Count one batch: dict(images, correct1, correct5, loss), sums that evaluate() adds up.
+
+    Parameters: as in image_losses(). correct1: the best guess is one of the answers. correct5: one
+    of the best five is.
+    """
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+    # (B, 5, 1) and (B, 1, L) -> (B, 5): is this guess one of the answers?
+    hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)
+    correct1, correct5 = hits[:, 0].sum(), hits.any(1).sum()
+    total = image_losses(logits, answers, loss).double().sum()
+    return dict(images=len(logits), correct1=correct1, correct5=correct5, loss=total)
+
+
+def image_losses(logits, answers, loss):
+    """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
+
+    answers are the right classes, int64, padded with -1. loss is that of the training:
+    - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
+    - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
+    """
+    if loss == "sigmoid":
+        right = F.one_hot(answers + 1, logits.shape[1] + 1).amax(1)  # (B, 1 + classes)
+        right = right[:, 1:].to(logits.dtype)  # without the column of the padding
+        losses = F.binary_cross_entropy_with_logits(logits, right, reduction="none")
+        return losses.sum(1)
+    log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0))  # (B, L)
+    return -log_probs.masked_fill(answers < 0, -math.inf).logsumexp(1)
+
+
+# ---------------------------------------------------------------- the drawn data: shapes
+# A textured shape on a background; the class is shape and texture. Position, size, rotation and
+# colours are nuisance. Unlike a photograph, every picture comes with its factors and its object's
+# mask, so that one can measure what the experts follow. Only whole numbers are used (lengths in
+# 1/256 pixel), so that every machine draws the same pictures.
+
+SHAPES = ("circle", "square", "triangle", "cross")
+TEXTURES = ("plain", "stripes", "checks", "dots")
+OKABE_ITO = "E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 EBEBEB"  # white for black
+PALETTE = [tuple(bytes.fromhex(colour)) for colour in OKABE_ITO.split()]
+COSINES = (213, 237, 251, 256, 251, 237, 213)  # x 256, of -33.75 .. 33.75 degrees
+SINES = (-142, -98, -50, 0, 50, 98, 142)
+SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
+
+
+class Shapes(TensorImages):
+    """`count` pictures (N, 3, 32, 32) drawn from a seed, in parts of 500.
+
+    A longer set of the same seed begins with the same pictures. factors: dict of int64 tensors
+    (N,): shape, texture, colour and background (indices into the tuples above), row and column of
+    the object's centre in pixels. masks (N, 32, 32): where the object is.
+    """
+
+    def __init__(self, count, seed, transform=None):
+        parts = []
+        for i in range(math.ceil(count / 500)):
+            parts.append(draw_shapes(torch.Generator().manual_seed(seed * 1000 + i)))
+        drawn = {}
+        for name in parts[0]:
+            drawn[name] = torch.cat([part[name] for part in parts])[:count]
+        images, self.masks = drawn.pop("images"), drawn.pop("masks")
+        self.factors = drawn
+        labels = 4 * drawn["shape"] + drawn["texture"]
+        classes = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
+        super().__init__(images, labels, classes, transform)
+
+
+def shapes_size(spec, split):
+    """Return (count, seed) of a split of spec: 16,000 to train on, 2,000 others to validate.
+
+    `shapes:COUNT` is another number to train on. Raise ValueError unless it is 1 to 100000.
+    """
+    count = spec.partition(":")[2] or "16000"
+    if not count.isdecimal() or not 1 <= int(count) <= 100_000:
+        expected = "expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"
+        raise ValueError(f"{spec!r} is no data set: {expected}")
+    return (int(count), 1) if split == "train" else (2000, 2)
+
+
+def draw_shapes(generator, n=500):
+    """Draw n pictures with a torch.Generator: a dict of tensors whose first axis is n.
+
+    images (n, 3, 32, 32) uint8, masks (n, 32, 32) bool, and int64 factors (n,), see Shapes.
+    """
+    def draw(low, high, *size):
+        size = (n, *size)
+        return torch.randint(low, high, size, generator=generator, dtype=torch.int32)
+
+    def table(numbers):
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    shape, texture = draw(0, 4), draw(0, 4)
+    row, column = draw(12, 20, 1, 1), draw(12, 20, 1, 1)
+    radius, turn = draw(2560, 3328, 1, 1), draw(0, 7, 1, 1)
+    order = torch.rand(n, 8, generator=generator).argsort(dim=1, stable=True)
+    colours = order[:, :3]  # (n, 3): object, texture, background
+    shade, noise = draw(-25, 26, 3, 3), draw(-12, 13, 3, 32, 32)
+
+    # The pixel grid in the object's own frame: u to its right, v down, both (n, 32, 32).
+    pixels = table(range(32))
+    x, y = pixels - column, pixels.view(32, 1) - row
+    cos, sin = table(COSINES)[turn], table(SINES)[turn]  # (n, 1, 1)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    picture = torch.arange(n)
+    masks = outlines(u, v, radius)[shape, picture]  # (4, n, 32, 32) -> (n, 32, 32)
+    second = textures(u, v)[texture, picture]
+    layer = torch.where(masks, second.long(), 2)  # object, texture, background
+
+    paint = table(PALETTE)[colours] + shade  # (n, 3 layers, 3 colours)
+    paint = paint * table([[4], [4], [1]]) // 4  # the background is dark
+    images = paint[picture.view(n, 1, 1), layer]  # (n, 32, 32, 3)
+    images = (images.permute(0, 3, 1, 2) + noise).clamp(0, 255)  # (n, 3, 32, 32)
+    factors = dict(shape=shape, texture=texture, row=row, column=column)
+    factors |= dict(colour=colours[:, 0], background=colours[:, 2])
+    drawn = {name: factor.flatten().long() for name, factor in factors.items()}
+    return drawn | dict(images=images.to(torch.uint8), masks=masks)
+
+
+def outlines(u, v, r):
+    """Say where each of the SHAPES is: u, v (n, 32, 32), radius r (n, 1, 1) -> (4, n, 32, 32)."""
+    near, far = torch.stack([u, v]).abs().aminmax(dim=0)
+    slope = (u.abs() * 443 >> 8) - v  # 443 / 256 is the square root of 3
+    circle = u * u + v * v < r * r
+    square = far * 8 < r * 7
+    triangle = torch.maximum(2 * v, slope) < r * 5 // 4
+    cross = (near * 3 < r) & (far < r)
+    return torch.stack([circle, square, triangle, cross])
+
+
+def textures(u, v):
+    """Say where each of the TEXTURES has its second colour: u, v (n, 32, 32) -> (4, n, 32, 32)."""
+    column, row = u // 1024, v // 1024  # stripes and checks of 4 pixels
+    x, y = (u + 896) % 1792 - 896, (v + 896) % 1792 - 896  # from a dot: one every 7 pixels
+    plain = torch.zeros_like(u, dtype=torch.bool)
+    stripes, checks = column % 2 == 1, (column + row) % 2 == 1
+    dots = x * x + y * y < 580 * 580
+    return torch.stack([plain, stripes, checks, dots])
+
+
+def shift(data, name):
+    """Change the pictures of a Shapes, in place, to what training never shows.
+
+    name: one of SHIFTS. Labels, masks and factors stay right.
+    """
+    images = data.images.int()
+    if name == "shapes-noise":  # up to 80 brighter or darker; training has seen 12
+        generator = torch.Generator().manual_seed(3)
+        images += torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32)
+    if name == "shapes-blur":  # the mean of 3 x 3; no ninth of a whole number is near .5
+        padded = F.pad(images.float(), (1, 1, 1, 1), "replicate")
+        images = F.avg_pool2d(padded, 3, 1).round()
+    if name == "shapes-rotated":  # a quarter turn to the left; training has seen 34 degrees
+        images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
+        row, column = data.factors["row"], data.factors["column"]
+        data.factors |= dict(row=31 - column, column=row)
+    if name == "shapes-inverted":  # negatives: a dark object on a bright background
+        images = 255 - images
+    data.images = images.clamp(0, 255).to(torch.uint8)
+    return data
+
+
+# ================================================================================================
+# SECOND HALF: evaluation of checkpoints
+
+# ---------------------------------------------------------------- whose class is which
+# One rule for every test set. Folder names are looked up among the checkpoint's classes, and the
+# prediction is made among the classes that were found: all 1,000 for ImageNet-V2 and Sketch, 200
+# for -A and -R, and 1,000 of a 21k model's ("zero shot"). V2 has folders 0 to 999, which are sorted
+# 0, 1, 10, 100: such a name is the number of a class, not its position.
+
+
+@dataclass
+class Matched:
+    """A data set as a checkpoint is scored on it."""
+
+    dataset: FolderImages | TensorImages  # labels (N, L): right answers, indices into columns
+    columns: list  # of the logits that take part
+    indices: list  # of the images that have an answer
+    note: str  # what was done, in words
+
+
+def match_classes(names, classes, ignore_unmatched=False):
+    """Find the class folders of a data set among the checkpoint's classes: a list of positions.
+
+    Raise ValueError for an unknown folder. With ignore_unmatched it gets -1, if others are known.
+    """
+    position = {name: i for i, name in enumerate(classes)}
+    if are_numbers(names, classes):
+        position = {name: int(name) for name in names if int(name) < len(classes)}
+    found = [position.get(name, -1) for name in names]
+    unknown = [name for name in names if name not in position]
+    if len(unknown) == len(names) or unknown and not ignore_unmatched:
+        told = f"{len(unknown)} of {len(names)} classes of the data are unknown to the checkpoint"
+        some, known = ", ".join(unknown[:3]), ", ".join(classes[:3])
+        hint = "; --ignore-unmatched leaves them out" if len(unknown) < len(names) else ""
+        raise ValueError(f"{told} ({some}, ...): it knows {known}, ...{hint}")
+    return found
+
+
+def are_numbers(names, classes):
+    """Tell whether folders are called by numbers of classes, and no class is itself so called."""
+    return all(map(str.isdecimal, names)) and not any(map(str.isdecimal, classes))
+
+
+def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
+    """Return a data set as a checkpoint with these classes is scored on it: a Matched.
+
+    The images are shared. ignore_unmatched: see match_classes(). real: a file of ReaL labels, which
+    replace those of the folders. Raise ValueError if no image has an answer.
+    """
+    found = match_classes(dataset.classes, classes, ignore_unmatched)
+    columns = sorted(set(found) - {-1})
+    place = {column: i for i, column in enumerate(columns)}
+    dataset = copy.copy(dataset)
+    if real:
+        dataset.labels = read_real(real, dataset, len(columns))  # (N, L)
+    else:
+        places = torch.tensor([place.get(column, -1) for column in found])
+        dataset.labels = places[dataset.labels].unsqueeze(1)  # (N,) -> (N, 1)
+    indices = (dataset.labels >= 0).any(1).nonzero().flatten().tolist()
+    if not indices:
+        raise ValueError("no image of the data is in a class that the checkpoint knows")
+    notes = {
+        f"{len(indices)} images, {len(columns)} of {len(classes)} classes": True,
+        "logits restricted": len(columns) < len(classes),
+        "folder names are class numbers": are_numbers(dataset.classes, classes),
+        f"{found.count(-1)} unmatched folders left out": -1 in found,
+        f"ReaL labels from {real}": real,
+        f"{len(dataset) - len(indices)} images skipped": len(indices) < len(dataset),
+    }
+    note = ", ".join(text for text, holds in notes.items() if holds)
+    return Matched(dataset, columns, indices, note)
+
+
+def read_real(path, dataset, num_classes):
+    """Read ReaL labels (Beyer et al. 2020): (N, L) int64, padded with -1.
+
+    The file at path is a JSON list of the lists of right labels, some empty. Entry i belongs to the
+    image whose NAME has number i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files
+    sorted by class. Raise ValueError if it does not fit the images or the number of classes.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())
+        real = {f"ILSVRC2012_val_{i:08}": entry for i, entry in enumerate(entries, start=1)}
+        names = [os.path.basename(dataset.path(i))[:23] for i in range(len(dataset))]
+        if sorted(names) != sorted(real):
+            told = f"{len(real)} entries for {len(names)} images ({names[0]}, ...)"
+            last = f"{len(names):08}"
+            raise ValueError(f"{told}, expected one for each of ILSVRC2012_val_00000001 to {last}")
+        if not set().union(*entries) <= set(range(num_classes)):
+            last = num_classes - 1
+            raise ValueError(f"expected labels from 0 to {last}, the matched classes in order")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--real {path} does not fit: {first_line(error)}") from None
+    rows = [torch.tensor(real[name], dtype=torch.long) for name in names]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+# ---------------------------------------------------------------- ImageNet-C
+# (Hendrycks and Dietterich 2019)
+
+ALEXNET = dict(  # its error per corruption, a mean over five severities: what mCE divides by
+    gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880,
+    glass_blur=.826268, motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572,
+    fog=.819324, brightness=.564592, contrast=.853204, elastic_transform=.646056,
+    pixelate=.717840, jpeg_compression=.606500)
+PARTS = [f"{corruption}/{severity}" for corruption in ALEXNET for severity in "12345"]
+
+
+def open_parts(spec, split):
+    """Open a spec: {"": data set}, or for a folder of ImageNet-C's shape {"fog/1": data set, ...}.
+
+    Raise ValueError if one of its 75 folders is missing or has other classes.
+    """
+    missing = [part for part in PARTS if not os.path.isdir(os.path.join(spec, part))]
+    if missing == PARTS:
+        return {"": open_dataset(spec, split)}
+    if missing:
+        told = f"{len(missing)} of 75 folders are missing ({missing[0]}, ...)"
+        expected = "expected 15 corruptions with severities 1 to 5"
+        raise ValueError(f"{spec} has ImageNet-C's shape, but {told}: {expected}")
+    parts = {part: open_dataset(os.path.join(spec, part), "all") for part in PARTS}
+    for part, dataset in parts.items():
+        if dataset.classes != parts["fog/1"].classes:  # other logits would take part
+            raise ValueError(f"{spec}: {part} has not the same class folders as fog/1")
+    return parts
+
+
+def corruption_errors(results):
+    """Sum up {"fog/1": evaluate()'s result, ...}: dict(corruptions, mean_error, mce) in percent.
+
+    corruptions: {"fog": [5 errors, their mean, CE], ...}. A CE is the mean divided by AlexNet's.
+    The means over the corruptions are mce and mean_error, of which one has been quoted as the
+    other.
+    """
+    table = {}
+    for name, alexnet in ALEXNET.items():
+        errors = [100 - results[f"{name}/{severity}"]["top1"] for severity in "12345"]
+        average = statistics.mean(errors)
+        table[name] = [*errors, average, average / alexnet]
+    mean_error = statistics.mean(row[5] for row in table.values())
+    mce = statistics.mean(row[6] for row in table.values())
+    return dict(corruptions=table, mean_error=mean_error, mce=mce)
+
+
+# ---------------------------------------------------------------- changed routing, and the cost
+
+
+def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
+    """Let a sparse model choose its experts otherwise than in training: say how, in sentences.
+
+    k: experts per token. capacity_factor: limits the experts' slots, in units of the even share.
+    drop_experts: pairs (MoE layer, expert), both counted from 0. Raise ValueError if the model has
+    no such layer or expert, or too few are left.
+    """
+    if not (k or capacity_factor or drop_experts):
+        return []
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        flags = "--k, --capacity-factor and --drop-expert"
+        told = "not for one that is dense or has --router expert_choice or soft"
+        raise ValueError(f"{flags} are for a model whose tokens choose experts, {told}")
+    E, trained_k, factor = layers[0].num_experts, layers[0].k, layers[0].capacity_factor
+    k = k or trained_k
+    notes = []
+    for i, expert in drop_experts:
+        if i not in range(len(layers)) or expert not in range(E):
+            expected = f"expected a MoE layer 0 to {len(layers) - 1}, expert 0 to {E - 1}"
+            raise ValueError(f"--drop-expert {i}:{expert}: {expected}")
+        layers[i].router.register_forward_hook(partial(mute, expert=expert))
+        place = f"MoE layer {i}, block {model.moe_blocks[i]}"
+        notes.append(f"expert {expert} of {place}, is never chosen")
+    dropped = Counter(i for i, _ in set(drop_experts))  # {layer: how many}
+    left = E - max(dropped.values(), default=0)
+    if k > left:
+        told = f"a MoE layer has only {left} to choose from: give --k 1 to {left}"
+        raise ValueError(f"k = {k} experts per token, but {told}")
+    if k != trained_k:
+        notes.append(f"k = {k} instead of {trained_k}")
+    if capacity_factor:
+        told = "with a limit a prediction depends on the other images of its batch"
+        notes.append(f"capacity factor {capacity_factor} instead of {factor or 'no limit'}; {told}")
+    for layer in layers:
+        layer.k, layer.eval_capacity_factor = k, capacity_factor
+    return notes
+
+
+def mute(router, inputs, logits, expert):
+    """Change a router's logits (T, E), as its forward hook, so that nobody chooses this expert."""
+    logits[:, expert] = -math.inf
 
 
 @torch.no_grad()
 def count_flops(model, image_size):
     """Return the multiply-adds of one image in evaluation, an int: what the papers call FLOPs.
 
-    torch counts the products and convolutions of a copy of the model that has shapes, but no data.
-    Norms, activations and additions are left out, as is usual.
+    torch counts products and convolutions in a copy of the model without data, as is usual without
+    norms, activations and additions.
     """
     shapes = copy.deepcopy(model).to("meta").eval()
     for layer in shapes.modules():
@@ -882,242 +1104,223 @@ def clock(device):
 
 @torch.no_grad()
 def images_per_second(model, images, device, dtype):
-    """Speed of the model alone, a float: on images (B, 3, S, S), the median of 3 passes or, if fast, of 0.3 s of them."""
+    """Measure the speed of the model alone on images (B, 3, S, S): a float.
+
+    It is the median of 3 passes, or of 0.3 s of them, after a warm-up.
+    """
     seconds = []
     while len(seconds) < 4 or sum(seconds) < 0.3:
         start = clock(device.type)
         with autocast(device, dtype):
             model(images)
         seconds.append(clock(device.type) - start)
-    return len(images) / statistics.median(seconds[1:])  # the first is a warm-up
+    return len(images) / statistics.median(seconds[1:])
 
 
-# ---------------------------------------------------------------- ImageNet-C (Hendrycks and Dietterich 2019)
-
-ALEXNET = dict(  # its error per corruption, a mean over five severities: what mCE divides by
-    gaussian_noise=.886428, shot_noise=.894468, impulse_noise=.922640, defocus_blur=.819880, glass_blur=.826268,
-    motion_blur=.785948, zoom_blur=.798360, snow=.866816, frost=.826572, fog=.819324, brightness=.564592,
-    contrast=.853204, elastic_transform=.646056, pixelate=.717840, jpeg_compression=.606500)
+# ---------------------------------------------------------------- results: a dict per checkpoint
 
 
-def open_parts(spec, split):
-    """{"": a split of a spec} or, for a folder of ImageNet-C's shape, {"fog/1": data set, ...}. ValueError if some lack."""
-    folders = {f"{name}/{severity}": os.path.join(spec, name, severity) for name in ALEXNET for severity in "12345"}
-    missing = [part for part, path in folders.items() if not os.path.isdir(path)]
-    if len(missing) == len(folders):
-        return {"": open_dataset(spec, split)}
-    if missing:
-        raise ValueError(f"{spec} has ImageNet-C's shape, but {len(missing)} of 75 folders are missing ({missing[0]}, ...): "
-                         f"expected 15 corruptions with severities 1 to 5")
-    parts = {part: open_dataset(path, "all") for part, path in folders.items()}
-    uneven = [part for part, dataset in parts.items() if dataset.classes != parts["fog/1"].classes]
-    if uneven:  # they would be evaluated with logits restricted to different classes
-        raise ValueError(f"{spec}: {uneven[0]} has not the same class folders as fog/1, expected the same in all 75")
-    return parts
+def prepare(path, data, args):
+    """Find what can be wrong before anything is computed: return (model, row, {key: Matched}).
 
-
-def corruption_errors(results):
-    """Percent, from results {"fog/1": evaluate()'s, ...}: dict(corruptions: {"fog": [5 errors, mean, CE]}, mean_error, mce)
-
-    The mean error is the plain mean over all 75. A CE is a corruption's mean error divided by AlexNet's, and mCE is the
-    mean of the CE: two numbers of similar size, of which one has been quoted as the other.
+    path: of a checkpoint. row: a dict of its results so far. data: {key: data set}; a key is
+    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise.
     """
-    table = {}
-    for name, alexnet in ALEXNET.items():
-        errors = [100 - results[f"{name}/{severity}"]["top1"] for severity in "12345"]
-        table[name] = [*errors, statistics.mean(errors), statistics.mean(errors) / alexnet]
-    mean_error, mce = (statistics.mean(row[column] for row in table.values()) for column in (5, 6))
-    return dict(corruptions=table, mean_error=mean_error, mce=mce)
+    model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
+    weights = "raw" if args.raw or not checkpoint["ema"] else "EMA"
+    row = dict(checkpoint=path, weights=weights)
+    for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std", "args"):
+        row[name] = checkpoint[name]
+    row["deviations"] = change_routing(model, args.k, args.capacity_factor, args.drop_expert)
+    row["params"], row["active"] = count_parameters(model)
+    row["multiply_adds"] = count_flops(model, row["image_size"])
+    matched = {}
+    for (spec, part), dataset in data.items():
+        found = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
+        whole = args.split == "all" and getattr(dataset, "flat", False)
+        if whole and was_trained_on(row, spec):
+            found.note += ", those of the training among them: --split val leaves them out"
+        found.dataset.transform = eval_transform(row["image_size"], row["crop_ratio"])
+        if part:
+            found.dataset.transform = v2.CenterCrop(row["image_size"])
+            first = dataset[found.indices[0]][0]  # (3, H, W)
+            if min(first.shape[1:]) < row["image_size"]:
+                told = f"an image of {part} is smaller than {row['image_size']} pixels"
+                raise ValueError(f"{spec} is only cropped, but {told}")
+        matched[spec, part] = found
+    return model, row, matched
+
+
+def was_trained_on(row, spec):
+    """Tell whether a checkpoint was trained on the folder of a spec."""
+    return os.path.abspath(row["args"].get("data", "shapes")) == os.path.abspath(spec)
+
+
+def measure(model, row, matched, args, device, world, progress):
+    """Add to a row the model's speed and its counts on each data set; see prepare()."""
+    model.to(device)
+    dtype = best_dtype(device)
+    first = next(iter(matched.values()))
+    images = torch.stack([first.dataset[i][0] for i in first.indices[:args.batch_size]])
+    images = normalize(images.to(device), row["mean"], row["std"])
+    row["images_per_s"] = images_per_second(model, images, device, dtype)
+    results = defaultdict(dict)  # {spec: {part: counts}}
+    for (spec, part), found in matched.items():
+        data = found.dataset
+        workers = auto_workers(data, world) if args.workers is None else args.workers
+        loader = eval_loader(data, args.batch_size, workers, device, found.indices)
+        options = dict(columns=found.columns, dtype=dtype)
+        options |= dict(progress=progress and f"{spec} {part}")
+        options |= dict(loss=row["args"].get("loss", "softmax"))
+        counts = evaluate(model, loader, device, row["mean"], row["std"], **options)
+        if not math.isfinite(counts["loss"]):
+            raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
+        transform = " ".join(str(data.transform).split())
+        results[spec][part] = counts | dict(protocol=found.note, transform=transform)
+    row["data"] = {}
+    for spec, parts in results.items():
+        if "" in parts:
+            row["data"][spec] = parts[""]
+        else:
+            row["data"][spec] = corruption_errors(parts) | dict(parts=parts)
+    model.cpu()
+
+
+def over_seeds(rows):
+    """Group the rows of runs that differ in the seed only: [[row, ...], ...], each of two or more.
+
+    Of checkpoints with one seed, such as best.pt and last.pt of a run, only the first counts.
+    """
+    groups = defaultdict(dict)  # {setting: {seed: row}}
+    for row in rows:
+        setting = row["args"] | dict(seed=None, out=None, workers=None)
+        seed = row["args"].get("seed")
+        groups[json.dumps(setting, sort_keys=True)].setdefault(seed, row)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
+
+
+def print_plan(row, matched):
+    """Say what is evaluated, and on what: a note that holds for 75 parts is printed once."""
+    model, epoch = row["config"]["model"], row["epoch"]
+    print(f"{row['checkpoint']}: {model} after epoch {epoch}, {row['weights']} weights")
+    notes = [f"  deviates from training: {deviation}" for deviation in row["deviations"]]
+    for (spec, part), found in matched.items():
+        notes.append(f"  {spec}{part and ', each part'}: {found.note}")
+    print("\n".join(dict.fromkeys(notes)), flush=True)
+
+
+def print_table(rows):
+    """Print rows of cells in columns. Floats get two decimals."""
+    texts = []
+    for row in rows:
+        texts.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row])
+    first, *widths = [max(map(len, column)) for column in zip(*texts)]
+    for name, *cells in texts:
+        line = name.ljust(first)
+        for cell, width in zip(cells, widths):
+            line += "  " + cell.rjust(width)
+        print(line.rstrip())
+
+
+def print_results(rows):
+    """Print a line per checkpoint, one per group of seeds, and one per corruption of ImageNet-C."""
+    specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
+    names = [name for spec in specs for name in (spec, "")]  # each above two columns
+    header = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
+    table = [[""] * len(header) + names, header + ["top-1 %", "top-5 %"] * len(specs)]
+    for row in rows:
+        cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6]
+        cells += [f"{row['multiply_adds'] / 1e9:.3g}", round(row["images_per_s"])]
+        for spec in specs:
+            cells += [row["data"][spec]["top1"], row["data"][spec]["top5"]]
+        table.append(cells)
+    print()
+    print_table(table)
+    groups = over_seeds(rows)
+    if groups:
+        print("\ntop-1 %, mean and standard deviation over seeds")
+        print_table([["", "n", *names], *(seed_cells(group, specs) for group in groups)])
+    for row in rows:
+        for spec, result in row["data"].items():
+            if "mce" in result:
+                print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
+                print_corruptions(result)
+
+
+def seed_cells(group, specs):
+    """Return the cells of a line: name and size of a group of seeds, mean and deviation per spec.
+
+    The deviation is that of a sample, divided by n - 1.
+    """
+    cells = [os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group)]
+    for spec in specs:
+        top1 = [row["data"][spec]["top1"] for row in group]
+        cells += [statistics.mean(top1), statistics.stdev(top1)]
+    return cells
+
+
+def print_corruptions(result):
+    """Print what corruption_errors() returned."""
+    table = [["corruption", 1, 2, 3, 4, 5, "mean", "CE"]]
+    for name, errors in result["corruptions"].items():
+        table.append([name, *errors])
+    print_table(table)
+    print(f"mean error {result['mean_error']:.2f} %, the mean of the 75 errors")
+    print(f"mCE {result['mce']:.2f} %, the mean of the 15 CE: mean errors in % of AlexNet's")
 
 
 # ---------------------------------------------------------------- command line
 
 
-def number(interval, kind=float):
-    """Return an argparse type that accepts the finite numbers of an interval such as "[0, 1)".
-
-    A square bracket includes the end, a round one excludes it. kind: float or int.
-    """
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # fails both comparisons
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} in {interval}, got {text}")
-        return value
-
-    return parse
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Evaluate checkpoints of train.py on data sets: a row per checkpoint.",
-        usage="%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)")
+    usage = "%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    count = number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, action="append", help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
+    flag("--data", required=True, action="append",
+         help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
-         help="of a folder without val/: all of it, or the fifth that training holds out (default: all)")
-    flag("--ignore-unmatched", action="store_true", help="leave out class folders that the checkpoint does not know")
-    flag("--real", metavar="FILE", help="score ImageNet's validation images by the ReaL labels in this JSON file")
-    flag("--raw", action="store_true", help="the plain weights, where the checkpoint has averaged ones (EMA)")
-    flag("--k", type=number("[1, inf)", int), help="experts per token, other than in training")
+         help="of a folder without val/: all of it, or what training holds out (default: all)")
+    flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
+    flag("--real", metavar="FILE", help="score ImageNet by the ReaL labels in this JSON file")
+    flag("--raw", action="store_true", help="plain weights, not the averaged ones (EMA)")
+    flag("--k", type=count, help="experts per token, other than in training")
     flag("--capacity-factor", type=number("(0, inf)"),
          help="slots per expert, in units of the even share (default: no limit)")
-    flag("--drop-expert", type=layer_and_expert, action="append", default=[], metavar="LAYER:EXPERT",
-         help="never choose this expert; MoE layers and experts count from 0; repeatable")
-    flag("--batch-size", type=number("[1, inf)", int), default=128,
-         help="images at a time in each process (default: 128)")
+    flag("--drop-expert", type=layer_and_expert, action="append", default=[],
+         metavar="LAYER:EXPERT", help="never choose this expert; both count from 0; repeatable")
+    flag("--batch-size", type=count, default=128, help="in each process (default: 128)")
     flag("--workers", type=number("[0, inf)", int),
          help="processes that load images (default: 0 if in memory, else up to 12)")
-    flag("--json", metavar="FILE", help="also write the results there, with counts and how they were obtained")
+    flag("--json", metavar="FILE", help="also write the results there")
     return parser.parse_args(argv)
 
 
 def layer_and_expert(text):
-    """"0:3" -> (0, 3)."""
+    """Turn "0:3" into (0, 3)."""
     layer, expert = text.split(":")
     return int(layer), int(expert)
 
 
-def setup_processes():
-    """(rank, world size, device): from torchrun's environment, or one process on the GPU or CPU at hand."""
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def check(args):
-    """ValueError for options that cannot be."""
+    """Raise ValueError for options that cannot be."""
     if args.real and (len(args.data) > 1 or args.ignore_unmatched):
-        raise ValueError("--real scores one --data, ImageNet's validation images, and all of its classes")
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        raise ValueError(f"--json {args.json}: there is no folder {os.path.dirname(args.json)}")
-
-
-def prepare(path, data, args):
-    """Whatever can be wrong is found here, before anything is computed: (model, its row of the results so far, data).
-
-    path: of a checkpoint. data: {spec: {part: data set}}, as opened, and as this checkpoint is scored on it.
-    """
-    model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
-    row = dict(checkpoint=path, weights="raw" if args.raw or not checkpoint["ema"] else "EMA")
-    row |= {name: checkpoint[name] for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std", "args")}
-    changes = args.k, args.capacity_factor, args.drop_expert
-    row["deviations"] = change_routing(model, *changes) if any(changes) else []
-    row["params"], row["active"] = count_parameters(model)
-    row["multiply_adds"] = count_flops(model, row["image_size"])
-    data = {spec: {part: match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
-                   for part, dataset in parts.items()} for spec, parts in data.items()}
-    for spec, part, dataset in ((spec, *item) for spec, parts in data.items() for item in parts.items()):
-        resized = eval_transform(row["image_size"], row["crop_ratio"])
-        trained_on = row["args"].get("data") and os.path.abspath(row["args"]["data"])
-        flat = getattr(dataset, "flat", False)
-        if flat and os.path.abspath(spec) == trained_on and args.split == "all":
-            dataset.note += ", those of the training among them: --split val leaves them out"
-        if part and min(dataset[dataset.indices[0]][0].shape[1:]) < row["image_size"]:
-            raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller than {row['image_size']} pixels")
-        dataset.transform = v2.CenterCrop(row["image_size"]) if part else resized
-    return model, row, data
-
-
-def measure(model, row, data, args, device, world, progress):
-    """Complete a row of the results, in place: the model's speed, and its counts on each data set.
-
-    data: as prepare() returns it. world: number of processes. progress: whether this one shows a progress bar.
-    """
-    model, dtype, row["data"] = model.to(device), best_dtype(device), {}
-    mean, std = row["mean"], row["std"]
-    for spec, parts in data.items():
-        results = {}
-        for part, dataset in parts.items():
-            workers = auto_workers(dataset, world) if args.workers is None else args.workers
-            loader = eval_loader(dataset, args.batch_size, workers, device, dataset.indices)
-            if "images_per_s" not in row:
-                batch = torch.stack([dataset[i][0] for i in islice(cycle(dataset.indices), args.batch_size)])
-                row["images_per_s"] = images_per_second(model, normalize(batch.to(device), mean, std), device, dtype)
-            counts = evaluate(model, loader, device, mean, std, dataset.columns, dtype,
-                              progress and f"{spec} {part}", row["args"].get("loss", "softmax"))
-            if not math.isfinite(counts["loss"]):
-                raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite numbers")
-            results[part] = counts | dict(protocol=dataset.note, transform=" ".join(str(dataset.transform).split()))
-        row["data"][spec] = results[""] if "" in results else corruption_errors(results) | dict(parts=results)
-    model.cpu()
-
-
-def print_plan(row, data):
-    """Say what is evaluated (a row), and on what (data). Of ImageNet-C's 75 parts, each different note is printed once."""
-    print(f"{row['checkpoint']}: {row['config']['model']} after epoch {row['epoch']}, {row['weights']} weights")
-    notes = [f"deviates from training: {deviation}" for deviation in row["deviations"]]
-    for spec, parts in data.items():
-        notes += [f"{spec}{', each part' if part else ''}: {dataset.note}" for part, dataset in parts.items()]
-    print("".join(f"  {note}\n" for note in dict.fromkeys(notes)), end="", flush=True)
-
-
-def over_seeds(rows):
-    """[(name, number of runs, {spec: (mean, standard deviation)})] of the top-1 of runs that differ in the seed only.
-
-    Of rows, the results, with the arguments of their training. The deviation is that of a sample, divided by n - 1. name:
-    what the paths of the checkpoints have in common, and a star.
-    """
-    groups = {}
-    for row in rows:
-        setting = {name: value for name, value in row["args"].items() if name not in ("seed", "out", "workers")}
-        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(row)
-    found = []
-    for group in (group for group in groups.values() if len(group) > 1):
-        top1 = {spec: [row["data"][spec]["top1"] for row in group]
-                for spec, result in group[0]["data"].items() if "top1" in result}
-        found.append((os.path.commonprefix([row["checkpoint"] for row in group]) + "*", len(group),
-                      {spec: (statistics.mean(values), statistics.stdev(values)) for spec, values in top1.items()}))
-    return found
-
-
-def print_results(rows):
-    """Print rows, the results: a line per checkpoint, one per group of seeds, and for ImageNet-C one per corruption."""
-    specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
-    wide, first = [max(18, len(spec) + 2) for spec in specs], max(len(row["checkpoint"]) for row in rows)
-    print("\n" + " " * (first + 39) * bool(specs) + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
-    print(f"{'checkpoint':<{first}}{'params M':>10}{'active M':>10}{'GFLOPs':>9}{'images/s':>10}"
-          + "".join(f"{'top-1 %':>{width - 9}}{'top-5 %':>9}" for width in wide))
-    for row in rows:
-        print(f"{row['checkpoint']:<{first}}{row['params'] / 1e6:>10.2f}{row['active'] / 1e6:>10.2f}"
-              f"{row['multiply_adds'] / 1e9:>9.3g}{row['images_per_s']:>10.0f}"
-              + "".join(f"{row['data'][spec]['top1']:>{width - 9}.2f}{row['data'][spec]['top5']:>9.2f}"
-                        for spec, width in zip(specs, wide)))
-    seeds = over_seeds(rows)
-    if seeds:
-        first = max(len(name) for name, _, _ in seeds)
-        print(f"\ntop-1 %, mean and standard deviation over seeds\n{'':<{first}}{'n':>4}"
-              + "".join(f"{spec:>{width}}" for spec, width in zip(specs, wide)))
-    for name, n, top1 in seeds:
-        print(f"{name:<{first}}{n:>4}" + "".join(f"{top1[spec][0]:>{width - 6}.2f}{top1[spec][1]:>6.2f}"
-                                                 for spec, width in zip(specs, wide)))
-    for row, spec, result in ((row, *item) for row in rows for item in row["data"].items() if "mce" in item[1]):
-        print(f"\n{row['checkpoint']} on {spec}, error in % per severity\n{'corruption':<18}"
-              + "".join(f"{title:>8}" for title in (1, 2, 3, 4, 5, "mean", "CE")))
-        for name, errors in result["corruptions"].items():
-            print(f"{name:<18}" + "".join(f"{error:>8.2f}" for error in errors))
-        print(f"mean error {result['mean_error']:.2f} %, the mean of the 75 errors\n"
-              f"mCE {result['mce']:.2f} %, the mean of the 15 CE, which are mean errors in % of AlexNet's")
+        raise ValueError("--real scores one --data, ImageNet's validation images, on all classes")
+    folder = os.path.dirname(args.json or "")
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--json {args.json}: there is no folder {folder}")
 
 
 def main(args):
-    """The whole program: check everything, evaluate each checkpoint on each data set, print the table, write the JSON."""
+    """Check everything, evaluate each checkpoint on each data set, print and write the results."""
     rank, world, device = setup_processes()
     with together():
         check(args)
-        data = {spec: open_parts(spec, args.split) for spec in args.data}
+        data = {}  # {(spec, part): data set}
+        for spec in args.data:
+            for part, dataset in open_parts(spec, args.split).items():
+                data[spec, part] = dataset
         prepared = [prepare(path, data, args) for path in args.checkpoint]
     for model, row, matched in prepared:
         if rank == 0:
@@ -1127,26 +1330,16 @@ def main(args):
     if rank == 0:
         print_results(rows)
     if rank == 0 and args.json:
-        machine = dict(torch=torch.__version__, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-                       dtype=str(best_dtype(device)), processes=world, batch_size=args.batch_size)
-        text = json.dumps(machine | dict(results=rows), indent=1)
-        with open(args.json, "w") as file:
-            file.write(text)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        run = dict(torch=torch.__version__, device=name, dtype=str(best_dtype(device)))
+        run |= dict(processes=world, batch_size=args.batch_size, results=rows)
+        Path(args.json).write_text(json.dumps(run, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def fail(error):
-    """Print an error of all processes, see together(), or of this one, and exit with status 2.
-
-    Of an error in a loader's worker only the last line is left, without the traceback.
-    """
-    print(f"error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a name's characters
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without a character
     try:
         main(parse_args())
     except (ValueError, OSError) as error:

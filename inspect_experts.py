@@ -24,7 +24,6 @@ per patch (1, or k with --all-choices), L levels of a factor (16 classes, 2 for 
 
 import argparse
 import base64
-import colorsys
 import csv
 import html
 import io
@@ -36,17 +35,18 @@ import re
 import sys
 import tempfile
 import unicodedata
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageColor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (PALETTE, auto_workers, autocast, best_dtype, eval_loader, eval_transform,
-                  load_checkpoint, match_classes, normalize, open_dataset)
+from eval import (PALETTE, auto_workers, autocast, best_dtype, eval_loader, eval_transform, fail,
+                  load_checkpoint, match_classes, normalize, number, open_dataset, start_loader)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -58,33 +58,24 @@ def crosstab(rows, columns, R, C):
     A row of -1 is left out.
     """
     cells = (rows + 1) * C + columns  # row -1 has the first C cells, which are cut off below
-    cells = cells.flatten()
-    counts = cells.new_zeros((R + 1) * C)
-    counts.scatter_add_(0, cells, torch.ones_like(cells))
+    counts = cells.flatten().bincount(minlength=(R + 1) * C)
     return counts.view(R + 1, C)[1:]
 
 
 def patches_per_level(levels, chosen, L, E):
     """Count the patches of each level per expert: chosen (B, N, K) int64 -> (L, E) int64.
 
-    levels: the level of each image, (B,), or of each patch, (B, N), in 0 .. L - 1 or -1 for none.
+    levels: in 0 .. L - 1 or -1 for none. (B,) is one per image, (B, N) or (1, N) one per patch.
     """
-    levels = levels.to(chosen.device).view(len(chosen), -1, 1)
+    levels = levels.view(len(levels), -1, 1)
     return crosstab(levels.expand_as(chosen), chosen, L, E)
-
-
-def images_per_count(per_image, most):
-    """Count the images that send expert e exactly n patches: per_image (B, E) -> (E, 1 + most)."""
-    E = per_image.shape[1]
-    expert = torch.arange(E, device=per_image.device)
-    return crosstab(expert.expand_as(per_image), per_image, E, 1 + most)
 
 
 def cumulative(histogram):
     """For each expert, list the share of its images that send it at most 1, 2, ..., N patches.
 
-    histogram (E, 1 + N): see images_per_count(). An expert's images are those that send it at
-    least one patch. An expert without images has None. (Paper, Figure 8.)
+    histogram (E, 1 + N): the images that send it 0, 1, ..., N. An expert's images are those that
+    send it at least one patch. An expert without images has None. (Paper, Figure 8.)
     """
     curves = []
     for images in histogram[:, 1:].double():
@@ -93,23 +84,15 @@ def cumulative(histogram):
     return curves
 
 
-def shared_patches(per_image):
-    """Sum min(c_i, c_j) over the images, where c_i is an image's number of patches of expert i.
-
-    per_image (B, E) int64 -> (E, E) int64. This is half the numerator of similarity().
-    """
-    return torch.minimum(per_image.unsqueeze(2), per_image.unsqueeze(1)).sum(0)
-
-
 def similarity(shared, patches):
     """Return the paper's Jaccard-like similarity of two experts, (E, E) float64 (section 5.6).
 
         S_ij = sum over images with both of (c_i + c_j - |c_i - c_j|)
                / sum over images with either of (c_i + c_j)
 
-    c_i + c_j - |c_i - c_j| is 2 min(c_i, c_j), and 0 unless both experts appear. So two sums over
-    all images suffice: shared (E, E), the sum of min(c_i, c_j), and patches (E,), the sum of c_i.
-    The diagonal is 1. An expert that is never chosen has a similarity of 0.
+    c_i is an image's number of patches of expert i. c_i + c_j - |c_i - c_j| is 2 min(c_i, c_j), and
+    0 unless both experts appear. So two sums over all images suffice: shared (E, E), the sum of
+    min(c_i, c_j), and patches (E,), the sum of c_i. An expert that is never chosen has 0.
     """
     either = patches.unsqueeze(1) + patches  # (E, E)
     return 2 * shared.double() / either.clamp(min=1)
@@ -117,8 +100,7 @@ def similarity(shared, patches):
 
 def entropy(p):
     """Return H = sum of -p log2 p over a tensor of probabilities, a float in bits."""
-    nats = torch.special.entr(p).sum().item()
-    return nats / math.log(2)
+    return torch.special.entr(p).sum().item() / math.log(2)
 
 
 def mutual_information(counts):
@@ -132,7 +114,7 @@ def mutual_information(counts):
     I / min(H(r), H(c)). It is 1 if one side decides the other, and 0 if they are independent or
     if one side never varies.
     """
-    p = counts.double() / max(1, counts.sum().item())
+    p = counts.double() / counts.sum().clamp(min=1)
     h_rows = entropy(p.sum(1))
     h_columns = entropy(p.sum(0))
     bits = max(0.0, h_rows + h_columns - entropy(p))  # rounding may leave a little less than 0
@@ -140,14 +122,9 @@ def mutual_information(counts):
     return bits, bits / smaller if smaller > 1e-12 else 0.0
 
 
-def coefficient_of_variation(share):
-    """Return the standard deviation over the mean of share (E,): 0 for a perfect balance."""
-    return (share.std(correction=0) / share.mean()).item()
-
-
-def class_shares(table):
-    """Return the share of each class's patches per expert, (classes, E), 0 for an empty class."""
-    return table / table.sum(1, keepdim=True).clamp(min=1)
+def row_shares(table):
+    """Return the share of each row's patches per column, of a table of patches. An empty row: 0."""
+    return table.double() / table.sum(1, keepdim=True).clamp(min=1)
 
 
 def top_classes(table, classes, count=5):
@@ -156,11 +133,11 @@ def top_classes(table, classes, count=5):
     table (classes, E): patches. classes: the names. Returns [[name, share], ...] per expert,
     largest first, at most `count` of them, without classes that have no patch.
     """
-    shares = table.double() / table.sum(0).clamp(min=1)
     found = []
-    for share in shares.T:  # (classes,), of one expert
+    for share in row_shares(table.T):  # (classes,), of one expert
         best = share.argsort(descending=True, stable=True)[:count]
-        found.append([[classes[c], share[c].item()] for c in best if share[c] > 0])
+        best = best[share[best] > 0].tolist()
+        found.append([[classes[c], share[c].item()] for c in best])
     return found
 
 
@@ -168,7 +145,7 @@ def top_classes(table, classes, count=5):
 
 
 class LayerCounts:
-    """The running sums of one MoE layer. An image is forgotten once it is counted.
+    """The running sums of one MoE layer, on the CPU. An image is forgotten once it is counted.
 
     Each factor is also counted by chance: every image gets the factors of another image. What the
     experts seem to follow then is no finding. Chance is above 0 if there are few images per class,
@@ -184,55 +161,60 @@ class LayerCounts:
 
     def __init__(self, num_experts, grid, factors, all_choices=False, keep=6):
         self.num_experts = num_experts
-        self.num_patches = grid[1] * grid[2]
         self.grid = grid
         self.factors = factors
         self.all_choices = all_choices
-        M = len(factors["class"][0])
+        labels, _ = factors["class"]
         seed = torch.Generator().manual_seed(0)
-        self.shuffled = torch.randperm(M, generator=seed)  # image m by chance
+        self.shuffled = torch.randperm(len(labels), generator=seed)  # image m by chance
         self.images = 0
         self.class_token = 0  # becomes (E,)
-        self.histogram = 0  # (E, 1 + N), see images_per_count()
-        self.shared = 0  # (E, E), see shared_patches()
+        self.histogram = 0  # (E, 1 + N), the images that send an expert 0, 1, ..., N patches
+        self.shared = 0  # (E, E), see similarity()
         self.entropy = 0  # (), in nats, summed over the patches
-        self.tables = dict.fromkeys([*factors, "position"], 0)  # {factor: (L, E) patches}
-        self.by_chance = dict(self.tables)
+        self.tables = defaultdict(int)  # {factor: (L, E) patches}
+        self.by_chance = defaultdict(int)
         self.surest = torch.zeros(num_experts, keep)  # the highest probabilities, best first
         self.surest_at = torch.zeros(num_experts, keep, dtype=torch.int64)  # image * N + patch
 
     def add(self, routing):
-        """Add the next B images: a Routing of T = B * (class tokens + N) tokens, image by image."""
-        extra, N, E = self.grid[0], self.num_patches, self.num_experts
-        chosen = routing.experts if self.all_choices else routing.experts[:, :1]
-        chosen = chosen.view(-1, extra + N, chosen.shape[1])  # (T, K) -> (B, extra + N, K)
-        probs = routing.probs.view(-1, extra + N, E)  # (T, E) -> (B, extra + N, E)
-        token = chosen[:, :extra]
-        chosen = chosen[:, extra:]
-        probs = probs[:, extra:]
+        """Add the next B images: a Routing of T = B * (class tokens + N) tokens, image by image.
 
-        B = len(chosen)
+        Return the first choices as B pictures, (B, rows, columns) int64.
+        """
+        extra, rows, columns = self.grid
+        tokens = extra + rows * columns
+        E = self.num_experts
+        experts = routing.experts.cpu().unflatten(0, (-1, tokens))  # (T, k) -> (B, tokens, k)
+        probs = routing.probs.cpu().unflatten(0, (-1, tokens))[:, extra:]  # (B, N, E)
+        counted = experts if self.all_choices else experts[..., :1]
+        chosen = counted[:, extra:]  # (B, N, K)
+        B, N, _ = chosen.shape
+        image = self.images + torch.arange(B)
+
         per_image = patches_per_level(torch.arange(B), chosen, B, E)
-        image = torch.arange(self.images, self.images + B)
+        expert = torch.arange(E).expand(B, E)
         self.images += B
-        self.class_token += crosstab(torch.zeros_like(token), token, 1, E)[0]
-        self.histogram += images_per_count(per_image, N)
-        self.shared += shared_patches(per_image)
+        self.class_token += counted[:, :extra].flatten().bincount(minlength=E)
+        self.histogram += crosstab(expert, per_image, E, 1 + N)
+        self.shared += torch.minimum(per_image.unsqueeze(2), per_image.unsqueeze(1)).sum(0)
         self.entropy += torch.special.entr(probs).sum(dtype=torch.float64)
         self.add_factors(image, chosen)
         self.add_surest(image, chosen[..., 0], probs)
+        return chosen[..., 0].view(B, rows, columns)
 
     def add_factors(self, image, chosen):
         """Pair the experts of each patch with the levels of each factor.
 
         image (B,): indices in 0 .. M - 1. chosen (B, N, K).
         """
-        E, N = self.num_experts, self.num_patches
+        N = chosen.shape[1]
+        E = self.num_experts
+        other = self.shuffled[image]
         for name, (levels, L) in self.factors.items():
-            other = self.shuffled[image]
             self.tables[name] += patches_per_level(levels[image], chosen, L, E)
             self.by_chance[name] += patches_per_level(levels[other], chosen, L, E)
-        position = torch.arange(N).expand(len(image), N)
+        position = torch.arange(N).unsqueeze(0)  # (1, N)
         moved = (position + image.unsqueeze(1)) % N  # by chance: image m is moved on by m patches
         self.tables["position"] += patches_per_level(position, chosen, N, E)
         self.by_chance["position"] += patches_per_level(moved, chosen, N, E)
@@ -242,13 +224,11 @@ class LayerCounts:
 
         image (B,): indices in 0 .. M - 1. first (B, N): the first choices. probs (B, N, E).
         """
-        N, device = self.num_patches, probs.device
-        experts = torch.arange(self.num_experts, device=device)
-        mine = first.unsqueeze(2) == experts  # (B, N, E)
+        mine = F.one_hot(first, self.num_experts)  # (B, N, E)
         best, patch = (probs * mine).max(dim=1)  # (B, E): of each image
-        place = image.unsqueeze(1).to(device) * N + patch
-        best = torch.cat([self.surest.to(device), best.T], dim=1)  # (E, keep + B)
-        place = torch.cat([self.surest_at.to(device), place.T], dim=1)
+        place = image.unsqueeze(1) * first.shape[1] + patch
+        best = torch.cat([self.surest, best.T], dim=1)  # (E, keep + B)
+        place = torch.cat([self.surest_at, place.T], dim=1)
         order = best.argsort(dim=1, descending=True, stable=True)
         order = order[:, :self.surest.shape[1]]  # (E, keep)
         self.surest = best.gather(1, order)
@@ -257,33 +237,33 @@ class LayerCounts:
     def summary(self, classes):
         """Return the numbers of this layer as plain values for JSON. classes: the names."""
         extra, rows, columns = self.grid
-        position = self.tables["position"].cpu()  # (N, E)
-        patches = position.sum(0)  # (E,)
-        share = patches.double() / patches.sum()
-        token_share = self.class_token.double() / self.class_token.sum()
+        position = self.tables["position"]  # (N, E)
+        patches = position.sum(0).double()  # (E,)
+        share = patches / patches.sum()
+        token_share = self.class_token / self.class_token.sum().double()
         maps = position.T.double() / self.images  # (E, N)
-        used = self.histogram[:, 1:].sum().item()  # pairs of an image and an expert
-        bits = self.entropy.item() / math.log(2)
+        used = self.histogram[:, 1:].sum()  # pairs of an image and an expert
+        nats = self.entropy / (self.images * rows * columns)
 
         numbers = {"grid": [rows, columns]}
         numbers["share"] = share.tolist()
-        numbers["coefficient_of_variation"] = coefficient_of_variation(share)
+        numbers["coefficient_of_variation"] = (share.std(correction=0) / share.mean()).item()
         numbers["class_token_share"] = token_share.tolist() if extra else None
-        numbers["experts_per_image"] = used / self.images
-        numbers["router_entropy_bits"] = bits / (self.images * self.num_patches)
+        numbers["experts_per_image"] = used.item() / self.images
+        numbers["router_entropy_bits"] = nats.item() / math.log(2)
         numbers["information"] = self.information()
-        numbers["similarity"] = similarity(self.shared.cpu(), patches).tolist()
-        numbers["top_classes"] = top_classes(self.tables["class"].cpu(), classes)
+        numbers["similarity"] = similarity(self.shared, patches).tolist()
+        numbers["top_classes"] = top_classes(self.tables["class"], classes)
         numbers["spatial"] = maps.view(-1, rows, columns).tolist()
-        numbers["patches_per_image_cdf"] = cumulative(self.histogram.cpu())
+        numbers["patches_per_image_cdf"] = cumulative(self.histogram)
         return numbers
 
     def information(self):
         """Return for each factor what it tells about the expert, and what it tells by chance."""
         found = {}
         for name, table in self.tables.items():
-            bits, normalized = mutual_information(table.cpu())
-            _, by_chance = mutual_information(self.by_chance[name].cpu())
+            bits, normalized = mutual_information(table)
+            _, by_chance = mutual_information(self.by_chance[name])
             found[name] = dict(bits=bits, normalized=normalized, normalized_by_chance=by_chance)
         return found
 
@@ -304,9 +284,8 @@ def known_factors(dataset, chosen, grid):
     on_object = F.adaptive_avg_pool2d(masks, grid[1:]).flatten(1) > 127.5  # (M, N)
     factors["object"] = (on_object.long(), 2)
     for name in ("shape", "texture", "colour"):
-        values = dataset.factors[name]
-        levels = torch.where(on_object, values[chosen].unsqueeze(1), -1)
-        factors[name] = (levels, int(values.max()) + 1)
+        values = dataset.factors[name][chosen].unsqueeze(1)  # (M, 1)
+        factors[name] = (values.where(on_object, -1), int(values.max()) + 1)
     return factors
 
 
@@ -315,71 +294,63 @@ def count_choices(model, loader, layers, device, mean, std, examples=()):
     """Run the model once over a loader, and add each routing to its LayerCounts in `layers`.
 
     examples: positions of images to show. Returns for each of them (label, image (3, S, S) uint8,
-    [expert_map() per layer]). Computes in bfloat16 where eval.py does. mean, std: see normalize().
-    Raises ValueError at the first image that cannot be read.
+    [first choices (rows, columns) per layer]). Computes in bfloat16 where eval.py does. mean, std:
+    see normalize(). Raise ValueError at the first image that cannot be read.
     """
-    shown, seen = [], 0
-    batches = tqdm(loader, "inspect", unit="batch", leave=False, disable=None)
+    shown = []
+    seen = 0
+    batches = tqdm(start_loader(loader), "inspect", len(loader), unit="batch", leave=False,
+                   disable=None)
     for images, labels, unreadable in batches:
-        if (unreadable >= 0).any():
-            path = loader.dataset.path(int(unreadable.max()))
+        broken = int(unreadable.max())
+        if broken >= 0:
+            path = loader.dataset.path(broken)
             raise ValueError(f"cannot read {path}: repair or remove the file")
         with autocast(device, best_dtype(device)):
-            inputs = images.to(device, non_blocking=True)
-            inputs = normalize(inputs, mean, std)
+            inputs = normalize(images.to(device), mean, std)
             _, routings = model(inputs, return_routing=True)
-        for layer, routing in zip(layers, routings):
-            layer.add(routing)
+        maps = [layer.add(routing) for layer, routing in zip(layers, routings)]
         for i in range(len(images)):
             if seen + i in examples:
-                maps = [expert_map(*pair, i) for pair in zip(layers, routings)]
-                shown.append((int(labels[i]), images[i], maps))
+                mine = [choices[i] for choices in maps]
+                shown.append((int(labels[i]), images[i], mine))
         seen += len(images)
     return shown
 
 
-def expert_map(layer, routing, i):
-    """Return the first choices of image i of a batch as a picture, (rows, columns) int64."""
-    extra, rows, columns = layer.grid
-    first = routing.experts[:, 0].view(-1, extra + rows * columns)  # (T,) -> (B, extra + N)
-    return first[i, extra:].view(rows, columns).cpu()
-
-
-def cut_out(image, patch, grid, size=48):
-    """Cut a patch and its neighbours out of an image (3, S, S), as (3, size, size).
+def cut_out(image, patch, grid):
+    """Cut a patch and its neighbours out of an image (3, S, S), as (3, side, side).
 
     The cut is three patches wide, or a quarter of the image if that is more. At the border of the
     image it is moved inside. patch: an index into the grid.
     """
     _, rows, columns = grid
     S = image.shape[-1]
-    side = min(S, max(S // 4, 3 * S // rows))
+    step = S // rows  # a patch is as high as wide
+    side = min(S, max(S // 4, 3 * step))
     row, column = divmod(patch, columns)
-    centre = torch.tensor([(row + 0.5) / rows, (column + 0.5) / columns]) * S
-    corner = (centre - side / 2).clamp(0, S - side)
-    top, left = corner.int().tolist()
-    mode = v2.InterpolationMode.NEAREST_EXACT if side < size else v2.InterpolationMode.BILINEAR
-    return v2.functional.resized_crop(image, top, left, side, side, [size, size], mode)
+    top = min(max(0, row - 1) * step, S - side)
+    left = min(max(0, column - 1) * step, S - side)
+    return image[:, top:top + side, left:left + side]
 
 
 def surest_patches(dataset, chosen, layer):
-    """For each expert, join the patches that LayerCounts kept: (3, 48, 48 * keep) uint8.
+    """For each expert, join the patches that LayerCounts kept, side by side: (3, side, width).
 
-    Places that are left are white. An expert without patches has None.
-    chosen (M,): which images of the dataset were counted.
+    An expert without patches has None. chosen (M,): which images of the dataset were counted.
     """
     strips = []
     for probs, places in zip(layer.surest, layer.surest_at):
-        strip = torch.full((3, 48, 48 * len(places)), 255, dtype=torch.uint8)
-        for i, place in enumerate(places[probs > 0].tolist()):
-            m, patch = divmod(place, layer.num_patches)
+        cuts = []
+        for place in places[probs > 0].tolist():
+            m, patch = divmod(place, math.prod(layer.grid[1:]))
             image, _, _ = dataset[int(chosen[m])]
-            strip[:, :, 48 * i:][:, :, :48] = cut_out(image, patch, layer.grid)
-        strips.append(strip if probs.any() else None)
+            cuts.append(cut_out(image, patch, layer.grid))
+        strips.append(torch.cat(cuts, dim=2) if cuts else None)
     return strips
 
 
-class Run(NamedTuple):
+class Findings(NamedTuple):
     """What one checkpoint did on the data: everything that the figures and files are made of."""
 
     name: str  # path of the checkpoint
@@ -393,7 +364,7 @@ class Run(NamedTuple):
 
 
 def inspect(path, model, checkpoint, dataset, args, device):
-    """Run one checkpoint over a data set, and return all that is known of it, a Run.
+    """Run one checkpoint over a data set, and return all that is known of it.
 
     path, checkpoint, model: the file, its dict and the model. args: of the command line. Raises
     ValueError if an image cannot be read or if a router computes something that is not finite.
@@ -401,16 +372,16 @@ def inspect(path, model, checkpoint, dataset, args, device):
     config = checkpoint["config"]
     M = min(len(dataset), args.max_images or len(dataset))
     chosen = torch.arange(M) * len(dataset) // M  # evenly spread: folders come class by class
+    n = max(1, min(args.examples, M))
+    examples = range(M // (2 * n), M, M // n)[:args.examples]  # the middles of n equal parts
     workers = auto_workers(dataset) if args.workers is None else args.workers
     loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
     counts = []
     for grid in model.grids:
         factors = known_factors(dataset, chosen, grid)
         counts.append(LayerCounts(config["num_experts"], grid, factors, args.all_choices))
-    n = min(args.examples, M)
-    spread = [(2 * i + 1) * M // (2 * n) for i in range(n)]
-    mean, std = checkpoint["mean"], checkpoint["std"]
-    examples = count_choices(model, loader, counts, device, mean, std, spread)
+    shown = count_choices(model, loader, counts, device, checkpoint["mean"], checkpoint["std"],
+                          examples)
 
     layers = []
     for i, (block, layer) in enumerate(zip(model.moe_blocks, counts)):
@@ -418,9 +389,9 @@ def inspect(path, model, checkpoint, dataset, args, device):
             raise ValueError(f"{path}: the router of block {block} computes numbers that are not "
                              f"finite: inspect another checkpoint")
         layers.append(dict(layer=i, block=block) | layer.summary(dataset.classes))
-    tables = [layer.tables["class"].cpu() for layer in counts]
+    tables = [layer.tables["class"] for layer in counts]
     patches = [surest_patches(dataset, chosen, layer) for layer in counts]
-    return Run(path, config, M, dataset.classes, layers, tables, examples, patches)
+    return Findings(path, config, M, dataset.classes, layers, tables, shown, patches)
 
 
 # ---------------------------------------------------------------- 3. figures
@@ -453,9 +424,8 @@ def palette(num_experts):
         return [*PALETTE[:7], VIOLET][:num_experts]
     colours = []
     for e in range(num_experts):
-        saturation, value = (0.85, 0.75) if e % 2 == 0 else (0.5, 0.95)
-        rgb = colorsys.hsv_to_rgb(e / num_experts, saturation, value)
-        colours.append(tuple(round(255 * share) for share in rgb))
+        tone = "85%, 75%" if e % 2 == 0 else "50%, 95%"  # saturation and value
+        colours.append(ImageColor.getrgb(f"hsv({360 * e / num_experts}, {tone})"))
     return colours
 
 
@@ -515,7 +485,7 @@ def picture(x, y, width, height, pixels):
     columns = min(image.width, round(2 * width))
     rows = min(image.height, round(2 * height))
     image = image.resize((columns, rows), Image.Resampling.BOX)
-    kind = "jpeg" if image.mode == "RGB" and image.width > 64 else "png"
+    kind = "jpeg" if image.mode == "RGB" and image.height > 32 else "png"
     file = io.BytesIO()
     image.save(file, kind, quality=85)
     data = base64.b64encode(file.getvalue()).decode()
@@ -529,10 +499,10 @@ def tint(values, colour):
     The opacity is 10% for 0, so that the edge of the map shows, and 80% for 1, so that a number
     on it can be read, on a light and on a dark page.
     """
-    rgb = torch.tensor(colour).view(3, 1, 1).expand(3, *values.shape)
-    opacity = 255 * (0.1 + 0.7 * values)
-    pixels = torch.cat([rgb, opacity.round().unsqueeze(0)])
-    return pixels.to(torch.uint8)
+    pixels = torch.empty(4, *values.shape, dtype=torch.uint8)
+    pixels[:3] = torch.tensor(colour).view(3, 1, 1)
+    pixels[3] = (255 * (0.1 + 0.7 * values)).round()
+    return pixels
 
 
 def overlay(image, experts, colours):
@@ -540,9 +510,8 @@ def overlay(image, experts, colours):
 
     experts (rows, columns) int64. colours: one per expert. (Paper, Figure 6.)
     """
-    grid = torch.tensor(colours, dtype=torch.float)[experts]  # (rows, columns, 3)
-    grid = grid.permute(2, 0, 1).unsqueeze(0)  # (1, 3, rows, columns)
-    colour = F.interpolate(grid, image.shape[-2:], mode="nearest")[0]  # (3, S, S)
+    patches = torch.tensor(colours, dtype=torch.float).T[:, experts]  # (3, rows, columns)
+    colour = F.interpolate(patches.unsqueeze(0), image.shape[1:])[0]  # (3, S, S), hard edges
     grey = v2.functional.rgb_to_grayscale(image, 3)
     return (0.4 * grey + 0.6 * colour).round().to(torch.uint8)
 
@@ -553,17 +522,19 @@ def labels_across(labels, left, step, y):
     skip = math.ceil((7 * longest + 4) / step)
     marks = []
     for i in range(0, len(labels), skip):
-        x = left + (i + 0.5) * step
-        marks.append(text(x, y, labels[i], "middle"))
+        marks.append(text(left + (i + 0.5) * step, y, labels[i], "middle"))
     return marks
 
 
-def bars(title, values, top, colours, labels, notes):
-    """Draw a bar per value, with its label and note below. A value of `top` is 110 pixels high."""
+def bars(title, values, top, colours, labels, note):
+    """Draw a bar per value, 110 pixels high for `top`. Below are its label and, by note, a number.
+
+    note: a format such as "{:.2f}". Only up to 8 bars have room for the numbers.
+    """
     step = WIDTH / len(values)
     marks = labels_across(labels, 0, step, 129)
     if len(values) <= 8:
-        marks += labels_across(notes, 0, step, 143)
+        marks += labels_across([note.format(value) for value in values], 0, step, 143)
     for i, value in enumerate(values):
         x = (i + 0.1) * step
         height = 110 * value / top
@@ -572,18 +543,20 @@ def bars(title, values, top, colours, labels, notes):
 
 
 def tiles(title, pictures, labels, per_row):
-    """Draw pictures of one shape in rows, with a label above each. None: only the label."""
-    shapes = [pixels.shape for pixels in pictures if pixels is not None]
-    _, rows, columns = shapes[0]
+    """Draw pictures of one height in rows, with a label above each. None: only the label."""
+    shown = [pixels for pixels in pictures if pixels is not None]
+    columns = max(pixels.shape[2] for pixels in shown)
     width = (WIDTH + 6) / per_row - 6
-    height = width * rows / columns
+    scale = width / columns
+    height = scale * shown[0].shape[1]
     marks = []
     for i, pixels in enumerate(pictures):
-        x = i % per_row * (width + 6)
-        y = i // per_row * (height + 20)
+        row, column = divmod(i, per_row)
+        x = column * (width + 6)
+        y = row * (height + 20)
         marks.append(text(x, y + 11, labels[i]))
         if pixels is not None:
-            marks.append(picture(x, y + 15, width, height, pixels))
+            marks.append(picture(x, y + 15, scale * pixels.shape[2], height, pixels))
     return Panel(title, y + height + 20, marks)
 
 
@@ -601,47 +574,43 @@ def heat_map(title, values, rows, columns, left, height, top=1):
         y = 20 + (i + 0.5) * height
         label = short(str(rows[i]), 16)
         marks.append(text(left - 5, y, label, "end", 10))
-        if width < 18:
-            continue
-        for j, value in enumerate(values[i]):
-            number = f"{value:.2f}".removeprefix("0").replace("1.00", "1")
+        for j in range(len(columns) if width >= 18 else 0):
+            number = f"{values[i, j]:.2f}".removeprefix("0").replace("1.00", "1")
             marks.append(text(left + (j + 0.5) * width, y, number, "middle", 10))
     return Panel(title, 20 + len(rows) * height, marks)
 
 
 def plot(title, curves, colours, N):
-    """Draw curves of shares, each a list of (n, share) with n from 1 to N patches of an image."""
-    left, bottom, height = 34, 150, 144
-    step = (WIDTH - 12 - left) / max(1, N - 1)
-    marks = [text(WIDTH / 2, bottom + 30, "patches of the image, at most", "middle")]
+    """Draw curves of shares over 1, 2, ..., N patches of an image. None is no curve."""
+    def at(n, share):
+        x = 34 + 274 * (n - 1) / max(1, N - 1)
+        return x, 150 - 144 * share
+
+    marks = [text(WIDTH / 2, 180, "patches of the image, at most", "middle")]
     for n in {1, math.ceil(N / 2), N}:
-        x = left + (n - 1) * step
-        marks.append(text(x, bottom + 15, n, "middle"))
+        x, y = at(n, 0)
+        marks.append(text(x, y + 15, n, "middle"))
     for share in (0, 0.5, 1):
-        y = bottom - height * share
-        marks.append(line([(left, y), (WIDTH - 12, y)], GREY, 1))
-        marks.append(text(left - 5, y + 4, share, "end"))
+        x, y = at(1, share)
+        marks.append(text(x - 5, y + 4, share, "end"))
+        marks.append(line([(x, y), at(N, share)], GREY, 1))
+    shown = torch.linspace(1, N, min(N, 150)).round().int().tolist()  # about one per 2 pixels
     for curve, colour in zip(curves, colours):
-        points = [(left + (n - 1) * step, bottom - height * share) for n, share in curve]
-        marks.append(line(points, colour))
+        if curve:
+            points = [at(n, curve[n - 1]) for n in shown]
+            marks.append(line(points, colour))
     return Panel(title, 190, marks)
 
 
 def legend(num_experts):
-    """Draw the colours of the experts, which all figures share."""
-    per_row = min(num_experts, 16 if num_experts <= 100 else 10)  # a number takes 7 to 21 pixels
-    step = WIDTH / per_row
-    marks = []
-    for e, colour in enumerate(palette(num_experts)):
-        x = e % per_row * step
-        y = e // per_row * 24
-        marks.append(rect(x, y, step - 2, 8, colour))
-        marks.append(text(x + step / 2, y + 20, e, "middle"))
-    return Panel("the experts and their colours", y + 24, marks)
+    """Draw the colours of the experts, which all figures share, ten to a row."""
+    colours = torch.tensor(palette(num_experts), dtype=torch.uint8)  # (E, 3)
+    swatches = colours.view(-1, 3, 1, 1).expand(-1, 3, 1, 3)  # three pixels wide
+    return tiles("the experts and their colours", swatches, range(num_experts), 10)
 
 
-# Each figure takes a Run and yields its panels. The first line of its docstring is its heading in
-# the report, and the rest is its caption.
+# Each figure takes the Findings of a run and yields its panels. The first line of its docstring is
+# its heading in the report, and the rest is its caption.
 
 
 def draw_load(run):
@@ -655,9 +624,8 @@ def draw_load(run):
     top = max(max(layer["share"]) for layer in run.layers)
     even = 115 - 110 / E / top
     for layer in run.layers:
-        notes = [f"{100 * share:.1f}%" for share in layer["share"]]
         title = f"block {layer['block']}"
-        panel = bars(title, layer["share"], top, palette(E), range(E), notes)
+        panel = bars(title, layer["share"], top, palette(E), range(E), "{:.1%}")
         panel.marks.append(line([(0, even), (WIDTH, even)], GREY, 1))
         yield panel
 
@@ -673,8 +641,7 @@ def draw_examples(run):
     yield legend(len(colours))
     for label, image, maps in run.examples:
         pictures = [image] + [overlay(image, experts, colours) for experts in maps]
-        title = short(run.classes[label], 45)
-        yield tiles(title, pictures, labels, min(4, len(labels)))
+        yield tiles(short(run.classes[label], 45), pictures, labels, min(4, len(labels)))
 
 
 def draw_spatial(run):
@@ -684,13 +651,12 @@ def draw_spatial(run):
     experts for the border and for the centre in ConvNeXt, and none of that kind in ViT. (Figure 7.)
     """
     E = run.config["num_experts"]
-    per_row = min(E, 4) if E <= 16 else 8
     for layer in run.layers:
         maps = torch.tensor(layer["spatial"])  # (E, rows, columns)
         top = maps.max()
-        pictures = [tint(values / top, colour) for values, colour in zip(maps, palette(E))]
+        pictures = [tint(values, colour) for values, colour in zip(maps / top, palette(E))]
         title = f"block {layer['block']}, full colour: {100 * top:.0f}% of the images"
-        yield tiles(title, pictures, range(E), per_row)
+        yield tiles(title, pictures, range(E), min(E, 4) if E <= 16 else 8)
 
 
 def draw_cumulative(run):
@@ -704,11 +670,7 @@ def draw_cumulative(run):
     yield legend(len(colours))
     for layer in run.layers:
         N = math.prod(layer["grid"])
-        shown = torch.linspace(1, N, min(N, 150)).round().int().tolist()  # about one per 2 pixels
-        curves = []
-        for cdf in layer["patches_per_image_cdf"]:
-            curves.append([(n, cdf[n - 1]) for n in shown] if cdf else [])
-        yield plot(f"block {layer['block']}", curves, colours, N)
+        yield plot(f"block {layer['block']}", layer["patches_per_image_cdf"], colours, N)
 
 
 def draw_classes(run):
@@ -718,16 +680,13 @@ def draw_classes(run):
     means that the expert does not care about the class. In the paper the first MoE layers do not
     follow the classes, and the last three do: animals against objects. (Figures 9 and 10, top.)
     """
-    C, E = run.class_tables[0].shape
-    names = run.classes
-    if C > 30:  # not all names have room
-        names = [f"{c} {name}" for c, name in enumerate(names)]
-    height = min(18, max(360, min(C, 1000)) / C)  # of a cell: one pixel up to 1,000 classes
-    shares = [class_shares(table) for table in run.class_tables]
+    experts = range(run.config["num_experts"])
+    height = min(18, 1000 / len(run.classes))  # of a cell: one pixel for 1,000 classes
+    shares = [row_shares(table) for table in run.class_tables]
     top = max(share.max().item() for share in shares)
     for layer, share in zip(run.layers, shares):
         title = f"block {layer['block']}, strongest: {100 * top:.0f}% of a class"
-        yield heat_map(title, share, names, range(E), 110, height, top)
+        yield heat_map(title, share, run.classes, experts, 110, height, top)
 
 
 def draw_similarity(run):
@@ -752,9 +711,8 @@ def draw_depth(run):
     E = run.config["num_experts"]
     values = [layer["experts_per_image"] for layer in run.layers]
     blocks = [layer["block"] for layer in run.layers]
-    notes = [f"{value:.2f}" for value in values]
     colours = [BLUE] * len(blocks)
-    yield bars(f"experts per image, of {E}, in block", values, E, colours, blocks, notes)
+    yield bars(f"experts per image, of {E}, in block", values, E, colours, blocks, "{:.2f}")
 
 
 def draw_factors(run):
@@ -769,10 +727,10 @@ def draw_factors(run):
     blocks = [layer["block"] for layer in run.layers]
     names = list(run.layers[0]["information"])
     for key, title in (("normalized", "measured"), ("normalized_by_chance", "by chance")):
-        values = torch.zeros(len(names), len(blocks))
-        for j, layer in enumerate(run.layers):
-            known = layer["information"].values()
-            values[:, j] = torch.tensor([numbers[key] for numbers in known])
+        columns = []
+        for layer in run.layers:
+            columns.append([known[key] for known in layer["information"].values()])
+        values = torch.tensor(columns).T  # (factors, layers)
         yield heat_map(f"{title}, per block", values, names, blocks, 70, 30)
 
 
@@ -811,79 +769,86 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1368px; margin: auto; pa
 p { max-width: 70ch; opacity: 0.75 } h3, p { overflow-wrap: anywhere }
 .panels { display: flex; flex-wrap: wrap; gap: 20px 28px; align-items: start }
 .panels > div { flex: 1 1 330px; min-width: 0 }
-svg { max-width: 100%; height: auto; fill: currentColor; overflow: visible }
+svg { max-width: 100%; height: auto; fill: currentColor }
 table { border-collapse: collapse; font-size: 13px; line-height: 1.3 }
 td, th { padding: 3px 5px; text-align: right }
 th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
+SUFFIXES = ("", "_compare")  # of the names of a run's files
+KEY_NUMBERS = {  # columns of the table at the top, and their cells for a layer
+    "block": "{block}",
+    "grid": "{grid[0]}×{grid[1]}",
+    "experts per image": "{experts_per_image:.2f}",
+    "load, CV": "{coefficient_of_variation:.3f}",
+    "router, bits": "{router_entropy_bits:.2f}",
+    "class, bits": "{information[class][bits]:.3f}",
+    "class, norm.": "{information[class][normalized]:.3f}",
+}
 
 
-def draw_panel(panel, x=0, y=0):
-    """Return a panel with its title above it, an SVG group with its top left corner at (x, y)."""
+def panel_svg(panel, x=0, y=0):
+    """Return a panel with its title above it, for the page, or at (x, y) of a file."""
     marks = text(0, -10, panel.title, size=14) + "".join(panel.marks)
-    return element("g", marks, transform=f"translate({x} {y + TITLE})")
-
-
-def page_svg(panel):
-    """Return a panel as an element of the page."""
     height = math.ceil(TITLE + panel.height)
-    label = escape(panel.title)
-    return element("svg", draw_panel(panel), role="img", aria_label=label, width=WIDTH,
-                   height=height, viewBox=f"0 0 {WIDTH} {height}")
+    return element("svg", marks, x=x, y=y, width=WIDTH, height=height, overflow="visible",
+                   viewBox=f"0 {-TITLE} {WIDTH} {height}", role="img",
+                   aria_label=escape(panel.title))
 
 
 def file_svg(panels, per_row=4):
     """Return the panels of one figure as an SVG file, a str, in rows on white."""
-    highest = max(panel.height for panel in panels)
     step_x = WIDTH + GAP
-    step_y = TITLE + math.ceil(highest) + GAP
+    step_y = TITLE + GAP + math.ceil(max(panel.height for panel in panels))
     width = GAP + step_x * min(per_row, len(panels))
     height = GAP + step_y * math.ceil(len(panels) / per_row)
     marks = rect(0, 0, width, height, (255, 255, 255))
     for i, panel in enumerate(panels):
-        x = GAP + i % per_row * step_x
-        y = GAP + i // per_row * step_y
-        marks += draw_panel(panel, x, y)
+        row, column = divmod(i, per_row)
+        marks += panel_svg(panel, GAP + column * step_x, GAP + row * step_y)
     return element("svg", marks, xmlns="http://www.w3.org/2000/svg", width=width, height=height,
                    viewBox=f"0 0 {width} {height}", font_family="system-ui, sans-serif")
 
 
 def key_numbers(run):
     """Return the head of a run in the report: its name, its config and a row per MoE layer."""
-    rows = ["<tr><th>block<th>grid<th>experts per image<th>load, CV<th>router, bits"
-            "<th>class, bits<th>class, norm."]
-    for layer in run.layers:
-        known = layer["information"]["class"]
-        rows.append("<tr>")
-        rows.append(f"<td>{layer['block']}")
-        rows.append("<td>{}×{}".format(*layer["grid"]))
-        rows.append(f"<td>{layer['experts_per_image']:.2f}")
-        rows.append(f"<td>{layer['coefficient_of_variation']:.3f}")
-        rows.append(f"<td>{layer['router_entropy_bits']:.2f}")
-        rows.append(f"<td>{known['bits']:.3f}<td>{known['normalized']:.3f}")
     config = " ".join(f"{key}={value}" for key, value in run.config.items())
-    table = "".join(rows)
+    table = "<tr><th>" + "<th>".join(KEY_NUMBERS)
+    row = "<tr><td>" + "<td>".join(KEY_NUMBERS.values())
+    for layer in run.layers:
+        table += row.format(**layer)
     return f"<div><h3>{escape(run.name)}</h3><p>{escape(config)}</p><table>{table}</table></div>"
 
 
-def report_html(runs, drawn, about):
-    """Return the page, a str: one file, no scripts, no links.
+def draw_all(runs):
+    """Draw each figure of each run once: return (its part of the page, {file name: SVG file}).
 
-    drawn: for each run {figure: its panels}. about: a sentence for the head.
+    The files of the second run, that of --compare, have a name of their own.
     """
-    heads = "".join(key_numbers(run) for run in runs)
-    parts = [f"<h1>What the experts do</h1><p>{escape(about)}</p><div class=panels>{heads}</div>"]
+    parts = []
+    files = {}
     for figure, draw in FIGURES.items():
         heading, caption = draw.__doc__.split("\n", 1)
         parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
-        for run, figures in zip(runs, drawn):
+        for run, suffix in zip(runs, SUFFIXES):
+            panels = list(draw(run))
+            files[f"{figure}{suffix}.svg"] = file_svg(panels)
             if len(runs) > 1:
                 parts.append(f"<h3>{escape(run.name)}</h3>")
-            panels = "".join(page_svg(panel) for panel in figures[figure])
-            parts.append(f"<div class=panels>{panels}</div>")
+            elements = "".join(panel_svg(panel) for panel in panels)
+            parts.append(f"<div class=panels>{elements}</div>")
+    return "".join(parts), files
+
+
+def report_html(runs, figures, about):
+    """Return the page, a str: one file, no scripts, no links.
+
+    figures: see draw_all(). about: a sentence for the head.
+    """
+    heads = "".join(key_numbers(run) for run in runs)
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
             "<meta name=viewport content='width=device-width'><title>What the experts do</title>"
-            f"<style>{STYLE}</style>{''.join(parts)}</html>\n")
+            f"<style>{STYLE}</style><h1>What the experts do</h1><p>{escape(about)}</p>"
+            f"<div class=panels>{heads}</div>{figures}</html>\n")
 
 
 def routing_csv(run):
@@ -896,12 +861,12 @@ def routing_csv(run):
     writer = csv.writer(file)
     writer.writerow(["layer", "block", "class", "expert", "tokens", "share"])
     for layer, table in zip(run.layers, run.class_tables):
-        shares = class_shares(table)
+        shares = row_shares(table)
         for c, name in enumerate(run.classes):
             cell = f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
-            for e, share in enumerate(shares[c].tolist()):
-                tokens = int(table[c, e])
-                writer.writerow([layer["layer"], layer["block"], cell, e, tokens, f"{share:.6f}"])
+            for e, tokens in enumerate(table[c].tolist()):
+                share = f"{shares[c, e]:.6f}"
+                writer.writerow([layer["layer"], layer["block"], cell, e, tokens, share])
     return file.getvalue()
 
 
@@ -916,30 +881,32 @@ def describe(run, args):
     return about
 
 
+OTHER_ROUTERS = dict(  # what counts as a patch's choice where tokens do not choose, see moe.py
+    expert_choice="In a model whose experts choose, a patch counts for the expert with the largest "
+                  "gate of those that took it, or if none did for its most probable expert.",
+    soft="In a Soft MoE nothing is chosen: a patch counts for the expert with the largest share in "
+         "its answer.")
+
+
 def make_files(runs, args):
-    """Return all results, {file name: bytes}. The second of two runs is that of --compare."""
-    summary = describe(runs[0], args)
-    if len(runs) > 1:
-        summary["compare"] = describe(runs[1], args)
-    summary = json.dumps(summary, indent=1, allow_nan=False)
-    summary = re.sub(r",\n *(?=[-\d])", ", ", summary)  # numbers of a list share a line
-    files = {"summary.json": summary.encode()}
-
-    drawn = []
-    for run, suffix in zip(runs, ("", "_compare")):
-        table = routing_csv(run)
-        files[f"routing{suffix}.csv"] = table.encode("utf-8-sig", "backslashreplace")
-        figures = {name: list(draw(run)) for name, draw in FIGURES.items()}
-        for name, panels in figures.items():
-            files[f"{name}{suffix}.svg"] = file_svg(panels).encode()
-        drawn.append(figures)
-
+    """Return all results, {file name: str}. The second of two runs is that of --compare."""
+    figures, files = draw_all(runs)
+    for run, suffix in zip(runs, SUFFIXES):
+        files[f"routing{suffix}.csv"] = "\ufeff" + routing_csv(run)  # the mark is for Excel
     counted = "all its experts" if args.all_choices else "its first choice"
     about = (f"{runs[0].images} images of {args.data}. Every patch counts for {counted}, and the "
              f"class token of a ViT is left out. Made with torch {torch.__version__}, after "
              f"Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet "
              f"Spot?” (2025), section 5.6.")
-    files["report.html"] = report_html(runs, drawn, about).encode()
+    for router in sorted({run.config.get("router") for run in runs} & set(OTHER_ROUTERS)):
+        about += f" {OTHER_ROUTERS[router]}"
+    files["report.html"] = report_html(runs, figures, about)
+
+    summary = describe(runs[0], args)
+    if len(runs) > 1:
+        summary["compare"] = describe(runs[1], args)
+    summary = json.dumps(summary, indent=1, allow_nan=False)
+    files["summary.json"] = re.sub(r",\n *(?=[-\d])", ", ", summary)  # a list of numbers: a line
     return files
 
 
@@ -954,12 +921,12 @@ def open_folder(folder):
 
 
 def write_files(folder, files):
-    """Write files, {name: bytes}, each whole or not at all. Raise ValueError if one fails."""
+    """Write files, {name: str}, each whole or not at all. Raise ValueError if one fails."""
     for name, content in files.items():
         path = os.path.join(folder, name)
         try:
             with open(path + ".tmp", "wb") as file:
-                file.write(content)
+                file.write(content.encode(errors="backslashreplace"))
             os.replace(path + ".tmp", path)
         except OSError as error:
             raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose "
@@ -969,16 +936,8 @@ def write_files(folder, files):
 # ---------------------------------------------------------------- command line
 
 
-def at_least(least):
-    """Return a type for argparse: a whole number that is not below `least`."""
-    def whole_number(word):
-        if not word.isdecimal() or int(word) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {word}")
-        return int(word)
-    return whole_number
-
-
 def parse_args(argv=None):
+    """Return the flags as a namespace."""
     parser = argparse.ArgumentParser(description="Show what each expert of a checkpoint does.")
     flag = parser.add_argument
     flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
@@ -987,18 +946,21 @@ def parse_args(argv=None):
          help="of a folder without val/: all of it, or the held-out part (default: all)")
     flag("--out", required=True, help="folder for the results")
     flag("--compare", help="another checkpoint, shown beside the first")
-    flag("--max-images", type=at_least(1), help="evenly spread over the data (default: all)")
-    flag("--examples", type=at_least(0), default=8, help="images to show (default: 8)")
+    flag("--max-images", type=number("[1, inf)", int),
+         help="evenly spread over the data (default: all)")
+    flag("--examples", type=number("[0, inf)", int), default=8, help="images to show (default: 8)")
     flag("--all-choices", action="store_true", help="count all k experts of a token, not one")
-    flag("--batch-size", type=at_least(1), default=128, help="images at once (default: 128)")
-    flag("--workers", type=at_least(0), help="loading processes (default: 0 if in memory)")
+    flag("--batch-size", type=number("[1, inf)", int), default=128,
+         help="images at once (default: 128)")
+    flag("--workers", type=number("[0, inf)", int),
+         help="loading processes (default: 0 if in memory)")
     return parser.parse_args(argv)
 
 
 def open_all(path, args, device):
     """Open a checkpoint and its data: (path, model, checkpoint, data set).
 
-    Raises ValueError if one of them cannot be opened or if they do not fit together.
+    Raise ValueError if one of them cannot be opened or if they do not fit together.
     """
     model, checkpoint = load_checkpoint(path, device)
     if not model.moe_blocks:
@@ -1018,10 +980,11 @@ def print_layers(run):
           f"so on: normalised mutual information")
     print(f"{'block':>5}{'experts per image':>19}{head}   share of patches per expert, %")
     for layer in run.layers:
-        known = layer["information"].values()
-        known = "".join(f"{numbers['normalized']:>10.3f}" for numbers in known)
+        cells = ["{block:>5}{experts_per_image:>19.2f}".format(**layer)]
+        for known in layer["information"].values():
+            cells.append(f"{known['normalized']:>10.3f}")
         load = " ".join(f"{100 * share:4.1f}" for share in layer["share"])
-        print(f"{layer['block']:>5}{layer['experts_per_image']:>19.2f}{known}   {load}")
+        print(f"{''.join(cells)}   {load}")
 
 
 def main(args):
@@ -1044,6 +1007,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        reason = str(error).rpartition("ValueError: ")[2].strip()  # no traceback of a worker
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)

@@ -56,7 +56,7 @@ class MoE(nn.Module):
     eval_capacity_factor: the same in evaluation. If set, a prediction depends on the whole batch.
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
-    Raises ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
+    Raise ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -69,8 +69,10 @@ class MoE(nn.Module):
                 raise ValueError(f"capacity factor {factor}: expected a number above 0, or None")
         if router_noise < 0:
             raise ValueError(f"router noise {router_noise}: expected 0 or more")
-        self.num_experts, self.k = num_experts, k
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.num_experts = num_experts
+        self.k = k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
         self.batch_priority = batch_priority
         self.noise_std = router_noise / num_experts
         self.router = Router(dim, num_experts, router)
@@ -118,15 +120,14 @@ class Router(nn.Module):
     Parameters: `codes`, a vector per expert; `proj`, the P, projects to min(256, D / 2) dimensions;
     `log_scale`: the scale starts at 2 and stays at most 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
-    Logits are float32, also under autocast and for bfloat16 tokens; float64 stays float64. Raises
-    ValueError for another kind.
+    Logits are float32, or float64 for tokens in float64. Raise ValueError for another kind.
     """
 
     def __init__(self, dim, num_experts, kind="linear"):
         super().__init__()
         if kind not in ROUTERS:
-            raise ValueError(f"router {kind!r}: expected one of {', '.join(ROUTERS)}, or in a model "
-                             f"expert_choice or soft")
+            known = ", ".join(ROUTERS)
+            raise ValueError(f"router {kind!r}: expected {known}, expert_choice or soft")
         self.kind = kind
         if kind == "linear":  # small codes: at the start all probabilities are near 1/E
             self.codes = nn.Parameter(0.02 * torch.randn(num_experts, dim))
@@ -137,11 +138,11 @@ class Router(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
 
     def forward(self, x):
-        # x.float() is not enough: autocast would cast the product back to bfloat16, whose 8 bits
-        # decide by rounding between experts that are nearly equal.
+        # Not in bfloat16: its 8 bits would decide by rounding between nearly equal experts.
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            x, codes = x.to(dtype), self.codes.to(dtype)
+            x = x.to(dtype)
+            codes = self.codes.to(dtype)
             if self.kind == "linear":
                 return F.linear(x, codes)  # (T, D) -> (T, E)
             z = F.linear(x, self.proj.to(dtype))  # (T, D) -> (T, proj_dim)
@@ -225,7 +226,6 @@ def cv_squared(x):
 
 def balance_loss(routings):
     """Return the SUM of the layers' balance losses, as V-MoE does: a scalar, 0 for no layers."""
-    # Under DDP each process balances its own tokens, and DDP averages the gradients.
     return sum((routing.balance_loss for routing in routings), torch.tensor(0.0))
 
 
@@ -236,10 +236,9 @@ def dispatch(tokens, experts, kept, num_experts):
 
     tokens (T, D), experts (T, K), kept (T, K) bool -> rows (R, D), counts (E,) int64, order (R,).
     Rows of expert 0 come first, dropped rows last. counts: rows per expert. order[r] = t * K + j
-    says that row r is choice j of token t.
-    No shape here depends on the choices: a GPU need not tell the CPU how many rows an expert has.
+    says that row r is choice j of token t. No shape depends on the choices: no wait for a GPU.
     """
-    T, K = experts.shape
+    K = experts.shape[1]
     owner = experts.masked_fill(~kept, num_experts).flatten()  # (T, K) -> (R,), dropped: E
     order = owner.argsort(stable=True)
     places = order.argsort()  # the inverse permutation: copy i goes to row places[i]
@@ -250,8 +249,7 @@ def dispatch(tokens, experts, kept, num_experts):
 
 def place_rows(rows, places):
     """Move row i of rows (R, D) to places[i], where places (R,) is a permutation."""
-    # Indexing could do it, too, but backward it would add up gradients. This copies them.
-    return torch.empty_like(rows).index_copy_(0, places, rows)
+    return torch.empty_like(rows).index_copy_(0, places, rows)  # indexing is slower backward
 
 
 class MLP(nn.Sequential):
@@ -264,25 +262,25 @@ class MLP(nn.Sequential):
 class Experts(nn.ModuleList):
     """E MLPs: rows (R, D) sorted by expert, counts (E,) -> answers (R, D).
 
-    The first counts[0] rows go through self[0], the next counts[1] through self[1], and so on. Rows
-    behind those of the last expert were dropped: their answer is exactly 0.
-    Example: with counts (2, 1), expert 0 answers rows 0 and 1, expert 1 answers row 2.
+    With counts (2, 1) rows 0 and 1 go through self[0], and row 2 through self[1]. Any rows behind
+    these were dropped: their answer is exactly 0.
     """
 
     def __init__(self, num_experts, dim, hidden):
         super().__init__(MLP(dim, hidden) for _ in range(num_experts))
 
     def forward(self, rows, counts):
-        if rows.is_cuda or torch.compiler.is_compiling():  # on a CPU the loop is faster
-            if self.use_grouped_mm(rows):
-                return self.grouped(rows, counts)
+        faster = rows.is_cuda or torch.compiler.is_compiling()  # otherwise the loop is
+        if faster and self.use_grouped_mm(rows):
+            return self.grouped(rows, counts)
         return self.loop(rows, counts)
 
     @torch.compiler.disable  # its shapes depend on the data: compiled models call it as it is
     def loop(self, rows, counts):
         """Call each expert on its rows, even on 0: DDP needs a gradient of 0 there, not None."""
         counts = counts.tolist()  # the CPU waits for them
-        *groups, dropped = rows.split([*counts, len(rows) - sum(counts)])  # a group per expert
+        counts.append(len(rows) - sum(counts))  # the dropped rows
+        *groups, dropped = rows.split(counts)  # a group per expert
         answers = [expert(group) for expert, group in zip(self, groups)]
         return torch.cat([*answers, torch.zeros_like(dropped, dtype=answers[0].dtype)])
 
@@ -294,9 +292,11 @@ class Experts(nn.ModuleList):
         parameters = zip(*(expert.parameters() for expert in self))
         w1, b1, w2, b2 = (torch.stack(each).to(dtype) for each in parameters)  # (E, H, D), (E, H)
         ends = counts.cumsum(0)  # (E,) the row behind each expert's last
+        starts = ends - counts
         row = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # (R, 1)
-        member = ((row >= ends - counts) & (row < ends)).to(dtype)  # (R, E) 1: the expert's row
-        groups = torch.cat([ends[:-1], torch.full_like(ends[-1:], len(rows))]).to(torch.int32)
+        member = ((row >= starts) & (row < ends)).to(dtype)  # (R, E) 1: the expert's row
+        groups = ends.to(torch.int32)
+        groups[-1] = len(rows)
         # The kernel has no bias. member @ b is the bias of each row, with a fast backward pass.
         hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=groups)  # (R, H)
         hidden = F.gelu(torch.addmm(hidden, member, b1))
@@ -306,9 +306,10 @@ class Experts(nn.ModuleList):
     def use_grouped_mm(self, rows):
         """Return whether grouped_mm fits rows (R, D): in bfloat16, with D and H multiples of 8."""
         # In float32 torch before 2.15 cannot trace it, but torch.export has no other way.
-        dtype = compute_dtype(rows)
-        aligned = all(width % 8 == 0 for width in self[0][0].weight.shape)
-        return aligned and (dtype == torch.bfloat16 or torch.compiler.is_exporting())
+        half = compute_dtype(rows) == torch.bfloat16
+        hidden, dim = self[0][0].weight.shape
+        aligned = hidden % 8 == 0 and dim % 8 == 0
+        return aligned and (half or torch.compiler.is_exporting())
 
 
 def compute_dtype(rows):
@@ -326,8 +327,7 @@ def combine(rows, weights, order):
     softmax: its expert's logit goes up, the others go down.
     """
     T, K = weights.shape
-    # Row r came from choice order[r], and goes back there.
-    answers = place_rows(rows, order).unflatten(0, (T, K))  # (R, D) -> (T, K, D)
+    answers = place_rows(rows, order).unflatten(0, (T, K))  # row r to choice order[r]: (T, K, D)
     return (answers * weights.unsqueeze(-1)).sum(1)
 
 
@@ -410,9 +410,6 @@ class SoftMoE(nn.Module):
         kept = torch.ones_like(best, dtype=torch.bool)
         routing = Routing(logits.float(), probs, best, gates, kept, probs.new_zeros(()))
         return y.to(x.dtype).reshape(x.shape), routing
-
-
-SPARSE = (MoE, ExpertChoice, SoftMoE)
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):

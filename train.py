@@ -54,7 +54,7 @@ from eval import (  # what all programs share: data sets, checkpoints, processes
     MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
     eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
     open_dataset, read_checkpoint, setup_processes, start_loader, together)
-from moe import SPARSE, MoE, balance_loss, count_parameters
+from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
 # One dictionary per model. A flag of the same name overrides an entry. `base_lr` is the peak
@@ -433,7 +433,7 @@ def upcycle(weights, model, exact=True):
             state[name] = own[name]
             fresh.append(name)
     for name, layer in model.named_modules():
-        if isinstance(layer, SPARSE) and f"{name}.0.weight" in state:
+        if isinstance(layer, (MoE, ExpertChoice, SoftMoE)) and f"{name}.0.weight" in state:
             leaves = ("0.weight", "0.bias", "2.weight", "2.bias")
             mlp = {leaf: state.pop(f"{name}.{leaf}") for leaf in leaves}
             tokens_choose = isinstance(layer, MoE)

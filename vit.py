@@ -10,9 +10,11 @@ al., TMLR 2025, section 3.
     logits, routings = model(images, return_routing=True)   # and one moe.Routing per sparse block
 
 Letters: B images, N tokens per image (the class token first), D width, H hidden width, E experts,
-K experts per token.
+K experts per token. vit.py and convnext.py have parts of the same name (place_moe, Block,
+init_weights, from_torchvision, TABLE) on purpose: each file can be read alone.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -28,7 +30,7 @@ def place_moe(moe_layers, depth):
 
     moe_layers: a list of indices, or a placement (paper, section 4): every2 is the odd blocks 1, 3,
     5, ...; last2 and last3 are the last two or three of these; none is no block.
-    Raises ValueError if a network of `depth` blocks has no such blocks.
+    Raise ValueError if a network of `depth` blocks has no such blocks.
     """
     odd = list(range(1, depth, 2))
     places = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}
@@ -47,10 +49,7 @@ def place_moe(moe_layers, depth):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v per head.
-
-    Each of the heads has d = D / heads channels.
-    """
+    """Multi-head self-attention, x (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v per head."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -61,7 +60,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3 D) -> ...
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d), d = D / heads
         y = F.scaled_dot_product_attention(q, k, v)  # never stores the (N, N) matrix
         return self.proj(y.transpose(1, 2).reshape(B, N, D))  # heads side by side again
 
@@ -83,7 +82,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        y, routing = self.mlp(self.norm2(x)), None
+        y = self.mlp(self.norm2(x))
+        routing = None
         if not isinstance(self.mlp, MLP):
             y, routing = y
         return x + self.drop_path(y), routing  # a dropped token has y = 0: it passes unchanged
@@ -159,7 +159,6 @@ def init_weights(module, std):
     """Draw the weights of a linear layer or convolution from N(0, std^2), truncated; zero biases.
 
     For module.apply, as in DeiT's code. So the experts start as the MLP of a dense block does.
-    (convnext.py has the same function: each file can be read alone.)
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=std)
@@ -195,24 +194,21 @@ def from_torchvision(state_dict):
 
 
 def resize_positions(state_dict, model):
-    """Return the state dict with its pos_embed (1, 1 + N, D) fitted to the model's image size.
-
-    The patches' part is interpolated (bicubic). The class token's is kept.
-    """
-    there, here = state_dict.get("pos_embed"), model.pos_embed
+    """Interpolate pos_embed (1, 1 + N, D) of a state dict to the image size of the model."""
+    there = state_dict.get("pos_embed")
+    here = model.pos_embed
     if there is None or there.shape[1] == here.shape[1]:
         return state_dict
-    old, new = (round((pos.shape[1] - 1) ** 0.5) for pos in (there, here))
-    class_token, patches = there[:, :1], there[:, 1:]
+    old = math.isqrt(there.shape[1] - 1)  # rows and columns
+    new = math.isqrt(here.shape[1] - 1)
+    class_token, patches = there.split([1, old * old], dim=1)
     grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, old^2, D) -> (1, D, old, old)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
     patches = grid.flatten(2).transpose(1, 2)  # (1, D, new, new) -> (1, new^2, D)
     return state_dict | dict(pos_embed=torch.cat([class_token, patches], dim=1))
 
 
-# ---------------------------------------------------------------- presets
-# The sizes of the paper, and one for a laptop. options: those of ViT above.
-
+# ---------------------------------------------------------------- presets (options: see ViT)
 
 def vit_nano(num_classes=1000, **options):
     """For 32-pixel images on a CPU: width 64, 4 blocks, 4 x 4 patches of 8 pixels."""

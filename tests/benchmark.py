@@ -2,9 +2,9 @@
 
 1. Parameters and multiply-adds of our models beside the paper's Table 1.
 2. The time of a whole MoE layer (router, dispatch, experts, combine, losses) beside that of a dense
-   MLP on as many rows as the experts see, T * K: the same multiply-adds. Forward + backward, float32
-   on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the same moods
-   of the machine.
+   MLP on as many rows as the experts see, T * K: the same multiply-adds. Forward + backward,
+   float32 on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the
+   same moods of the machine.
 """
 
 import statistics

@@ -1,8 +1,9 @@
-"""The course: what there is to learn, in teaching order. Everything else in tests/ derives from this one table.
+"""The course: what there is to learn, in teaching order. All of tests/ follows this table.
 
-Each test carries exactly one of these names as its marker, and `pytest -m router` runs one concept. conftest.py sorts the
-tests by this table and sums them up by it; make_assignment.py removes the functions of a concept; test_the_tests.py breaks
-them one line at a time.
+Each test carries exactly one of these names as its marker, and `pytest -m router` runs one concept.
+conftest.py sorts the tests by this table and prints a line per concept at the end.
+make_assignment.py removes the functions of a concept. test_the_tests.py breaks them, one line at a
+time.
 """
 
 from typing import NamedTuple
@@ -17,121 +18,247 @@ class Concept(NamedTuple):
 
 CONCEPTS = (
     # ---- moe.py: the layer
-    Concept("router", "moe.Router.__init__ moe.Router.forward", "",
-            "A router scores every token against every expert, in float32 even where the rest is bfloat16."),
-    Concept("top_k", "moe.top_k_gates", "",
-            "Softmax over all experts first, then the k best, not renormalised: else a single gate would always be 1."),
-    Concept("balance", "moe.cv_squared moe.importance_loss moe.load_loss moe.balance_loss", "",
-            "Without a price on imbalance a few experts take everything; noise gives counting a gradient."),
-    Concept("capacity", "moe.expert_capacity moe.assign_slots", "",
-            "An expert has a limited number of slots: first choices go first, and what finds no slot is dropped."),
-    Concept("dispatch", "moe.place_rows moe.dispatch", "",
-            "Sort one row per token and choice by expert, so that each expert meets its own in one block."),
-    Concept("combine", "moe.combine", "dispatch",
-            "Gate times answer, summed: through this product the router learns, although top-k has no gradient."),
-    Concept("experts", "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop", "",
-            "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing one."),
-    Concept("layer", "moe.MoE.__init__ moe.MoE.forward moe.MoE.route moe.MoE.assign",
-            "router top_k balance capacity dispatch combine experts",
-            "Route, assign, dispatch, experts, combine: seven lines, and with one expert the dense MLP."),
+    Concept(
+        "router",
+        "moe.Router.__init__ moe.Router.forward",
+        "",
+        "A router scores every token against every expert, in float32 even where the rest is "
+        "bfloat16.",
+    ),
+    Concept(
+        "top_k",
+        "moe.top_k_gates",
+        "",
+        "Softmax over all experts first, then the k best, not renormalised: else a single gate "
+        "would always be 1.",
+    ),
+    Concept(
+        "balance",
+        "moe.cv_squared moe.importance_loss moe.load_loss moe.balance_loss",
+        "",
+        "Without a price on imbalance a few experts take everything; noise gives counting a "
+        "gradient.",
+    ),
+    Concept(
+        "capacity",
+        "moe.expert_capacity moe.assign_slots",
+        "",
+        "An expert has a limited number of slots: first choices go first, and what finds no slot "
+        "is dropped.",
+    ),
+    Concept(
+        "dispatch",
+        "moe.place_rows moe.dispatch",
+        "",
+        "Sort one row per token and choice by expert, so that each expert meets its own in one "
+        "block.",
+    ),
+    Concept(
+        "combine",
+        "moe.combine",
+        "dispatch",
+        "Gate times answer, summed: through this product the router learns, although top-k has no "
+        "gradient.",
+    ),
+    Concept(
+        "experts",
+        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop",
+        "",
+        "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing "
+        "one.",
+    ),
+    Concept(
+        "layer",
+        "moe.MoE.__init__ moe.MoE.forward moe.MoE.route moe.MoE.assign",
+        "router top_k balance capacity dispatch combine experts",
+        "Route, assign, dispatch, experts, combine: seven lines, and with one expert the dense "
+        "MLP.",
+    ),
     # ---- vit.py and convnext.py: the models
-    Concept("placement", "vit.place_moe convnext.place_moe", "",
-            "Which blocks hold experts matters: the last two are the safe choice, every second one is not."),
-    Concept("building", "moe.make_moe vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ "
-            "convnext.init_weights",
-            "placement layer",
-            "A sparse backbone is the dense one with other MLPs: same widths, same drop path, same start."),
-    Concept("vit", "vit.Attention.forward vit.Block.forward vit.ViT.forward", "building",
-            "Patches and a class token attend to each other, then each token meets its MLP or its experts alone."),
-    Concept("convnext", "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward", "building",
-            "Each position of a feature map is a token; the sparse block keeps its convolution by one more skip."),
-    Concept("grouped", "moe.Experts.grouped moe.Experts.use_grouped_mm moe.compute_dtype", "vit convnext",
-            "One kernel for all experts gives what the loop gives; no shape depends on the data, so it compiles."),
-    Concept("costs", "moe.count_parameters eval.count_flops eval.cost_of_a_moe eval.cost_of_a_router", "vit convnext",
-            "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
-    Concept("weights", "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
-            "convnext.from_torchvision", "vit convnext",
-            "With torchvision's weights we compute its function; upcycled, even with experts."),
+    Concept(
+        "placement",
+        "vit.place_moe convnext.place_moe",
+        "",
+        "Which blocks hold experts matters: the last two are the safe choice, every second one is "
+        "not.",
+    ),
+    Concept(
+        "building",
+        "moe.make_moe vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ "
+        "convnext.init_weights",
+        "placement layer",
+        "A sparse backbone is the dense one with other MLPs: same widths, same drop path, same "
+        "start.",
+    ),
+    Concept(
+        "vit",
+        "vit.Attention.forward vit.Block.forward vit.ViT.forward",
+        "building",
+        "Patches and a class token attend to each other, then each token meets its MLP or its "
+        "experts alone.",
+    ),
+    Concept(
+        "convnext",
+        "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward",
+        "building",
+        "Each position of a feature map is a token; the sparse block keeps its convolution by one "
+        "more skip.",
+    ),
+    Concept(
+        "grouped",
+        "moe.Experts.grouped moe.Experts.use_grouped_mm moe.compute_dtype",
+        "vit convnext",
+        "One kernel for all experts gives what the loop gives; no shape depends on the data, so "
+        "it compiles.",
+    ),
+    Concept(
+        "costs",
+        "moe.count_parameters eval.count_flops eval.cost_of_a_moe eval.cost_of_a_router",
+        "vit convnext",
+        "Parameters grow with E, multiply-adds with k: the reason to be sparse.",
+    ),
+    Concept(
+        "weights",
+        "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
+        "convnext.from_torchvision",
+        "vit convnext",
+        "With torchvision's weights we compute its function; upcycled, even with experts.",
+    ),
     # ---- moe.py, its last section
-    Concept("expert_choice", "moe.ExpertChoice.__init__ moe.ExpertChoice.forward",
-            "router capacity experts costs weights",
-            "Experts choose tokens: all have the same load, but a token may meet none."),
-    Concept("soft", "moe.SoftMoE.__init__ moe.SoftMoE.forward",
-            "top_k capacity experts costs weights",
-            "Each expert answers mixtures of tokens: nothing is chosen, all is smooth."),
+    Concept(
+        "expert_choice",
+        "moe.ExpertChoice.__init__ moe.ExpertChoice.forward",
+        "router capacity experts costs weights",
+        "Experts choose tokens: all have the same load, but a token may meet none.",
+    ),
+    Concept(
+        "soft",
+        "moe.SoftMoE.__init__ moe.SoftMoE.forward",
+        "top_k capacity experts costs weights",
+        "Each expert answers mixtures of tokens: nothing is chosen, all is smooth.",
+    ),
     # ---- eval.py: from images to a number
-    Concept("shapes", "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ eval.shapes_size "
-            "eval.shift", "",
-            "Pictures whose every factor is known: the same on every machine, and shifted to where training never was."),
-    Concept("folders", "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ eval.split_folder "
-            "eval.walk eval.find_images eval.hold_out eval.read_image eval.read_jpeg "
-            "eval.read_other eval.fingerprint eval.open_cifar", "shapes",
-            "A million files, odd names, broken images: what is on disk is read, or named."),
-    Concept("counting", "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-            "eval.eval_loader eval.start_loader eval.together eval.image_losses eval.evaluate",
-            "folders",
-            "Each image counts once, at any batch size and any number of processes."),
-    Concept("checkpoints", "eval.build_model eval.read_checkpoint eval.load_checkpoint", "vit",
-            "A checkpoint says how to build its model, and is data: opening it runs nothing."),
-    Concept("classes", "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real", "counting",
-            "Robustness sets name their classes otherwise: match by name, predict among those found."),
-    Concept("evaluator", "eval.change_routing eval.mute eval.images_per_second eval.open_parts eval.corruption_errors eval.over_seeds "
-            "eval.check eval.prepare eval.measure eval.print_plan eval.print_results eval.main", "checkpoints classes costs",
-            "One table, several checkpoints and test sets; whatever deviates from training is printed."),
+    Concept(
+        "shapes",
+        "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ "
+        "eval.shapes_size eval.shift",
+        "",
+        "Pictures whose every factor is known: the same on every machine, and shifted to where "
+        "training never was.",
+    ),
+    Concept(
+        "folders",
+        "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
+        "eval.split_folder eval.list_folder eval.list_files eval.find_images eval.hold_out "
+        "eval.read_image eval.read_jpeg eval.read_other eval.fingerprint eval.open_cifar",
+        "shapes",
+        "A million files, odd names, broken images: what is on disk is read, or named.",
+    ),
+    Concept(
+        "counting",
+        "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
+        "eval.eval_loader eval.start_loader eval.together eval.count_batch eval.image_losses "
+        "eval.evaluate",
+        "folders",
+        "Each image counts once, at any batch size and any number of processes.",
+    ),
+    Concept(
+        "checkpoints",
+        "eval.build_model eval.read_checkpoint eval.load_checkpoint",
+        "vit",
+        "A checkpoint says how to build its model, and is data: opening it runs nothing.",
+    ),
+    Concept(
+        "classes",
+        "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real",
+        "counting",
+        "Robustness sets name their classes otherwise: match by name, predict among those found.",
+    ),
+    Concept(
+        "evaluator",
+        "eval.change_routing eval.mute eval.images_per_second eval.open_parts "
+        "eval.corruption_errors eval.over_seeds eval.check eval.prepare eval.measure "
+        "eval.print_plan eval.print_table eval.print_results eval.main",
+        "checkpoints classes costs",
+        "One table, several checkpoints and test sets; whatever deviates from training is "
+        "printed.",
+    ),
     # ---- train.py: from a recipe to a checkpoint
-    Concept("recipe", "train.parse_args train.blocks train.resolve train.find_recipe "
-            "train.fit_to_data train.paper_row", "",
-            "Published hyperparameters, overridden by flags, refused before any work when they cannot be."),
-    Concept("optimizer", "train.learning_rate train.ema_decay train.layer_group "
-            "train.parameter_groups train.classification_loss train.make_mixer", "building",
-            "Warm up, decay to the end, and do not let weight decay touch biases, norms and embeddings."),
-    Concept("batches", "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__", "recipe counting",
-            "Every draw depends on seed, epoch and image alone: no generator state, the same at every world size."),
-    Concept("training",
-            "train.Run.__init__ train.make_model train.open_data train.start_from "
-            "train.torchvision_weights train.enter_folder train.claim_folder train.open_last "
-            "train.compare_data train.make_checkpoint train.restore train.save "
-            "train.write_checkpoint train.cut_log train.write_log train.train train.next_batch "
-            "train.agree train.Meter.count train.Meter.add train.Meter.summary train.validate "
-            "train.Output.write train.main",
-            "optimizer batches checkpoints costs weights grouped expert_choice soft",
-            "Kill it, continue it, split it over processes: the same weights come out."),
+    Concept(
+        "recipe",
+        "train.parse_args train.blocks train.resolve train.find_recipe train.fit_to_data "
+        "train.paper_row",
+        "",
+        "Published hyperparameters, overridden by flags, refused before any work when they cannot "
+        "be.",
+    ),
+    Concept(
+        "optimizer",
+        "train.learning_rate train.ema_decay train.layer_group train.parameter_groups "
+        "train.classification_loss train.make_mixer",
+        "building",
+        "Warm up, decay to the end, and do not let weight decay touch biases, norms and "
+        "embeddings.",
+    ),
+    Concept(
+        "batches",
+        "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__",
+        "recipe counting",
+        "Every draw depends on seed, epoch and image alone: no generator state, the same at every "
+        "world size.",
+    ),
+    Concept(
+        "training",
+        "train.Run.__init__ train.make_model train.open_data train.start_from "
+        "train.torchvision_weights train.enter_folder train.claim_folder train.open_last "
+        "train.compare_data train.make_checkpoint train.restore train.write_checkpoint train.save "
+        "train.cut_log train.write_log train.train train.next_batch train.agree train.Meter.count "
+        "train.Meter.add train.Meter.summary train.validate train.Output.write train.main",
+        "optimizer batches checkpoints costs weights grouped expert_choice soft",
+        "Kill it, continue it, split it over processes: the same weights come out.",
+    ),
     # ---- inspect_experts.py: what the experts do
     Concept(
         "statistics",
-        "inspect_experts.crosstab inspect_experts.patches_per_level "
-        "inspect_experts.images_per_count inspect_experts.cumulative "
-        "inspect_experts.shared_patches inspect_experts.similarity inspect_experts.entropy "
-        "inspect_experts.mutual_information inspect_experts.coefficient_of_variation "
-        "inspect_experts.class_shares inspect_experts.top_classes "
-        "inspect_experts.LayerCounts.add inspect_experts.LayerCounts.add_factors "
-        "inspect_experts.LayerCounts.add_surest inspect_experts.LayerCounts.summary "
-        "inspect_experts.LayerCounts.information inspect_experts.known_factors "
-        "inspect_experts.count_choices inspect_experts.expert_map inspect_experts.cut_out "
-        "inspect_experts.surest_patches inspect_experts.inspect", "counting",
+        "inspect_experts.crosstab inspect_experts.patches_per_level inspect_experts.cumulative "
+        "inspect_experts.similarity inspect_experts.entropy inspect_experts.mutual_information "
+        "inspect_experts.row_shares inspect_experts.top_classes inspect_experts.LayerCounts.add "
+        "inspect_experts.LayerCounts.add_factors inspect_experts.LayerCounts.add_surest "
+        "inspect_experts.LayerCounts.summary inspect_experts.LayerCounts.information "
+        "inspect_experts.known_factors inspect_experts.count_choices inspect_experts.cut_out "
+        "inspect_experts.surest_patches inspect_experts.inspect",
+        "counting",
         "Count first choices as the images pass; mutual information says what the experts follow, "
-        "chance what is noise."),
+        "chance what is noise.",
+    ),
     Concept(
         "report",
         "inspect_experts.palette inspect_experts.escape inspect_experts.short "
         "inspect_experts.element inspect_experts.rect inspect_experts.line inspect_experts.text "
         "inspect_experts.picture inspect_experts.tint inspect_experts.overlay "
         "inspect_experts.labels_across inspect_experts.bars inspect_experts.tiles "
-        "inspect_experts.heat_map inspect_experts.plot inspect_experts.draw_panel "
-        "inspect_experts.page_svg inspect_experts.file_svg inspect_experts.report_html "
-        "inspect_experts.routing_csv inspect_experts.make_files inspect_experts.open_folder "
-        "inspect_experts.write_files inspect_experts.open_all inspect_experts.print_layers "
-        "inspect_experts.at_least inspect_experts.main", "statistics checkpoints classes convnext",
+        "inspect_experts.heat_map inspect_experts.plot inspect_experts.legend "
+        "inspect_experts.panel_svg inspect_experts.file_svg inspect_experts.draw_all "
+        "inspect_experts.report_html inspect_experts.routing_csv inspect_experts.make_files "
+        "inspect_experts.open_folder inspect_experts.write_files inspect_experts.open_all "
+        "inspect_experts.print_layers inspect_experts.parse_args inspect_experts.main",
+        "statistics checkpoints classes convnext",
         "A page that says under each figure how to read it, and files that are whole or not "
-        "there."),
+        "there.",
+    ),
     # ---- tests/ and README.md
-    Concept("course", "", "", "A test that no mistake can fail teaches nothing; a command that fails teaches less."),
+    Concept(
+        "course",
+        "",
+        "",
+        "A test that no mistake can fail teaches nothing; a command that fails teaches less.",
+    ),
 )
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 
 
 def all_needs(name):
-    """The names of all concepts that a concept needs, directly or indirectly."""
+    """Return the names of all concepts that a concept needs, directly or indirectly."""
     found = set()
     for need in BY_NAME[name].needs.split():
         found |= {need} | all_needs(need)

@@ -1,11 +1,12 @@
 """Make an assignment: copy the project and remove what is to be written.
 
-    python tests/make_assignment.py --list                          the concepts, in teaching order
-    python tests/make_assignment.py ../homework top_k combine       the project without the functions of these two
-    python tests/make_assignment.py --solution-check ../homework top_k combine      and run the tests on both
+    python tests/make_assignment.py --list                        the concepts, in teaching order
+    python tests/make_assignment.py ../homework top_k combine     without the functions of these two
+    python tests/make_assignment.py --solution-check ../homework top_k combine    and run the tests
 
-In OUT each function of the concepts keeps its signature and its docstring, which is the task, and its body becomes
-`raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout. This file, the tests of the tests and the history stay here.
+In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
+body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout. This file, the tests of
+the tests and the history stay here.
 """
 
 import argparse
@@ -23,46 +24,84 @@ from pathlib import Path
 from concepts import BY_NAME, CONCEPTS, all_needs
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = ("moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md .gitignore .ci/run "
-           ".github/routing.png tests/benchmark.py tests/concepts.py tests/conftest.py tests/forked.py tests/test_moe.py tests/test_models.py "
-           "tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py tests/test_inspect.py").split()
-COMMON = """`args` are the parsed flags. `config` is a dict of all flags and recipe values, as `resolve()` in train.py returns it.
-`run` is the namespace that `prepare()` in train.py makes; look there for what it holds. `device` is a torch.device, `dtype`
-torch.float32 or torch.bfloat16."""
+PROJECT = (
+    "moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md"
+    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/concepts.py tests/conftest.py"
+    " tests/forked.py tests/test_moe.py tests/test_models.py tests/test_eval.py"
+    " tests/test_robustness.py tests/test_train.py tests/test_processes.py tests/test_inspect.py"
+).split()
+COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
+`resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
+`device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
+START = """# Assignment
 
+Write the functions below: each docstring is the task, each test checks one claim and says it in its
+docstring.
+A function that is not written yet raises `NotImplementedError`. Keep all names and signatures,
+helpers included.
 
-# ---------------------------------------------------------------- one function: find it, blank it, describe it
+```sh
+python -m pytest -x -m "{mine}"   # stops at the next thing to learn
+python -m pytest -m "not slow"   # everything that is quick: what still waits for yours?
+```
+"""
+END = """
+## How it is graded
+
+By the tests marked {names}, each with the same weight: your {files}, and nothing else,
+is copied over a fresh assignment, and `python -m pytest -m "{mine}" --junitxml=grade.xml` is run
+there. The summary counts per concept. All other tests must pass at the end as well.
+"""
+
+# ---------------------------------------------------------------- find, blank, describe a function
 
 
 parse = functools.cache(ast.parse)
 
 
 def find(source, path):
-    """The syntax tree's node of a function, path "function" or "Class.method", and the node of its class or None."""
+    """Find a function in the syntax tree: return its node, and the node of its class or None.
+
+    path: "function" or "Class.method".
+    """
     owner, node = None, parse(source)
     for name in path.split("."):
-        owner, node = node, next((child for child in node.body if getattr(child, "name", None) == name), None)
+        owner = node
+        node = next((child for child in node.body if getattr(child, "name", None) == name), None)
         if node is None:
-            raise ValueError(f"there is no {path} in the file: has tests/concepts.py another name for it?")
+            raise ValueError(
+                f"there is no {path} in the file: has tests/concepts.py another name for it?"
+            )
     return node, owner if isinstance(owner, ast.ClassDef) else None
 
 
 def blank(source, path, concept):
-    """The source of a file with one function's body replaced. Signature, docstring and all other lines stay as they are."""
+    """Return the source of a file with one function's body replaced.
+
+    Signature, docstring and all other lines stay as they are.
+    """
     node, _ = find(source, path)
-    lines, first, documented = source.splitlines(keepends=True), node.body[0], ast.get_docstring(node)
+    lines = source.splitlines(keepends=True)
+    first = node.body[0]
+    documented = ast.get_docstring(node)
     if first.lineno == node.lineno:
         raise ValueError(f"{path} is a function of one line: give its body a line of its own")
     start = first.end_lineno if documented else first.lineno - 1
-    while not documented and lines[start - 1].lstrip().startswith("#"):  # comments above a statement belong to the body
+    # comments above a statement belong to the body
+    while not documented and lines[start - 1].lstrip().startswith("#"):
         start -= 1
     indent = " " * first.col_offset
-    lines[start:node.end_lineno] = [f'{indent}raise NotImplementedError("{concept}: write {path}")\n']
+    lines[start : node.end_lineno] = [
+        f'{indent}raise NotImplementedError("{concept}: write {path}")\n'
+    ]
     return "".join(lines)
 
 
 def handout(source, path):
-    """(signature, docstring) of a function; a method has its class's docstring, followed by its own if it has one."""
+    """Return (signature, docstring) of a function.
+
+    A method has its class's docstring, followed by its own if it has one.
+    """
     node, owner = find(source, path)
     text = ast.get_docstring(node) or ""
     if owner is not None:
@@ -75,7 +114,10 @@ def handout(source, path):
 
 
 def copy_project(out):
-    """What a student gets, still complete. Named file by file: private tests, solutions, runs and data stay here."""
+    """Copy what a student gets, still complete.
+
+    Named file by file: private tests, solutions, runs and data stay here.
+    """
     for name in PROJECT:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, out / name)
@@ -96,10 +138,7 @@ def blank_concepts(out, names):
 def write_handout(names):
     """The text of ASSIGNMENT.md."""
     mine = " or ".join(names)
-    parts = ["# Assignment\n\nWrite the functions below: each docstring is the task, each test checks one claim and says it "
-             "in its docstring.\nA function that is not written yet raises `NotImplementedError`. Keep all names and "
-             f"signatures, helpers included.\n\n```sh\npython -m pytest -x -m \"{mine}\"   # stops at the next thing to "
-             "learn\npython -m pytest -m \"not slow\"   # everything that is quick: what still waits for yours?\n```\n"]
+    parts = [START.format(mine=mine)]
     functions = [function for name in names for function in BY_NAME[name].functions.split()]
     files = list(dict.fromkeys(f"{function.split('.')[0]}.py" for function in functions))
     if files != ["moe.py"]:  # the words that only the programs use
@@ -107,8 +146,9 @@ def write_handout(names):
     described = set()  # classes whose docstring has been printed
     for name in names:
         concept = BY_NAME[name]
-        parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`"
-                     + (f" (it needs {', '.join(concept.needs.split())})\n" if concept.needs else "\n"))
+        needs = ", ".join(concept.needs.split())
+        parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
+        parts.append(f" (it needs {needs})\n" if needs else "\n")
         for function in concept.functions.split():
             file, _, path = function.partition(".")
             source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
@@ -118,31 +158,35 @@ def write_handout(names):
                 text = ast.get_docstring(node) or f"As {owner.name} above says."
             described.add((file, owner.name if owner else None))
             parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
-    parts.append(f"\n## How it is graded\n\nBy the tests marked {', '.join(names)}, each with the same weight: your "
-                 f"{', '.join(files)}, and nothing else, is copied over a fresh assignment, and `python -m pytest -m \"{mine}\" "
-                 "--junitxml=grade.xml` is run there. The summary counts per concept. All other tests must pass at the end as "
-                 "well.\n")
+    parts.append(END.format(names=", ".join(names), files=", ".join(files), mine=mine))
     return "".join(parts)
 
 
 def make(out, names):
-    """Write the assignment. ValueError before anything is written if that is impossible."""
+    """Write the assignment. Raise ValueError, before anything is written, if it cannot be made."""
     unknown = [name for name in names if name not in BY_NAME or not BY_NAME[name].functions]
     if unknown:
         possible = [concept.name for concept in CONCEPTS if concept.functions]
         raise ValueError(f"unknown concept {unknown[0]!r}: expected one of {', '.join(possible)}")
     if out.name in BY_NAME:
-        raise ValueError(f"{out} is a concept: the folder to write comes first, as in ../homework {out} {' '.join(names)}")
+        raise ValueError(
+            f"{out} is a concept: the folder to write comes first, as in ../homework {out}"
+            f" {' '.join(names)}"
+        )
     if out.exists():
         raise ValueError(f"{out} exists already: give a folder that does not, it will be made")
     if ROOT in out.resolve().parents:
-        raise ValueError(f"{out} is inside the project: give a folder outside, or its tests would be found with ours")
+        raise ValueError(
+            f"{out} is inside the project: give a folder outside, or its tests would be found with"
+            " ours"
+        )
     names = [name for name in BY_NAME if name in names]  # in teaching order
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:  # complete, or not there at all
         copy_project(Path(place) / out.name)
         blank_concepts(Path(place) / out.name, names)
-        (Path(place) / out.name / "ASSIGNMENT.md").write_text(write_handout(names), encoding="utf-8")
+        task = Path(place) / out.name / "ASSIGNMENT.md"
+        task.write_text(write_handout(names), encoding="utf-8")
         os.rename(Path(place) / out.name, out)
 
 
@@ -150,58 +194,83 @@ def make(out, names):
 
 
 def run_tests(folder, *flags):
-    """{test: (concept, passed)} of the tests in a copy of the project, run in a process of their own; skipped ones left out."""
+    """Run the tests of a copy of the project in a new process: {test: (concept, passed)}.
+
+    Skipped tests are left out.
+    """
     with tempfile.TemporaryDirectory() as place:
         report = os.path.join(place, "report.xml")
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow",
-                               f"--junitxml={report}", *flags], cwd=folder, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow", f"--junitxml={report}", *flags]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode not in (0, 1):  # all passed, some failed
-            raise ValueError(f"the tests in {folder} cannot be run: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
-        cases = [case for case in ElementTree.parse(report).iter("testcase") if case.find("skipped") is None]
+            raise ValueError(
+                f"the tests in {folder} cannot be run:"
+                f" {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+            )
+        cases = [
+            case
+            for case in ElementTree.parse(report).iter("testcase")
+            if case.find("skipped") is None
+        ]
     return {f"{case.get('classname')}::{case.get('name')}": (
         case.find("properties/property[@name='concept']").get("value"),
         case.find("failure") is None and case.find("error") is None) for case in cases}
 
 
 def judge(names, complete, blanked):
-    """Compare the tests of a complete and a blanked copy, as run_tests() gives them: (lines to print, whether all is well).
+    """Compare the tests of a complete and a blanked copy, as run_tests() returns them.
 
-    Well means: complete, all pass; blanked, no test of the concepts passes, and of the others only those fail whose concept
-    needs one of them.
+    Return (lines to print, whether all is well).
+
+    Well means: complete, all pass; blanked, no test of the concepts passes, and of the others only
+    those fail whose concept needs one of them.
     """
     lines, well = [], True
     for concept in CONCEPTS:
         tests = [test for test, (name, _) in complete.items() if name == concept.name]
-        turned = [test for test in tests if complete[test][1] and not blanked.get(test, (None, False))[1]]
+        turned = [
+            test for test in tests if complete[test][1] and not blanked.get(test, (None, False))[1]
+        ]
         broken = [test for test in tests if not complete[test][1]]
-        may = "all" if concept.name in names else "some" if all_needs(concept.name) & set(names) else "none"
+        may = "some" if all_needs(concept.name) & set(names) else "none"
+        if concept.name in names:
+            may = "all"
         wrong = broken or (may == "all" and len(turned) < len(tests)) or (may == "none" and turned)
         well = well and not wrong
         if turned or wrong:
-            lines.append(f"{concept.name:<12} {len(turned):>4} of {len(tests):>3} turn, expected {may}"
-                         + f"; {len(broken)} fail without blanks" * bool(broken) + "   WRONG" * bool(wrong))
+            failing = f"; {len(broken)} fail without blanks" if broken else ""
+            mark = "   WRONG" if wrong else ""
+            count = f"{len(turned):>4} of {len(tests):>3} turn"
+            lines.append(f"{concept.name:<12} {count}, expected {may}{failing}{mark}")
             lines += [f"    {test}" for test in turned]
     return lines, well
 
 
 def solution_check(out, names):
-    """Run the tests that start no processes on the assignment and on a complete copy, and print which ones the blanks turn."""
+    """Run the quick tests on the assignment and on a complete copy. Print which ones turn."""
     with tempfile.TemporaryDirectory() as place:
         copy_project(Path(place))
         lines, well = judge(names, run_tests(place), run_tests(out))
     print("\n".join(lines))
     print("the blanks turn all tests of their concepts, and no test that needs none of them" * well)
     if not well:
-        raise ValueError("the blanks do not turn exactly the tests of their concepts and of those that need them")
+        raise ValueError(
+            "the blanks do not turn exactly the tests of their concepts and of those that need them"
+        )
 
 
 # ---------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Copy the project without the functions of some concepts.")
+    parser = argparse.ArgumentParser(
+        description="Copy the project without the functions of some concepts."
+    )
     parser.add_argument("out", nargs="?", type=Path, help="folder to write, must not exist")
-    parser.add_argument("concepts", nargs="*", metavar="concept", help="what is to be written; see --list")
+    parser.add_argument(
+        "concepts", nargs="*", metavar="concept", help="what is to be written; see --list"
+    )
     parser.add_argument("--list", action="store_true", help="print the concepts and stop")
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
@@ -211,11 +280,16 @@ def parse_args(argv=None):
 def main(args):
     if args.list:
         for concept in CONCEPTS:
-            print(f"{concept.name:<12} {concept.lesson}\n{'':<12} {concept.functions or '(nothing to write)'}"
-                  + f"\n{'':<12} needs {concept.needs}" * bool(concept.needs))
+            print(f"{concept.name:<12} {concept.lesson}")
+            print(f"{'':<12} {concept.functions or '(nothing to write)'}")
+            if concept.needs:
+                print(f"{'':<12} needs {concept.needs}")
         return
     if not args.concepts:
-        raise ValueError("expected OUT and at least one concept: python tests/make_assignment.py ../homework top_k")
+        raise ValueError(
+            "expected OUT and at least one concept: python tests/make_assignment.py ../homework"
+            " top_k"
+        )
     make(args.out, args.concepts)
     print(f"written to {args.out}: start with ASSIGNMENT.md, then python -m pytest -x")
     if args.solution_check:

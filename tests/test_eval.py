@@ -1,6 +1,7 @@
-"""eval.py: the embedded pictures, folders of images, counting what is right, checkpoints, and the command line."""
+"""Tests of eval.py: drawn pictures, folders, counting, checkpoints and the command line."""
 
 import argparse
+import functools
 import hashlib
 import io
 import itertools
@@ -55,9 +56,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.shapes
 def test_the_same_pictures_on_every_machine():
-    """The first eight pictures to train on are, bit by bit, these; a new version of PyTorch must not change them."""
+    """The first eight pictures to train on are these, bit by bit, with every PyTorch."""
     checksum = hashlib.sha256(Shapes(500, seed=1).images[:8].numpy().tobytes()).hexdigest()
-    assert checksum == "8347a917a37522c1e356cc2102a50295b327ec70f150725e927926cf52a84468", "was a draw changed?"
+    expected = "8347a917a37522c1e356cc2102a50295b327ec70f150725e927926cf52a84468"
+    assert checksum == expected, "was a draw changed?"
 
 
 @pytest.mark.shapes
@@ -73,10 +75,11 @@ def test_labels_are_what_one_sees():
 
 @pytest.mark.shapes
 def test_a_longer_set_begins_with_the_shorter():
-    """20 pictures are the first 20 of 600 of the same seed, also where pictures are drawn in parts of 500."""
+    """20 pictures are the first 20 of 600 of the same seed, drawn in parts of 500."""
     short, long = Shapes(20, seed=3), Shapes(600, seed=3)
     assert (len(short), len(long)) == (20, 600)
-    assert torch.equal(short.images, long.images[:20]) and torch.equal(short.labels, long.labels[:20])
+    assert torch.equal(short.images, long.images[:20])
+    assert torch.equal(short.labels, long.labels[:20])
     assert torch.equal(short.masks, long.masks[:20])
     for name, factor in short.factors.items():
         assert torch.equal(factor, long.factors[name][:20]), name
@@ -86,7 +89,8 @@ def test_a_longer_set_begins_with_the_shorter():
 @pytest.mark.shapes
 def test_training_and_validation_pictures_differ():
     """No picture to validate with is among those to train on."""
-    train, val = ({image.numpy().tobytes() for image in Shapes(500, seed).images} for seed in (1, 2))
+    train = {image.numpy().tobytes() for image in Shapes(500, 1).images}
+    val = {image.numpy().tobytes() for image in Shapes(500, 2).images}
     assert len(train) == len(val) == 500 and not train & val
 
 
@@ -113,8 +117,9 @@ def test_all_classes_are_about_equally_frequent():
 @pytest.mark.shapes
 def test_the_mask_is_where_the_object_is():
     """Inside its mask a picture is bright, outside it is dark."""
-    # The dimmest object colour is (0, 158, 115): its brightest channel, less 25 of shade and 12 of noise, is 121.
-    # The brightest background is a quarter of 240 + 25: 66, with 12 of noise 78. So 100 separates them always.
+    # The dimmest object colour is (0, 158, 115): its brightest channel, less 25 of shade and 12 of
+    # noise, is 121. The brightest background is a quarter of 240 + 25: 66, with 12 of noise 78. So
+    # 100 separates them always.
     data = Shapes(500, seed=1)
     assert torch.equal(data.images.amax(dim=1) > 100, data.masks)
 
@@ -128,24 +133,30 @@ def test_row_and_column_are_the_centre():
     area = masks.sum((1, 2))
     row = (masks.sum(2) * torch.arange(32)).sum(1) / area
     column = (masks.sum(1) * torch.arange(32)).sum(1) / area
-    assert_close(row, data.factors["row"][circles].double(), msg=lambda m: f"rows and columns swapped? {m}")
+    expected = data.factors["row"][circles].double()
+    assert_close(row, expected, msg=lambda m: f"rows and columns swapped? {m}")
     assert_close(column, data.factors["column"][circles].double())
 
 
 @pytest.mark.shapes
 def test_the_mask_has_the_shape_of_its_factor():
-    """A triangle changes in half a turn, a circle is round, a square is full and a cross is not: as the factor says."""
+    """What one sees in the mask is the shape that its factor names."""
     data = Shapes(500, seed=1)
-    mask, row, column = data.masks, *(data.factors[name].view(-1, 1, 1) for name in ("row", "column"))
+    mask = data.masks
+    row = data.factors["row"].view(-1, 1, 1)
+    column = data.factors["column"].view(-1, 1, 1)
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    turned_y, turned_x = 2 * row - y, 2 * column - x  # half a turn about the centre may lead out of the picture
+    # half a turn about the centre may lead out of the picture
+    turned_y, turned_x = 2 * row - y, 2 * column - x
     visible = (turned_y >= 0) & (turned_y < 32) & (turned_x >= 0) & (turned_x < 32)
     turned = mask[torch.arange(500).view(-1, 1, 1), turned_y.clamp(0, 31), turned_x.clamp(0, 31)]
     changes = (visible & (turned != mask)).any(dim=2).any(dim=1)
     r = ((y - row) ** 2 + (x - column) ** 2).sqrt()
     reach = (r * mask).amax((1, 2))
-    is_round = mask.sum((1, 2)) / (math.pi * reach ** 2) > 0.85  # circle 1; square 2 reach^2 / (pi reach^2) = 0.64
-    is_full = (mask | (r > 8.2)).all(dim=2).all(dim=1)  # the smallest square is 8.75 from centre to side
+    # circle 1; square 2 reach^2 / (pi reach^2) = 0.64
+    is_round = mask.sum((1, 2)) / (math.pi * reach ** 2) > 0.85
+    # the smallest square is 8.75 from centre to side
+    is_full = (mask | (r > 8.2)).all(dim=2).all(dim=1)
 
     seen = torch.where(changes, 2, torch.where(is_round, 0, torch.where(is_full, 1, 3)))
     wrong = (seen != data.factors["shape"]).nonzero().flatten().tolist()
@@ -154,7 +165,7 @@ def test_the_mask_has_the_shape_of_its_factor():
 
 @pytest.mark.shapes
 def test_colours_are_those_of_the_factors():
-    """A plain object has the colour of its factor, its background a quarter of the other; shades differ by up to 25."""
+    """Object and background have the colours of their factors, shaded by up to 25."""
     data = Shapes(500, seed=1)
     palette = torch.tensor(PALETTE).float()
     plain = data.factors["texture"] == 0
@@ -162,14 +173,15 @@ def test_colours_are_those_of_the_factors():
         where = (data.masks == inside).unsqueeze(1)
         mean = (data.images * where).sum((2, 3)) / where.sum((2, 3))  # (N, 3)
         error = (brightness * mean - palette[data.factors[factor]]).abs()
-        # 25 of shade, 3 of rounding down, and the noise of a black pixel is cut off at 0: its mean is 3, times 4 is 12
+        # 25 of shade, 3 of rounding down, and the noise of a black pixel is cut off at 0: its mean
+        # is 3, times 4 is 12
         assert error[plain].max() <= 25 + 3 + 12, f"{factor}: another layer's colour?"
     assert (data.factors["colour"] != data.factors["background"]).all()
 
 
 @pytest.mark.shapes
 def test_only_plain_objects_have_one_colour():
-    """Within a plain object a channel varies by the noise of +-12 only; a texture adds a second colour."""
+    """Within a plain object a channel varies by the noise of +-12 only, else by more."""
     data = Shapes(500, seed=1)
     inside = data.masks.unsqueeze(1)
     spread = (data.images.masked_fill(~inside, 0).amax((2, 3)).int() -
@@ -179,20 +191,23 @@ def test_only_plain_objects_have_one_colour():
 
 @pytest.mark.shapes
 def test_an_item_is_image_label_and_no_complaint():
-    """Item i is (image, label, -1), its image through the transform, and path(i) has a name for messages."""
+    """Item i is (image through the transform, label, -1), and path(i) is a name for messages."""
     data = Shapes(3, seed=1, transform=lambda image: image[:, :4])
     image, label, unreadable = data[2]
-    assert torch.equal(image, data.images[2, :, :4]) and label == int(data.labels[2]) and unreadable == -1
+    assert torch.equal(image, data.images[2, :, :4])
+    assert label == int(data.labels[2])
+    assert unreadable == -1
     assert data.path(2) == "image 2" and len(data) == 3
 
 
 @pytest.mark.shapes
 def test_a_linear_classifier_cannot_solve_it():
-    """Ridge regression on the pixels of 1,600 pictures stays under 40% on others: class is not colour or place."""
+    """Ridge regression on the pixels stays under 40%: class is not colour or place."""
     train, val = Shapes(1600, seed=1), Shapes(500, seed=2)
     x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
     y = F.one_hot(train.labels, 16).float()
-    # weights = x^T (x x^T + lambda)^-1 y: the same as (x^T x + lambda)^-1 x^T y, with the smaller matrix
+    # weights = x^T (x x^T + lambda)^-1 y: the same as (x^T x + lambda)^-1 x^T y, with the smaller
+    # matrix
     weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
     accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
     assert 1 / 16 < accuracy < 0.4, f"{accuracy:.0%}: easier than it should be (or noise, below 6%)"
@@ -200,9 +215,11 @@ def test_a_linear_classifier_cannot_solve_it():
 
 @pytest.mark.shapes
 def test_the_size_of_shapes():
-    """`shapes` is 16,000 pictures to train on and 2,000 others to validate; `shapes:COUNT` changes the first only."""
-    assert shapes_size("shapes", "train")[0] == 16_000 and shapes_size("shapes:40", "train")[0] == 40
-    assert shapes_size("shapes", "val") == shapes_size("shapes:40", "val") == shapes_size("shapes:40", "all")
+    """`shapes:COUNT` changes the number of pictures to train on, and not those to validate."""
+    assert shapes_size("shapes", "train")[0] == 16_000
+    assert shapes_size("shapes:40", "train")[0] == 40
+    for split in ("val", "all"):
+        assert shapes_size("shapes:40", split) == shapes_size("shapes", "val")
     count, seed = shapes_size("shapes", "val")
     assert count == 2000 and seed != shapes_size("shapes", "train")[1]
     data = open_dataset("shapes:40", "train", transform=lambda image: image[:, :1])
@@ -210,17 +227,19 @@ def test_the_size_of_shapes():
 
 
 @pytest.mark.shapes
-@pytest.mark.parametrize("spec", ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001"])
-def test_a_wrong_count_of_shapes(spec):
+@pytest.mark.parametrize("count", ["0", "-5", "many", "1.5", "100001"])
+def test_a_wrong_count_of_shapes(count):
     """Only a count of 1 to 100000 can follow `shapes:`, and the message says so."""
-    with pytest.raises(ValueError, match="expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"):
-        open_dataset(spec, "train")
+    expected = "expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"
+    with pytest.raises(ValueError, match=expected):
+        open_dataset(f"shapes:{count}", "train")
 
 
 # ---------------------------------------------------------------- reading image files
 
 
-COLOURS = ((200, 60, 20), (20, 180, 60), (40, 40, 220), (250, 250, 130))  # of four fields of 16 x 16
+# of four fields of 16 x 16
+COLOURS = ((200, 60, 20), (20, 180, 60), (40, 40, 220), (250, 250, 130))
 
 
 def picture(mode="RGB"):
@@ -237,7 +256,8 @@ def fields(colours):
     return quarters.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
 
 
-GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOURS]  # luma, the "L" of Pillow
+# luma, the "L" of Pillow
+GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOURS]
 
 
 @pytest.mark.folders
@@ -260,10 +280,11 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
 ])
 @pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
-    """Whatever the mode and the format, a file is read as (3, H, W) uint8 RGB, also when Pillow reads them all."""
+    """A file of any mode and format is read as (3, H, W) uint8 RGB, by either decoder."""
     if decoders == "Pillow":  # torchvision has announced that its decoders will go
         monkeypatch.delattr(evaluation.torchvision.io, "decode_jpeg")
-    picture(mode).save(tmp_path / name, **({"quality": 100, "subsampling": 0} if "j" in name.lower() else {}))
+    options = {"quality": 100, "subsampling": 0} if "j" in name.lower() else {}
+    picture(mode).save(tmp_path / name, **options)
     image = read_image(str(tmp_path / name))
     assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
     if expected is None:
@@ -273,12 +294,13 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, m
         expected_image = fields(expected)
     # JPEG rounds in its own colour space, and decoders differ: 3 of 255. All others are exact.
     worst = (image.int() - expected_image.int()).abs().max()
-    assert worst <= (3 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0), f"{worst}: inverted? BGR? transposed?"
+    allowed = 3 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0
+    assert worst <= allowed, f"{worst}: inverted? BGR? transposed?"
 
 
 @pytest.mark.folders
 def test_sixteen_bits_become_eight(tmp_path):
-    """A 16-bit grey PNG is scaled to 8 bits, neither cut off at 255 nor deprived of its upper byte."""
+    """A 16-bit grey PNG is scaled to 8 bits, and not cut off at 255."""
     # White is 65535 and becomes 255: value / 257, rounded up or down.
     deep = torch.tensor([[0, 255, 256, 1000, 32768, 65000, 65535]])
     Image.fromarray(deep.numpy().astype("uint16")).save(tmp_path / "deep.png")
@@ -442,8 +464,14 @@ def saved(kind):
     return file.getvalue()
 
 
-BROKEN = {"empty.png": b"", "text.png": b"this is no image", "half.jpg": saved("jpeg")[:400],
-          "half.png": saved("png")[:90], "half.gif": saved("gif")[:60], "half.bmp": saved("bmp")[:500]}
+BROKEN = {
+    "empty.png": b"",
+    "text.png": b"this is no image",
+    "half.jpg": saved("jpeg")[:400],
+    "half.png": saved("png")[:90],
+    "half.gif": saved("gif")[:60],
+    "half.bmp": saved("bmp")[:500],
+}
 
 
 @pytest.mark.folders
@@ -459,7 +487,7 @@ def test_a_broken_file_is_none(tmp_path, name):
 
 
 def make_folder(root, files):
-    """Write small images: file i is grey level i all over. Returns the folder as open_dataset() wants it."""
+    """Write small images, file i of grey level i, and return the folder for open_dataset()."""
     for level, name in enumerate(files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 5), (level, level, level)).save(root / name)
@@ -473,25 +501,29 @@ def names(dataset):
 
 def contents(dataset):
     """(file relative to the folder, class name, grey level) of every item."""
-    items = [dataset[i] for i in range(len(dataset))]
-    return [(os.path.relpath(dataset.path(i), dataset.root), dataset.classes[label], int(image[0, 0, 0]))
-            for i, (image, label, _) in enumerate(items)]
+    found = []
+    for i, file in enumerate(names(dataset)):
+        image, label, _ = dataset[i]
+        found.append((file, dataset.classes[label], int(image[0, 0, 0])))
+    return found
 
 
 @pytest.mark.folders
 def test_classes_and_files_are_sorted(tmp_path):
-    """Labels follow the sorted class names, items the sorted files: no order of the file system gets in."""
+    """Labels follow the sorted class names and items the sorted files, on every file system."""
     root = make_folder(tmp_path, ["b/2.png", "b/10.png", "a/x.png", "C/y.png"])
     data = open_dataset(root, "all")
     assert data.classes == ["C", "a", "b"]  # by code point, capitals first
-    assert contents(data) == [("C/y.png", "C", 3), ("a/x.png", "a", 2), ("b/10.png", "b", 1), ("b/2.png", "b", 0)]
+    b = [("b/10.png", "b", 1), ("b/2.png", "b", 0)]
+    assert contents(data) == [("C/y.png", "C", 3), ("a/x.png", "a", 2), *b]
     assert [data[i][1:] for i in range(4)] == [(0, -1), (1, -1), (2, -1), (2, -1)]
 
 
 @pytest.mark.folders
 def test_subfolders_belong_to_their_class(tmp_path):
     """An image at any depth below a class folder is of that class."""
-    root = make_folder(tmp_path, ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png", "dog/a/b/c/4.png"])
+    cats = ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png"]
+    root = make_folder(tmp_path, [*cats, "dog/a/b/c/4.png"])
     data = open_dataset(root, "all")
     assert contents(data) == [("cat/1.png", "cat", 0), ("cat/indoor/2.png", "cat", 1),
                               ("cat/indoor/sofa/3.png", "cat", 2), ("dog/a/b/c/4.png", "dog", 3)]
@@ -499,7 +531,7 @@ def test_subfolders_belong_to_their_class(tmp_path):
 
 @pytest.mark.folders
 def test_odd_names(tmp_path):
-    """Spaces, accents, other scripts, emoji and several dots in names are read, and path() gives them back."""
+    """Spaces, accents, other scripts, emoji and dots in names are read and given back."""
     names = ["big cat/my photo (1).png", "chien à poil/éléphant.v2.PNG", "猫/写真.png", "🐈/👍.png"]
     data = open_dataset(make_folder(tmp_path, names), "all")
     assert contents(data) == [(name, name.split("/")[0], level) for level, name in enumerate(names)]
@@ -507,12 +539,13 @@ def test_odd_names(tmp_path):
 
 @pytest.mark.folders
 def test_what_is_no_image_is_left_out(tmp_path):
-    """Hidden folders are no classes, files beside the class folders no items, and other files no images."""
+    """Hidden folders, files beside the class folders and other files are no data."""
     root = make_folder(tmp_path, ["a/1.png", "b/2.png", ".cache/3.png", "4.png"])
     (tmp_path / "a" / "notes.txt").write_text("ignored")
     (tmp_path / "a" / "png").write_text("a name without extension")
     data = open_dataset(root, "all")
-    assert data.classes == ["a", "b"] and contents(data) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
+    assert data.classes == ["a", "b"]
+    assert contents(data) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
 
 
 @pytest.mark.folders
@@ -527,7 +560,7 @@ def test_what_systems_leave_behind_is_no_data(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     data = open_dataset(root, "all")
     assert data.classes == ["a", "b"] and names(data) == ["a/1.png", "b/2.png"]
-    told = f"warning: left out of {root}, class folders without images: runs\n"
+    told = f"warning: {root}; 1 class folders without images are left out (runs)\n"
     assert capsys.readouterr().err == told
 
 
@@ -541,9 +574,11 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
         (tmp_path / "c" / f"IMG_{i}.HEIC").write_bytes(b"x")
     data = open_dataset(root, "all")
     assert open_dataset(root, "all").classes == data.classes == ["a", "b"]
-    empty, deep = capsys.readouterr().err.splitlines()  # once, although it was opened twice
-    assert empty.endswith(", class folders without images: c, files of other types: 10 .heic")
-    assert deep.startswith(f"warning: 1 images of {root} lie deeper than in a class folder (b/sub/")
+    [told] = capsys.readouterr().err.splitlines()  # once, although it was opened twice
+    assert told.startswith(f"warning: {root}; 1 class folders without images are left out (c); ")
+    assert "; 10 files of other types are left out (.heic); " in told
+    assert "; 1 images lie deeper than in a class folder " in told
+    assert told.endswith("belong to the upper one (b/sub/3.jfif)")
 
 
 @pytest.mark.folders
@@ -661,6 +696,11 @@ def test_one_name_in_two_spellings(tmp_path):
     )
     train, val = (open_dataset(root, split) for split in ("train", "val"))
     assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
+    one, other = (
+        open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
+        for name in (composed, decomposed)
+    )
+    assert one.fingerprint() == other.fingerprint(), "a copy on another system is the same data"
 
 
 @pytest.mark.folders
@@ -678,12 +718,16 @@ def test_names_that_no_terminal_can_show(tmp_path, capsys):
     assert data.fingerprint()["images"] == [2] and data.classes == ["caf\udce9"]
     evaluation.warn(f"cannot read {data.path(0)}")
     assert capsys.readouterr().err == f"warning: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.fail(ValueError(f"cannot read {data.path(0)}"))
+    assert capsys.readouterr().err == f"error: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
 
 
 @pytest.mark.folders
 def test_train_and_val_folders(tmp_path):
     """Where there are train/ and val/, "train" is the one, and "val" and "all" are the other."""
-    root = make_folder(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/5.png"])
+    files = "train/a/1.png train/b/2.png val/a/3.png val/b/4.png val/b/5.png"
+    root = make_folder(tmp_path, files.split())
     assert contents(open_dataset(root, "train")) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
     val = [("a/3.png", "a", 2), ("b/4.png", "b", 3), ("b/5.png", "b", 4)]
     assert contents(open_dataset(root, "val")) == contents(open_dataset(root, "all")) == val
@@ -759,17 +803,18 @@ def test_a_transform_sees_every_image(tmp_path):
     (lambda root: root.mkdir(), "no class folders in"),
     (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
     (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
-    (lambda root: (root / "train" / "a").mkdir(parents=True) or (root / "val").mkdir(), "no class folders in"),
+    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "no class folders in"),
 ], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
-    """A data set that is not there is a ValueError with the place and a picture of the expected tree."""
+    """A data set that is not there is an error with the place and the expected tree."""
     root = tmp_path / "here"
     make(root)
     with pytest.raises(ValueError) as error:
         open_dataset(str(root), "val")
     message = str(error.value)
     assert expected in message and str(root) in message
-    assert "FOLDER/train/<class>/<image>.jpg" in message and " or FOLDER/<class>/<image>.jpg" in message
+    assert "FOLDER/train/<class>/<image>.jpg" in message
+    assert " or FOLDER/<class>/<image>.jpg" in message
 
 
 @pytest.mark.folders
@@ -779,7 +824,7 @@ def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expecte
     ([3], 3, 0),  # after the last comes the first
 ])
 def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, replaced_by):
-    """In place of a broken file comes the next that can be read, with ITS label and the index of the broken one."""
+    """For a broken file comes the next, with ITS label and the index of the broken one."""
     root = make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "c/3.png"])
     data = open_dataset(root, "all")
     for i in broken:
@@ -843,24 +888,27 @@ def test_a_fingerprint_of_pictures_in_memory():
 @pytest.mark.folders
 @pytest.mark.parametrize("spec, kind", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
 def test_cifar_has_channels_first(monkeypatch, spec, kind):
-    """torchvision has CIFAR as (N, rows, columns, 3), we have (N, 3, rows, columns); its test half is to validate."""
+    """CIFAR's (N, rows, columns, 3) become (N, 3, rows, columns); the test half validates."""
     class Fake:
         classes, targets = ["cat", "dog"], [1, 0]
 
         def __init__(self, root, train, download):
-            self.data = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8).view(2, 4, 5, 3).numpy() + train
+            numbers = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8)
+            self.data = numbers.view(2, 4, 5, 3).numpy() + train
 
     monkeypatch.setattr(evaluation.torchvision.datasets, kind, Fake)
     for split, plus in [("train", 1), ("val", 0), ("all", 0)]:
-        data = open_dataset(spec, split, transform=lambda image: image[:, 1:])  # without its first row
+        # without its first row
+        data = open_dataset(spec, split, transform=lambda image: image[:, 1:])
         image, label, unreadable = data[1]
-        assert image.shape == (3, 3, 5) and (label, unreadable, data.classes) == (0, -1, ["cat", "dog"])
+        assert image.shape == (3, 3, 5)
+        assert (label, unreadable, data.classes) == (0, -1, ["cat", "dog"])
         # image 1, row 2, column 3, channel 0 is value 1 * 60 + 2 * 15 + 3 * 3 + 0
         assert image[0, 1, 3] == 99 + plus, "channels last, or the other half"
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("File not found or corrupted.")])
+@pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("corrupted")])
 def test_cifar_without_a_network(monkeypatch, problem):
     """If the download fails, one line says what went wrong and which file to get by hand."""
     class Fake:
@@ -870,7 +918,8 @@ def test_cifar_without_a_network(monkeypatch, problem):
             raise problem
 
     monkeypatch.setattr(evaluation.torchvision.datasets, "CIFAR10", Fake)
-    with pytest.raises(ValueError, match="cifar10 could not be downloaded .*place cifar-10-python") as error:
+    expected = "cifar10 could not be downloaded .*place cifar-10-python"
+    with pytest.raises(ValueError, match=expected) as error:
         open_dataset("cifar10", "train")
     assert "\n" not in str(error.value)
 
@@ -881,33 +930,37 @@ def test_cifar_without_a_network(monkeypatch, problem):
 @pytest.mark.counting
 @pytest.mark.parametrize("image_size, crop_ratio, height, width, rows, columns", [
     (32, 0.5, 64, 64, (16, 48), (16, 48)),  # 32 / 0.5 = 64: no resizing; (64 - 32) / 2 = 16
-    (224, 0.875, 256, 300, (16, 240), (38, 262)),  # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
+    # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
+    (224, 0.875, 256, 300, (16, 240), (38, 262)),
     (224, 0.875, 300, 256, (38, 262), (16, 240)),
     (32, 1.0, 32, 48, (0, 32), (8, 40)),  # a ratio of 1: all of the short side
 ])
 def test_the_centre_is_evaluated(image_size, crop_ratio, height, width, rows, columns):
     """The short side becomes image_size / crop_ratio pixels, then the centre square is cut out."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    expected = image[:, slice(*rows), slice(*columns)]  # the short side has its size already: nothing is interpolated
+    # the short side has its size already: nothing is interpolated
+    expected = image[:, slice(*rows), slice(*columns)]
     assert torch.equal(eval_transform(image_size, crop_ratio)(image), expected)
 
 
 @pytest.mark.counting
 @pytest.mark.parametrize("height, width, resized", [(96, 120, (64, 80)), (20, 10, (128, 64))])
 def test_resizing_is_bicubic(height, width, resized):
-    """Larger and smaller images are resized with the bicubic filter of Pillow, to one grey value."""
+    """Images are resized with the bicubic filter of Pillow, to one grey value."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     pillow = v2.functional.to_pil_image(image).resize(resized[::-1], Image.BICUBIC)
     top, left = (resized[0] - 48) // 2, (resized[1] - 48) // 2
     expected = v2.functional.pil_to_tensor(pillow)[:, top:top + 48, left:left + 48]
-    difference = (eval_transform(48, 0.75)(image).int() - expected.int()).abs().max()  # 48 / 0.75 = 64
+    # 48 / 0.75 = 64
+    difference = (eval_transform(48, 0.75)(image).int() - expected.int()).abs().max()
     assert difference <= 1, "bilinear, or not antialiased?"
 
 
 @pytest.mark.counting
 def test_normalize_by_hand():
-    """A pixel becomes (pixel / 255 - mean) / std with the mean and the deviation of its own colour."""
-    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)  # red 0, green 51 = 0.2 * 255, blue 255
+    """A pixel becomes (pixel / 255 - mean) / std with mean and std of its own colour."""
+    # red 0, green 51 = 0.2 * 255, blue 255
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     # (0 - 0.5) / 0.25 = -2;  (0.2 - 0.4) / 0.5 = -0.4;  (1 - 0.6) / 0.2 = 2
     expected = torch.tensor([-2.0, -0.4, 2.0]).view(1, 3, 1, 1)
     actual = normalize(images, mean=(0.5, 0.4, 0.6), std=(0.25, 0.5, 0.2))
@@ -925,22 +978,24 @@ def test_autocast_is_on_for_bfloat16_only():
 
 @pytest.mark.counting
 def test_bfloat16_is_for_gpus_that_have_it(monkeypatch):
-    """A GPU that computes in bfloat16 runs in it; an older one, which would emulate it, and a CPU in float32."""
+    """Only a GPU that computes in bfloat16 itself runs in it."""
     for native, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+        supported = functools.partial(lambda native, emulated=True: native or emulated, native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert best_dtype(torch.device("cuda")) == dtype and best_dtype(CPU) == torch.float32
 
 
 @pytest.mark.classes
 def test_match_classes_by_name():
-    """Each class of the data gets the position of the same name in the checkpoint, whatever the order of either."""
+    """Each class of the data gets the position of its name in the checkpoint."""
     assert match_classes(["cat", "dog"], ["dog", "ant", "cat"]) == [2, 0]
 
 
 @pytest.mark.classes
 def test_unknown_classes_are_named():
-    """Classes that the checkpoint does not know are counted and named, with examples of what it knows."""
-    with pytest.raises(ValueError, match=r"2 of 3 classes .* unknown .*\(cow, eel.*it knows ant, cat"):
+    """Unknown classes are counted and named, with examples of known ones."""
+    expected = r"2 of 3 classes .* unknown .*\(cow, eel.*it knows ant, cat"
+    with pytest.raises(ValueError, match=expected):
         match_classes(["cat", "cow", "eel"], ["ant", "cat"])
 
 
@@ -957,7 +1012,7 @@ def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
 
 
 class Known(nn.Module):
-    """A model whose logits are known: for an image of grey level i it returns row i of the table."""
+    """Return row i of a table of logits for an image of grey level i."""
 
     def __init__(self, table):
         super().__init__()
@@ -985,7 +1040,8 @@ def test_counting_by_hand():
                           [ln2, 0.0, 0.0]])
     result = count(table, labels=[0, 1, 2, 1])  # right, right, right, wrong
     # loss: -ln 1/2 three times, -ln 1/4 = 2 ln 2 once
-    assert result == pytest.approx(dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0, loss=5 * ln2 / 4))
+    counts = dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0)
+    assert result == pytest.approx(counts | dict(loss=5 * ln2 / 4))
 
 
 @pytest.mark.counting
@@ -1002,17 +1058,20 @@ def test_sigmoid_losses_by_hand():
 @pytest.mark.counting
 @pytest.mark.parametrize("batch_size", [1, 7, 23, 100])
 def test_counting_against_a_loop(batch_size):
-    """The last, smaller batch counts like the others: 23 images give the same at every batch size."""
+    """The last, smaller batch counts like the others: 23 images give the same at any size."""
     table, labels = torch.randn(23, 12), torch.randint(0, 12, (23,)).tolist()
     labels[:8] = table[:8].argmax(1).tolist()  # so that not all are wrong
     top1 = top5 = loss = 0
     for logits, label in zip(table.double(), labels):
-        better = sum(float(value) > float(logits[label]) for value in logits)  # classes ahead of the right one
+        # classes ahead of the right one
+        better = sum(float(value) > float(logits[label]) for value in logits)
         top1 += better < 1
         top5 += better < 5
         loss -= float(logits.log_softmax(0)[label])
-    expected = dict(images=23, correct1=top1, correct5=top5, top1=100 * top1 / 23, top5=100 * top5 / 23, loss=loss / 23)
-    assert count(table, labels, batch_size=batch_size) == pytest.approx(expected), "a mean of means of unequal batches?"
+    expected = dict(images=23, correct1=top1, correct5=top5, loss=loss / 23)
+    expected |= dict(top1=100 * top1 / 23, top5=100 * top5 / 23)
+    found = count(table, labels, batch_size=batch_size)
+    assert found == pytest.approx(expected), "a mean of means of unequal batches?"
 
 
 @pytest.mark.counting
@@ -1024,11 +1083,13 @@ def test_top5_with_fewer_than_five_classes():
 @pytest.mark.counting
 def test_columns_restrict_the_prediction():
     """With columns the prediction and the loss are made among the data's classes only."""
-    table = torch.tensor([[9.0, 1.0, 2.0, 3.0],   # column 0 is best, but no class of the data; of 3 and 1, 3 is best
+    # column 0 is best, but no class of the data; of 3 and 1, 3 is best
+    table = torch.tensor([[9.0, 1.0, 2.0, 3.0],
                           [9.0, 5.0, 2.0, 3.0],   # of 3 and 1, 1 is best
                           [9.0, 0.0, 2.0, 1.0]])  # of 3 and 1, 3 is best
-    result = count(table, labels=[0, 1, 1], columns=[3, 1])  # label 0 of the data is column 3, label 1 is column 1
-    assert result["top1"] == pytest.approx(100 * 2 / 3), "0 if the maximum was taken over all four columns"
+    # label 0 of the data is column 3, label 1 is column 1
+    result = count(table, labels=[0, 1, 1], columns=[3, 1])
+    assert result["top1"] == pytest.approx(100 * 2 / 3), "0 if all four columns take part"
     # two logits 2 apart, right and wrong: ln(1 + e^-2) twice; and 1 apart, wrong: ln(1 + e^1)
     assert result["loss"] == pytest.approx((2 * math.log1p(math.exp(-2)) + math.log1p(math.e)) / 3)
 
@@ -1036,7 +1097,7 @@ def test_columns_restrict_the_prediction():
 @pytest.mark.counting
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back(training):
-    """A model is evaluated in evaluation mode, without gradients, and left in the mode that it came in."""
+    """A model is evaluated in evaluation mode, and left in the mode that it came in."""
     model = Known(torch.randn(4, 3)).train(training)
     count(None, [0, 1, 2, 0], model=model)
     assert model.modes == [(False, False)] * 2, "(training, gradients) at each batch"
@@ -1045,7 +1106,7 @@ def test_the_mode_comes_back(training):
 
 @pytest.mark.counting
 def test_mean_and_std_reach_the_model():
-    """evaluate() shows the model normalized images: black and white become (0 - 0.5) / 0.5 and (1 - 0.5) / 0.5."""
+    """evaluate() shows the model normalized images: black and white become -1 and 1."""
     class Watch(nn.Module):
         def forward(self, images):
             self.seen = images
@@ -1070,22 +1131,25 @@ def test_the_model_runs_in_the_dtype_asked_for():
     for dtype in (torch.bfloat16, torch.float32):
         result = evaluate(model := Product(), loader, CPU, (0.0,) * 3, (1.0,) * 3, dtype=dtype)
         assert model.logits.dtype == dtype
-        assert result["loss"] == pytest.approx(math.log1p(math.exp(3)), rel=1e-6), "summed in bfloat16?"
+        expected = math.log1p(math.exp(3))
+        assert result["loss"] == pytest.approx(expected, rel=1e-6), "summed in bfloat16?"
 
 
 @pytest.mark.counting
-@pytest.mark.parametrize("broken", ["a/0.png", "a/1.png", "b/2.png"])  # batches of two: the third opens the second
+# batches of two: the third opens the second
+@pytest.mark.parametrize("broken", ["a/0.png", "a/1.png", "b/2.png"])
 def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
-    """evaluate() stops at an unreadable file and names it: an accuracy of the others would not be comparable."""
+    """evaluate() stops at an unreadable file and names it."""
     data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"]), "all")
     (tmp_path / broken).write_bytes(b"")
     with pytest.raises(ValueError, match=f"cannot read .*{broken}: .*repair or remove the file"):
-        evaluate(Known(torch.zeros(3, 2)), eval_loader(data, 2, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
+        loader = eval_loader(data, 2, 0, CPU)
+        evaluate(Known(torch.zeros(3, 2)), loader, CPU, (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.counting
 def test_processes_share_the_images(monkeypatch):
-    """Three processes get every image once, though 3 does not divide 11, and none gets one twice to fill up."""
+    """Three processes get every one of 11 images once, and none twice to fill up."""
     images = torch.arange(11, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
     data = TensorImages(images, torch.arange(11), ["-"])
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
@@ -1093,19 +1157,21 @@ def test_processes_share_the_images(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(evaluation.dist, "get_rank", lambda rank=rank: rank)
-        shares.append([int(label) for _, labels, _ in eval_loader(data, 2, 0, CPU) for label in labels])
+        batches = [labels for _, labels, _ in eval_loader(data, 2, 0, CPU)]
+        shares.append(torch.cat(batches).tolist())
     assert sorted(itertools.chain(*shares)) == list(range(11)), "an image twice, or not at all"
     assert sorted(map(len, shares)) == [3, 4, 4]
 
 
 @pytest.mark.counting
 def test_the_sums_of_all_processes_are_added(monkeypatch):
-    """Under torchrun the counts are added before dividing, exactly: here to those of another process with 2^24 hits."""
+    """The counts of all processes are added exactly: here to another's 2^24 hits."""
     monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda errors, error: None)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda sums, op=None: op or sums.add_(2 ** 24))
+    add = lambda sums, op=None: op or sums.add_(2**24)
+    monkeypatch.setattr(evaluation.dist, "all_reduce", add)
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     result = count(table, [0, 1, 1])  # two of three are right
     assert result["images"] == 2 ** 24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
@@ -1117,9 +1183,10 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
 
 @pytest.mark.checkpoints
 def test_every_model_has_a_name():
-    """build_model() makes each preset from its name and options, and leaves the config as it was."""
-    assert list(MODELS) == ["vit_nano", "vit_ti", "vit_s", "vit_b", "vit_b32", "vit_l", "vmoe_s32", "convnext_nano",
-                            "convnext_t", "convnext_s", "convnext_b", "convnext_iso_s", "convnext_iso_b"]
+    """build_model() makes each preset from its name and options, and changes no config."""
+    vits = "vit_nano vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
+    convnexts = "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b"
+    assert list(MODELS) == [*vits.split(), *convnexts.split()]
     config = dict(model="convnext_nano", num_classes=3, moe_layers="last2")
     for _ in range(2):
         model = build_model(config)
@@ -1128,13 +1195,13 @@ def test_every_model_has_a_name():
 
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("config, expected", [
-    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, vit_b, "),
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, "),
     (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
     (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
     (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k = 3: expected 1 to 2"),
 ])
 def test_a_wrong_config_lists_what_exists(config, expected):
-    """An unknown model, placement or router, or k > experts, is a ValueError that lists the valid ones."""
+    """An option that does not exist is a ValueError that lists the valid ones."""
     with pytest.raises(ValueError) as error:
         build_model(config)
     assert expected in str(error.value)
@@ -1142,8 +1209,9 @@ def test_a_wrong_config_lists_what_exists(config, expected):
 
 def checkpoint_of(config, weights, averaged=None, **changes):
     """A checkpoint as train.py writes it, for a model of three classes and images in 0..1."""
-    checkpoint = dict(config=config, classes=["a", "b", "c"], image_size=32, crop_ratio=1.0, mean=(0.0,) * 3,
-                      std=(1.0,) * 3, model=weights, ema=averaged, optimizer={}, epoch=1, step=1, best=0.0, args={})
+    checkpoint = dict(config=config, classes=["a", "b", "c"], model=weights, ema=averaged)
+    checkpoint |= dict(image_size=32, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    checkpoint |= dict(optimizer={}, epoch=1, step=1, best=0.0, args={})
     assert set(checkpoint) == CHECKPOINT_KEYS
     return checkpoint | changes
 
@@ -1153,20 +1221,21 @@ CONFIG = dict(model="vit_nano", num_classes=3, depth=2, dim=16, moe_layers=[1])
 
 @pytest.fixture
 def saved_model(tmp_path):
-    """A model that always says "b", and the path of its checkpoint. Its averaged weights always say "c"."""
+    """Return a model that says "b" and a folder: both.pt also has averaged weights, for "c"."""
     model = build_model(CONFIG)
     nn.init.zeros_(model.head.weight)
     model.head.bias.data = torch.tensor([0.0, 5.0, 0.0])
     averaged = {name: weight.clone() for name, weight in model.state_dict().items()}
     averaged["head.bias"] = torch.tensor([0.0, 0.0, 5.0])
     torch.save(checkpoint_of(CONFIG, model.state_dict(), averaged), tmp_path / "both.pt")
-    torch.save(checkpoint_of(CONFIG, model.state_dict(), args=dict(ema=0)), tmp_path / "plain.pt")  # not another seed
+    # not another seed
+    torch.save(checkpoint_of(CONFIG, model.state_dict(), args=dict(ema=0)), tmp_path / "plain.pt")
     return model, tmp_path
 
 
 @pytest.mark.checkpoints
 def test_a_checkpoint_comes_back(tmp_path):
-    """load_checkpoint() gives the same model in evaluation mode, and all that was stored beside it."""
+    """load_checkpoint() gives the same model in evaluation mode, and the stored dict."""
     model = build_model(CONFIG).eval()
     checkpoint = checkpoint_of(CONFIG, model.state_dict(), epoch=7)
     torch.save(checkpoint, tmp_path / "last.pt")
@@ -1178,9 +1247,11 @@ def test_a_checkpoint_comes_back(tmp_path):
 
 @pytest.mark.checkpoints
 def test_averaged_weights_are_preferred(saved_model):
-    """If the run kept averaged weights (EMA) these are loaded, with raw=True or without any the plain ones."""
+    """Averaged weights (EMA) are loaded if there are any, with raw=True the plain ones."""
     _, folder = saved_model
-    for name, raw, says in [("both.pt", False, 2), ("both.pt", True, 1), ("plain.pt", False, 1), ("plain.pt", True, 1)]:
+    for name, raw, says in [
+        ("both.pt", False, 2), ("both.pt", True, 1), ("plain.pt", False, 1), ("plain.pt", True, 1)
+    ]:
         model, _ = load_checkpoint(str(folder / name), CPU, raw)
         assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
 
@@ -1199,28 +1270,35 @@ def cut_off(path):
 
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("make, expected", [
-    (lambda path: None, "no checkpoint at {path}: expected a file like runs/<model>-<data>-1/best.pt"),
+    (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
     (lambda path: path.mkdir(), "no checkpoint at {path}"),
     (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
     (lambda path: path.write_bytes(b""), "{path} cannot be opened as a checkpoint, it is empty"),
     (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
     (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
     (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
-    (lambda path: torch.save(dict(model={}, epoch=3), path), "{path} is not a checkpoint of train.py: it lacks args,"),
+    (lambda path: torch.save(dict(model={}, epoch=3), path),
+     "{path} is not a checkpoint of train.py: it lacks args,"),
     (lambda path: torch.save(7, path), "{path} is not a checkpoint of train.py: it lacks args,"),
-    (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}), "the weights in {path} do not fit its own config"),
-    (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}), "the weights in {path} do not fit its own config"),
-    (lambda path: write_checkpoint(path, {"model": "resnet"}), "unknown model 'resnet': expected one of vit_nano,"),
-    (lambda path: write_checkpoint(path, CONFIG | {"size": 1}), "the config in {path} does not describe a model"),
-    (lambda path: write_checkpoint(path, {"dim": 16}), "the config in {path} does not describe a model"),
-    (lambda path: write_checkpoint(path, classes=["a", "b"]), "{path} names 2 classes, but its model has 3 outputs"),
+    (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
+     "the weights in {path} do not fit its own config"),
+    (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
+     "the weights in {path} do not fit its own config"),
+    (lambda path: write_checkpoint(path, {"model": "resnet"}),
+     "unknown model 'resnet': expected one of vit_nano,"),
+    (lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
+     "the config in {path} does not describe a model"),
+    (lambda path: write_checkpoint(path, {"dim": 16}),
+     "the config in {path} does not describe a model"),
+    (lambda path: write_checkpoint(path, classes=["a", "b"]),
+     "{path} names 2 classes, but its model has 3 outputs"),
     (lambda path: write_checkpoint(path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
      "{path} is from an older version, whose experts were stacked weights"),
 ], ids=["missing", "folder", "cut off", "empty", "text", "zip", "image", "foreign dict", "number",
         "other width", "other depth", "other model", "unknown option", "no model", "few classes",
         "stacked experts"])
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
-    """Whatever is wrong with the file, a ValueError says it in one line that names the file or what is valid."""
+    """Whatever is wrong with the file, one line names the file or what is valid."""
     path = tmp_path / "last.pt"
     make(path)
     with pytest.raises(ValueError) as error:
@@ -1237,7 +1315,8 @@ def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 
     write_checkpoint(tmp_path / "last.pt")
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(ValueError, match="last.pt cannot be opened as a checkpoint.*Permission denied"):
+    expected = "last.pt cannot be opened as a checkpoint.*Permission denied"
+    with pytest.raises(ValueError, match=expected):
         load_checkpoint(str(tmp_path / "last.pt"), CPU)
 
 
@@ -1267,7 +1346,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def run(monkeypatch, *arguments):
     """The whole program, as `python eval.py <arguments>` would run it."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
+    # the same numbers on every machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     evaluation.main(evaluation.parse_args())
 
 
@@ -1301,9 +1381,10 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
 
 @pytest.mark.evaluator
 def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, capsys):
-    """`eval.py CKPT CKPT --data A --data B --json FILE`: a row per checkpoint, top-1 and top-5 per data set, and JSON."""
+    """The command prints a row per checkpoint, with top-1 and top-5 per data set, and JSON."""
     model, folder = saved_model
-    # Classes b and c, which the model knows as 1 and 2, and never a. Raw weights say "b", averaged ones say "c".
+    # Classes b and c, which the model knows as 1 and 2, and never a. Raw weights say "b", averaged
+    # ones say "c".
     one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
     two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
     both, plain = folder / "both.pt", folder / "plain.pt"
@@ -1313,18 +1394,23 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
     params = sum(p.numel() for p in model.parameters())
-    active = params - 6 * (2 * 4 * 16 * 16 + 4 * 16 + 16)  # width 16, hidden 64: 2 of the 8 experts of one layer work
+    # width 16, hidden 64: 2 of the 8 experts of one layer work
+    active = params - 6 * (2 * 4 * 16 * 16 + 4 * 16 + 16)
     size = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
-    for line, path, numbers in [(first, both, ["40.00", "100.00", "50.00", "100.00"]),  # "c": 2 of 5, and 2 of 4
-                                (second, plain, ["60.00", "100.00", "25.00", "100.00"])]:  # "b": 3 of 5, and 1 of 4
+    # "c": 2 of 5, and 2 of 4
+    for line, path, numbers in [(first, both, ["40.00", "100.00", "50.00", "100.00"]),
+                                # "b": 3 of 5, and 1 of 4
+                                (second, plain, ["60.00", "100.00", "25.00", "100.00"])]:
         cells = line.split()
         assert cells[:3] == [str(path), *size] and cells[5:] == numbers
 
     written = json.loads((folder / "out.json").read_text())
     assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
     row = written["results"][1]
-    assert (row["checkpoint"], row["weights"], row["params"], row["active"]) == (str(plain), "raw", params, active)
-    # the logits of b and c are 5 and 0: -ln(e^5 / (e^5 + 1)) if b is right, -ln(1 / (e^5 + 1)) if c is
+    assert (row["checkpoint"], row["weights"]) == (str(plain), "raw")
+    assert (row["params"], row["active"]) == (params, active)
+    # the logits of b and c are 5 and 0: -ln(e^5 / (e^5 + 1)) if b is right, -ln(1 / (e^5 + 1)) if c
+    # is
     loss = (3 * math.log1p(math.exp(-5)) + 2 * math.log1p(math.exp(5))) / 5
     expected = dict(images=5, correct1=3, correct5=5, top1=60.0, top5=100.0, loss=loss)
     assert {name: row["data"][one][name] for name in expected} == pytest.approx(expected, rel=1e-5)
@@ -1333,10 +1419,11 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
 
 @pytest.mark.evaluator
 def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
-    """Before the table the command says which weights it takes, EMA unless --raw, and how it matched the classes."""
+    """Before the table stand the kind of weights and how the classes were matched."""
     _, folder = saved_model
     data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png"])
-    for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:  # EMA says "c", the raw weights "b"
+    # EMA says "c", the raw weights "b"
+    for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:
         run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags)
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == [f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
@@ -1346,7 +1433,7 @@ def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
 
 @pytest.mark.evaluator
 def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
-    """Image size, crop, mean and deviation are those that the model was trained with, as its checkpoint says."""
+    """Image size, crop, mean and deviation are those of the checkpoint."""
     model = build_model(CONFIG).eval()
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     checkpoint = checkpoint_of(CONFIG, model.state_dict(), crop_ratio=0.5, mean=mean, std=std)
@@ -1356,7 +1443,8 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
         (tmp_path / "data" / name).mkdir(parents=True)
         v2.functional.to_pil_image(pixels).save(tmp_path / "data" / name / "0.png")
     data = str(tmp_path / "data")
-    run(monkeypatch, tmp_path / "best.pt", "--data", data, "--workers", 0, "--json", tmp_path / "out.json")
+    flags = ["--data", data, "--workers", 0, "--json", tmp_path / "out.json"]
+    run(monkeypatch, tmp_path / "best.pt", *flags)
     # 32 / 0.5 = 64 is the short side already; the centre of 64 x 80 begins at row 16, column 24
     centre = pixels[:, 16:48, 24:56].float() / 255
     x = torch.stack([(centre[i] - mean[i]) / std[i] for i in range(3)])
@@ -1366,25 +1454,30 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize("flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
-def test_split_chooses_among_the_images_of_a_flat_folder(saved_model, monkeypatch, capsys, flags, images):
-    """A folder without val/ is evaluated whole, unless --split asks for the part that training holds out or uses."""
+@pytest.mark.parametrize(
+    "flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
+def test_split_chooses_among_the_images_of_a_flat_folder(
+        saved_model, monkeypatch, capsys, flags, images):
+    """A folder without val/ is evaluated whole, unless --split asks for a part."""
     _, folder = saved_model
     data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
     run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags.split())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith(f"  {data}: {images} images") and lines[-1].split()[5] == "50.00"  # "c" is half
+    # "c" is half
+    assert lines[1].startswith(f"  {data}: {images} images")
+    assert lines[-1].split()[5] == "50.00"
 
 
 @pytest.mark.evaluator
 def test_images_of_the_training_are_not_counted_unnoticed(saved_model, monkeypatch, capsys):
-    """A flat folder that the checkpoint was trained on: evaluated whole, the accuracy would be too good, and that is said."""
+    """A whole folder that the checkpoint was trained on is evaluated with a remark."""
     model, folder = saved_model
     data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
     write_checkpoint(folder / "here.pt", model=model.state_dict(), args=dict(data=data))
     for flags, said in ((["--split", "all"], True), (["--split", "val"], False)):
         run(monkeypatch, folder / "here.pt", "--data", data, "--workers", 0, *flags)
-        assert (", those of the training among them: --split val leaves them out" in capsys.readouterr().out) == said
+        remark = ", those of the training among them: --split val leaves them out"
+        assert (remark in capsys.readouterr().out) == said
 
 
 @pytest.mark.evaluator
@@ -1392,5 +1485,6 @@ def test_data_of_other_classes_is_refused(saved_model, monkeypatch):
     """A class that the checkpoint has never seen cannot be counted as right or wrong."""
     _, folder = saved_model
     data = make_folder(folder / "data", ["b/0.png", "zebra/1.png"])
-    with pytest.raises(ValueError, match="1 of 2 classes of the data are unknown to the checkpoint .zebra"):
+    expected = "1 of 2 classes of the data are unknown to the checkpoint .zebra"
+    with pytest.raises(ValueError, match=expected):
         run(monkeypatch, folder / "plain.pt", "--data", data)

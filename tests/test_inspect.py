@@ -24,11 +24,11 @@ from torch.testing import assert_close
 
 import inspect_experts
 from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader
-from inspect_experts import (FIGURES, LayerCounts, Panel, bars, class_shares, count_choices,
-                             crosstab, cumulative, cut_out, escape, file_svg, heat_map, inspect,
-                             known_factors, make_files, mutual_information, overlay, page_svg,
-                             palette, picture, plot, routing_csv, short, similarity, text, tiles,
-                             tint, top_classes)
+from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
+                             cumulative, cut_out, escape, file_svg, heat_map, inspect,
+                             known_factors, make_files, mutual_information, overlay, palette,
+                             panel_svg, picture, plot, routing_csv, row_shares, short, similarity,
+                             text, tiles, tint, top_classes)
 from moe import Routing
 
 CPU = torch.device("cpu")
@@ -161,9 +161,9 @@ def test_top_classes_by_hand():
 
 
 @pytest.mark.statistics
-def test_class_shares_by_hand():
+def test_row_shares_by_hand():
     """The shares of a class sum to 1 over the experts, and a class without patches has none."""
-    assert class_shares(torch.tensor([[1, 3], [0, 0]])).tolist() == [[0.25, 0.75], [0, 0]]
+    assert row_shares(torch.tensor([[1, 3], [0, 0]])).tolist() == [[0.25, 0.75], [0, 0]]
 
 
 @pytest.mark.statistics
@@ -261,7 +261,8 @@ def test_every_number_by_plain_loops(all_choices, batch):
     for m, _, e in seen:
         patches[m, e] += 1
     patches = patches.tolist()
-    share = [sum(e == i for _, _, e in seen) / len(seen) for i in range(E)]
+    chosen = [e for _, _, e in seen]
+    share = [chosen.count(i) / len(chosen) for i in range(E)]
     std = math.sqrt(sum((s - 1 / E) ** 2 for s in share) / E)
 
     entropy = 0
@@ -307,7 +308,10 @@ def test_every_number_by_plain_loops(all_choices, batch):
     curves = []
     for i in range(E - 1):
         used = [image[i] for image in patches if image[i]]
-        curves.append([sum(c <= most for c in used) / len(used) for most in range(1, N + 1)])
+        curve = []
+        for most in range(1, N + 1):
+            curve.append(sum(c <= most for c in used) / len(used))
+        curves.append(curve)
 
     tops, cdf = summary.pop("top_classes"), summary.pop("patches_per_image_cdf")
     for i in range(E - 1):
@@ -352,7 +356,7 @@ def red_images(values, side=2):
 
 
 def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
-    """inspect() on such images: a Run, and its arguments."""
+    """inspect() on such images: its Findings, and its arguments."""
     usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
                  data="red", split="all")
     args = SimpleNamespace(**usual | options)
@@ -473,8 +477,8 @@ def test_experts_that_follow_the_object_are_found():
 def test_cut_outs_stay_inside(patch, top, left):
     """A patch of an 8 x 8 grid on 32 pixels with its neighbours is 12 x 12 pixels."""
     image = torch.arange(3 * 32 * 32).view(3, 32, 32)
-    # Patch 27 is in row 3 and column 3, so its centre is 14 and the cut begins at 14 - 6 = 8.
-    cut = cut_out(image, patch, (0, 8, 8), size=12)
+    # Patch 27 is in row 3 and column 3, so the cut begins with patch 2 in both: at pixel 8.
+    cut = cut_out(image, patch, (0, 8, 8))
     assert torch.equal(cut, image[:, top:top + 12, left:left + 12])
 
 
@@ -549,7 +553,7 @@ def test_tint_has_one_colour_and_the_values_as_opacity():
 @pytest.mark.report
 def test_bars_by_hand():
     """Values of 1 and 0.5 of a top of 1 are bars of 110 and 55 pixels on the same base line."""
-    marks, texts = parse(bars("", [1, 0.5], 1, [(1, 2, 3), (4, 5, 6)], ["a", "b"], ["100%", "50%"]))
+    marks, texts = parse(bars("", [1, 0.5], 1, [(1, 2, 3), (4, 5, 6)], ["a", "b"], "{:.0%}"))
     # Half of 320 pixels each, with a tenth free on either side.
     assert [place(bar) for bar in marks["rect"]] == [[16, 5, 128, 110], [176, 60, 128, 55]]
     assert [bar["fill"] for bar in marks["rect"]] == ["rgb(1, 2, 3)", "rgb(4, 5, 6)"]
@@ -561,7 +565,7 @@ def test_bars_by_hand():
 def test_labels_have_room(count):
     """However many bars there are, their labels do not overlap and the bars have a width."""
     numbers = list(range(count))
-    marks, texts = parse(bars("", [1] * count, 1, palette(count), numbers, [""] * count))
+    marks, texts = parse(bars("", [1] * count, 1, palette(count), numbers, "{}"))
     assert all(place(bar)[2] > 0 for bar in marks["rect"])
     at = sorted(x for x, _ in texts)
     wide = 7 * len(str(count - 1))
@@ -570,12 +574,13 @@ def test_labels_have_room(count):
 
 @pytest.mark.report
 def test_a_curve_by_hand():
-    """A curve from (1, 0) to (5, 1) goes from the corner of the axes to the opposite corner."""
-    marks, texts = parse(plot("", [[(1, 0), (3, 0.5), (5, 1)]], [(1, 2, 3)], 5))
-    curve = marks["polyline"][-1]
+    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. None has none."""
+    marks, texts = parse(plot("", [[0, 0.5, 1], None], [(1, 2, 3), (4, 5, 6)], 3))
+    *axis, curve = marks["polyline"]
     assert curve["points"] == "34.0,150.0 171.0,78.0 308.0,6.0"
     assert curve["stroke"] == "rgb(1, 2, 3)"
-    ticks = {(34, 165): "1", (171, 165): "3", (308, 165): "5"}
+    assert len(axis) == 3 and {line["stroke"] for line in axis} == {"rgb(136, 136, 136)"}
+    ticks = {(34, 165): "1", (171, 165): "2", (308, 165): "3"}
     assert ticks.items() <= texts.items()
 
 
@@ -644,14 +649,20 @@ def test_short_names_by_hand(name, expected):
 
 
 @pytest.mark.report
+def test_tiles_of_different_widths():
+    """Pictures keep their shape: the widest fills its place, and half as wide is half of it."""
+    wide, narrow = torch.zeros(3, 4, 8).byte(), torch.zeros(3, 4, 4).byte()
+    marks, _ = parse(tiles("", [narrow, wide], ["a", "b"], 1))
+    assert [place(image)[2:] for image in marks["image"]] == [[160, 160], [320, 160]]
+
+
+@pytest.mark.report
 def test_a_panel_of_the_page_has_its_title_above_the_marks():
-    """The title is the alt text and the first line, and the marks are moved below it."""
-    svg = page_svg(Panel("a & b", 30, [text(5, 20, "inside")]))
-    root = ET.fromstring(svg)
-    assert root.get("aria-label") == "a & b" and root.get("viewBox") == "0 0 320 54"
-    group = root.find("g")
-    assert group.get("transform") == "translate(0 24)"
-    title, inside = group.findall("text")
+    """The title is the alt text and the first line: y = 0 is 24 pixels below the upper edge."""
+    root = ET.fromstring(panel_svg(Panel("a & b", 30, [text(5, 20, "inside")])))
+    assert root.get("aria-label") == "a & b" and root.get("viewBox") == "0 -24 320 54"
+    assert (root.get("width"), root.get("height")) == ("320", "54")
+    title, inside = root.findall("text")
     assert (title.text, title.get("y")) == ("a & b", "-10")
     assert (inside.text, inside.get("y")) == ("inside", "20")
 
@@ -662,9 +673,9 @@ def test_a_file_has_four_panels_to_a_row():
     panels = [Panel(str(i), 100, []) for i in range(5)] + [Panel("5", 200, [])]
     root = ET.fromstring(file_svg(panels))
     assert root.tag == SVG + "svg"
-    corners = [group.get("transform") for group in root.findall(SVG + "g")]
+    corners = [(panel.get("x"), panel.get("y")) for panel in root.findall(SVG + "svg")]
     # Columns are 320 + 24 pixels apart, and rows 24 (title) + 200 + 24.
-    assert corners[3] == "translate(1056 48)" and corners[4] == "translate(24 296)"
+    assert len(corners) == 6 and corners[3] == ("1056", "24") and corners[4] == ("24", "272")
     assert (root.get("width"), root.get("height")) == (str(24 + 4 * 344), str(24 + 2 * 248))
     assert root.find(SVG + "rect").get("fill") == "rgb(255, 255, 255)"
 
@@ -715,7 +726,7 @@ def test_the_report_has_a_picture_per_layer(case):
     """From 1 to 200 experts and to 1,000 classes: well-formed, and all figures are there."""
     *values, options = EXTREMES[case]
     run, args = red_run(*values, **options)
-    page = Page(make_files([run], args)["report.html"].decode())
+    page = Page(make_files([run], args)["report.html"])
     layers, examples = len(run.layers), len(run.examples)
     # Per layer: load, map, classes, similarity, patches and curves. Then one per example, two
     # legends, depth, and factors measured and by chance.
@@ -734,17 +745,18 @@ def test_every_figure_is_also_an_svg_file(case):
     panels = 0
     for name in names:
         root = ET.fromstring(files[name])
-        panels += len(root.findall(SVG + "g"))
+        panels += len(root.findall(SVG + "svg"))
         sizes = [float(mark.get("width")) for mark in root.iter() if mark.get("width")]
         assert min(sizes) > 0, name
-    assert panels == files["report.html"].count(b"<svg")
+    assert panels == files["report.html"].count("<svg")
 
 
 @pytest.mark.report
 def test_the_caption_of_a_figure_is_its_docstring():
     """The report says above each figure what its function's docstring says."""
     run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
-    said = " ".join(Page(make_files([run], args)["report.html"].decode()).text.split())
+    page = Page(make_files([run], args)["report.html"])
+    said = " ".join(page.text.split())
     for draw in FIGURES.values():
         heading, caption = draw.__doc__.split("\n", 1)
         assert heading in said and " ".join(caption.split()) in said
@@ -766,7 +778,7 @@ def test_summary_keeps_names_as_they_are():
     files = make_files([run], args)
     summary = json.loads(files["summary.json"])
     assert summary["layers"][0]["top_classes"][0] == [[name, 1.0]]
-    assert b"0.5, 0.5" in files["summary.json"]
+    assert "0.5, 0.5" in files["summary.json"]
 
 
 @pytest.mark.report
@@ -774,20 +786,22 @@ def test_names_are_only_text():
     """Names with markup in them are shown and not obeyed, and the page loads nothing."""
     name = "<script>alert(1)</script>"
     run, args = red_run([[0, 1, 1, 1]], 2, [0], [name, 'a" onload="x'])
-    page = Page(make_files([run._replace(name=name)], args)["report.html"].decode())
+    page = Page(make_files([run._replace(name=name)], args)["report.html"])
     assert "script" not in page.tags and name in page.text
     assert page.links and all(link.startswith("data:image/") for link in page.links)
 
 
 @pytest.mark.report
-def test_names_of_any_characters():
+def test_names_of_any_characters(tmp_path):
     """Chinese, Arabic, emojis, control characters and bytes that are no UTF-8 can be written."""
     names = ["猫", "العربية", "🐦 bird", "a\x01b\nc", os.fsdecode(b"caf\xe9")]
     run, args = red_run([[0, 1, 1, 1]] * 5, 2, [0, 1, 2, 3, 4], names, examples=5)
-    files = make_files([run], args)
-    titles = [mark.text for mark in ET.fromstring(files["fig6.svg"]).iter(SVG + "text")]
+    inspect_experts.write_files(tmp_path, make_files([run], args))
+    figure = ET.parse(tmp_path / "fig6.svg")
+    titles = [mark.text for mark in figure.iter(SVG + "text")]
     assert {"猫", "العربية", "🐦 bird"} <= set(titles)
-    assert "猫" in files["routing.csv"].decode("utf-8-sig")
+    table = (tmp_path / "routing.csv").read_text("utf-8-sig")
+    assert "猫" in table and "caf" in table
 
 
 @pytest.mark.report
@@ -817,10 +831,11 @@ def test_a_spreadsheet_takes_no_class_for_a_formula():
 
 
 @pytest.mark.report
-def test_a_spreadsheet_knows_the_encoding():
+def test_a_spreadsheet_knows_the_encoding(tmp_path):
     """routing.csv begins with UTF-8's byte order mark, without which Excel shows café wrong."""
     run, args = red_run([[0, 1, 1, 1]], 2, [0], ["café"])
-    content = make_files([run], args)["routing.csv"]
+    inspect_experts.write_files(tmp_path, make_files([run], args))
+    content = (tmp_path / "routing.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbflayer,") and "café".encode() in content
 
 
@@ -836,9 +851,9 @@ def test_two_checkpoints_side_by_side():
     for name in ("routing.csv", "fig5.svg"):
         assert files[name] == make_files([run], args)[name]
         assert files[name] != files[name.replace(".", "_compare.")]
-    alone = make_files([run], args)["report.html"].count(b"<svg")
+    alone = make_files([run], args)["report.html"].count("<svg")
     page = files["report.html"]
-    assert page.count(b"<svg") == 2 * alone and b"<h3>other.pt</h3>" in page
+    assert page.count("<svg") == 2 * alone and "<h3>other.pt</h3>" in page
 
 
 # ---------------------------------------------------------------- command line
@@ -959,7 +974,7 @@ def test_numbers_that_cannot_be(flag, least, capsys):
             inspect_experts.parse_args([*usual, word])
         said = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2
-        assert said.endswith(f"argument {flag}: expected a whole number from {least}, got {word}")
+        assert said.endswith(f"argument {flag}: expected int in [{least}, inf), got {word}")
 
 
 @pytest.mark.report
@@ -971,5 +986,5 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("old")
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ValueError, match="No space left.*make room or choose another --out"):
-        inspect_experts.write_files(str(tmp_path), {"summary.json": b"new"})
+        inspect_experts.write_files(str(tmp_path), {"summary.json": "new"})
     assert (tmp_path / "summary.json").read_text() == "old"

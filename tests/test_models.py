@@ -1,7 +1,7 @@
-"""vit.py and convnext.py: where the experts sit, what a model costs, and that dense and sparse compute the right thing.
+"""vit.py and convnext.py: where the experts sit, what a model costs, what dense and sparse compute.
 
-Models are compared in float64 and with every weight drawn at random, so that a forgotten weight, a bias at its initial
-zero or a norm with another epsilon shows in the logits.
+Models are compared in float64 and with every weight drawn at random, so that a forgotten weight, a
+bias at its initial zero or a norm with another epsilon shows in the logits.
 """
 
 from functools import partial
@@ -19,7 +19,15 @@ from torchvision.ops import StochasticDepth
 import benchmark
 import convnext
 import vit
-from convnext import ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano, convnext_s, convnext_t
+from convnext import (
+    ConvNeXt,
+    convnext_b,
+    convnext_iso_b,
+    convnext_iso_s,
+    convnext_nano,
+    convnext_s,
+    convnext_t,
+)
 from eval import count_flops
 from moe import MLP, MoE, balance_loss, count_parameters
 from train import upcycle
@@ -29,16 +37,28 @@ VITS = [vit_nano, vit_ti, vit_s, vit_b, vit_b32, vit_l, vmoe_s32]
 CONVNEXTS = [convnext_nano, convnext_t, convnext_s, convnext_b, convnext_iso_s, convnext_iso_b]
 PRESETS = VITS + CONVNEXTS
 
-# Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of the ConvNeXt.
-SMALL = {"vit": partial(vit_nano, num_classes=5, dim=32, moe_layers="every2", num_experts=4),
-         "convnext": partial(convnext_nano, num_classes=5, widths=(8, 16, 32), moe_layers="every2", num_experts=4)}
+# Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of
+# the ConvNeXt.
+SMALL = {
+    "vit": partial(vit_nano, num_classes=5, dim=32, moe_layers="every2", num_experts=4),
+    "convnext": partial(
+        convnext_nano, num_classes=5, widths=(8, 16, 32), moe_layers="every2", num_experts=4
+    ),
+}
 
 
 def by_family(names, vits, convnexts):
-    """Parametrize a test whose cases belong to two concepts: those of a ViT to vit, those of a ConvNeXt to convnext."""
-    cases = [(case, pytest.mark.vit) for case in vits] + [(case, pytest.mark.convnext) for case in convnexts]
-    return pytest.mark.parametrize(names, [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
-                                           for case, mark in cases])
+    """Parametrize a test with cases of two concepts: ViTs belong to vit, ConvNeXts to convnext."""
+    cases = [(case, pytest.mark.vit) for case in vits] + [
+        (case, pytest.mark.convnext) for case in convnexts
+    ]
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
+            for case, mark in cases
+        ],
+    )
 
 
 both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
@@ -46,17 +66,21 @@ both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
 
 def blocks_of(model):
     """All blocks from input to output, whether in one list (ViT) or in stages (ConvNeXt)."""
-    return list(model.blocks) if isinstance(model, ViT) else [block for stage in model.stages for block in stage]
+    return (
+        list(model.blocks)
+        if isinstance(model, ViT)
+        else [block for stage in model.stages for block in stage]
+    )
 
 
 def with_random_weights(module, std=0.2):
-    """The module in float64 and evaluation mode, with no weight at a special value such as zero or one."""
+    """Return the module in float64 and evaluation mode, with no weight at 0, 1 or so."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)
     return module.double().eval()
 
 
-# ---------------------------------------------------------------- placement: which blocks hold a MoE
+# ---------------------------------------------------------------- placement: the blocks with a MoE
 
 
 @pytest.mark.placement
@@ -69,8 +93,9 @@ def with_random_weights(module, std=0.2):
     ("last2", 5, [1, 3]),
 ])
 def test_placements_in_a_vit(name, depth, expected):
-    """Counted from 0, the sparse blocks of a ViT are the odd ones, or the last two or three of these."""
-    assert vit.place_moe(name, depth) == expected, "one too low or high: counted from 0, odd means 1, 3, 5"
+    """The sparse blocks of a ViT are the odd ones, counted from 0, or the last 2 or 3 of these."""
+    assert vit.place_moe(name, depth) == expected, (
+        "one too low or high: counted from 0, odd means 1, 3, 5")
 
 
 @pytest.mark.placement
@@ -91,8 +116,9 @@ def test_placements_in_a_vit(name, depth, expected):
     ("stage", (3, 3, 27, 3), [2, 5, 32, 35]),
 ])
 def test_placements_in_a_convnext(name, depths, expected):
-    """With stages, "odd" and "last" are counted inside each stage; with one stage they are counted as in a ViT."""
-    assert convnext.place_moe(name, depths) == expected, "odd within the whole network, or within its stage?"
+    """With stages, "odd" and "last" are counted inside each. With one they are as in a ViT."""
+    assert convnext.place_moe(name, depths) == expected, (
+        "odd within the whole network, or within its stage?")
 
 
 @pytest.mark.placement
@@ -104,20 +130,44 @@ def test_a_placement_may_be_a_list_of_blocks(place, sizes):
 
 
 @pytest.mark.placement
-@pytest.mark.parametrize("place, sizes, moe_layers, expected", [
-    (vit.place_moe, 12, "stage", "'stage' does not exist in a ViT: expected one of none, every2, last2, last3"),
-    (vit.place_moe, 12, "every3", "'every3' does not exist in a ViT: expected one of none, every2, last2, last3"),
-    (vit.place_moe, 12, [3, 12], "block 12: expected 0 to 11"),
-    (vit.place_moe, 12, [-1], "block -1: expected 0 to 11"),
-    (vit.place_moe, 3, "last2", "'last2' needs 2 odd blocks: a ViT of 3 blocks has 1"),
-    (vit.place_moe, 5, "last3", "'last3' needs 3 odd blocks: a ViT of 5 blocks has 2"),
-    (convnext.place_moe, (18,), "stage", "of 1 stage(s): expected one of none, every2, last2, last3, or"),
-    (convnext.place_moe, (3, 3, 9, 3), "last4", "expected one of none, every2, last2, last3, stage, or"),
-    (convnext.place_moe, (3, 3, 9, 3), [18], "block 18: expected 0 to 17"),
-    (convnext.place_moe, (3, 3, 9, 3), [-1], "block -1: expected 0 to 17"),
-    (convnext.place_moe, (5,), "last3", "'last3' needs 3 different blocks"),
-    (convnext.place_moe, (3, 1, 1), "last3", "'last3' needs 3 different blocks"),  # block 3 is middle and last
-])
+@pytest.mark.parametrize(
+    "place, sizes, moe_layers, expected",
+    [
+        (
+            vit.place_moe,
+            12,
+            "stage",
+            "'stage' does not exist in a ViT: expected one of none, every2, last2, last3",
+        ),
+        (
+            vit.place_moe,
+            12,
+            "every3",
+            "'every3' does not exist in a ViT: expected one of none, every2, last2, last3",
+        ),
+        (vit.place_moe, 12, [3, 12], "block 12: expected 0 to 11"),
+        (vit.place_moe, 12, [-1], "block -1: expected 0 to 11"),
+        (vit.place_moe, 3, "last2", "'last2' needs 2 odd blocks: a ViT of 3 blocks has 1"),
+        (vit.place_moe, 5, "last3", "'last3' needs 3 odd blocks: a ViT of 5 blocks has 2"),
+        (
+            convnext.place_moe,
+            (18,),
+            "stage",
+            "of 1 stage(s): expected one of none, every2, last2, last3, or",
+        ),
+        (
+            convnext.place_moe,
+            (3, 3, 9, 3),
+            "last4",
+            "expected one of none, every2, last2, last3, stage, or",
+        ),
+        (convnext.place_moe, (3, 3, 9, 3), [18], "block 18: expected 0 to 17"),
+        (convnext.place_moe, (3, 3, 9, 3), [-1], "block -1: expected 0 to 17"),
+        (convnext.place_moe, (5,), "last3", "'last3' needs 3 different blocks"),
+        # block 3 is middle and last
+        (convnext.place_moe, (3, 1, 1), "last3", "'last3' needs 3 different blocks"),
+    ],
+)
 def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers, expected):
     """A placement that the network does not have is a ValueError that lists what it has."""
     with pytest.raises(ValueError) as error:
@@ -129,7 +179,8 @@ def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers,
 @pytest.mark.parametrize("model, sparse", [
     (partial(vit_nano, moe_layers="last2"), [1, 3]),
     (partial(vit_nano, moe_layers=[2, 0]), [0, 2]),
-    (partial(convnext_nano, moe_layers="stage"), [1, 4, 6]),  # stages of 2, 3 and 2 blocks: 0-1, 2-4, 5-6
+    # stages of 2, 3 and 2 blocks: 0-1, 2-4, 5-6
+    (partial(convnext_nano, moe_layers="stage"), [1, 4, 6]),
     (partial(convnext_nano, moe_layers=[2, 0]), [0, 2]),
 ])
 def test_the_model_holds_its_experts_where_it_was_told(model, sparse):
@@ -142,15 +193,18 @@ def test_the_model_holds_its_experts_where_it_was_told(model, sparse):
 
 @pytest.mark.building
 @pytest.mark.parametrize("model, grids", [
-    (partial(vit_s, moe_layers="last2"), [(1, 14, 14)] * 2),  # 224 / 16 = 14 patches a side, and a class token
+    # 224 / 16 = 14 patches a side, and a class token
+    (partial(vit_s, moe_layers="last2"), [(1, 14, 14)] * 2),
     (partial(vit_nano, moe_layers=[3]), [(1, 4, 4)]),  # 32 / 8
-    (partial(convnext_t, moe_layers="stage"), [(0, 56, 56), (0, 28, 28), (0, 14, 14), (0, 7, 7)]),  # 224 / 4, halved
-    (partial(convnext_t, moe_layers=[5, 6]), [(0, 28, 28), (0, 14, 14)]),  # the last block of stage 2, the first of 3
+    # 224 / 4, halved
+    (partial(convnext_t, moe_layers="stage"), [(0, 56, 56), (0, 28, 28), (0, 14, 14), (0, 7, 7)]),
+    # the last block of stage 2, the first of 3
+    (partial(convnext_t, moe_layers=[5, 6]), [(0, 28, 28), (0, 14, 14)]),
     (partial(convnext_iso_s, moe_layers="last2"), [(0, 14, 14)] * 2),
     (partial(convnext_iso_s), []),
 ])
 def test_grids_say_how_the_tokens_lie_in_the_image(model, grids):
-    """grids has (class tokens, rows, columns) for each sparse block: the resolution of its stage."""
+    """grids has (class tokens, rows, columns) of each sparse block, at its stage's resolution."""
     with torch.device("meta"):
         model = model()
     assert model.grids == grids, "is the resolution halved before or after the stage?"
@@ -169,40 +223,47 @@ TABLE_1 = [  # paper, Table 1: model, options, millions of parameters in total a
     (convnext_b, T4, 99.1, 83.4),
     (convnext_iso_s, {}, 22.3, 22.3),
     (convnext_iso_s, dict(moe_layers="last2", num_experts=8, k=1), 38.9, 22.3),
-    (convnext_iso_b, {}, 87.1, 87.1),  # the paper says 82.4 here and 115.4 below, the code of ConvNeXt agrees with us
+    # the paper says 82.4 here and 115.4 below, the code of ConvNeXt agrees with us
+    (convnext_iso_b, {}, 87.1, 87.1),
     (convnext_iso_b, dict(moe_layers="last2", num_experts=8, k=1), 153.2, 87.1),
     (vit_ti, {}, 5.7, 5.7),
     (vit_s, {}, 22.0, 22.0),
-    (vit_s, dict(moe_layers="last2", num_experts=8, k=2), 38.6, 24.4),  # the paper counts 25.0 active ...
+    # the paper counts 25.0 active ...
+    (vit_s, dict(moe_layers="last2", num_experts=8, k=2), 38.6, 24.4),
     (vit_s, dict(moe_layers="every2", num_experts=8, k=2), 71.7, 29.2),  # ... 33.1 ...
     (vit_b, {}, 86.6, 86.6),
-    (vit_b, dict(moe_layers="every2", num_experts=8, k=2), 284.9, 114.9),  # ... and 129.9; exact top-2 gives ours
+    # ... and 129.9; exact top-2 gives ours
+    (vit_b, dict(moe_layers="every2", num_experts=8, k=2), 284.9, 114.9),
 ]
 
 
 @pytest.mark.costs
 @pytest.mark.parametrize("preset, options, total, active", TABLE_1)
 def test_parameter_counts_of_the_paper(preset, options, total, active):
-    """Every row of Table 1 has the paper's number of parameters, in total and at work for one token, to 0.1 million."""
+    """Every row of Table 1 has the paper's parameters, total and active, to 0.1 million."""
     with torch.device("meta"):  # shapes without memory: ViT-B with 8 experts would fill a gigabyte
         counted = count_parameters(preset(**options))
     for count, millions in zip(counted, (total, active)):
-        assert abs(count / 1e6 - millions) < 0.1, f"{count / 1e6:.2f}, not {millions}: expert_ratio? router? gamma?"
+        assert abs(count / 1e6 - millions) < 0.1, (
+            f"{count / 1e6:.2f}, not {millions}: expert_ratio? router? gamma?")
 
 
 @pytest.mark.costs
 def test_parameters_of_a_vit_by_hand():
-    """ViT-S has 22,050,664 parameters, and 4,729,352 more for each MLP that becomes 5 more experts and a router."""
+    """ViT-S has 22,050,664 parameters, and 4,729,352 more per 5 more experts and a router."""
     D, H = 384, 4 * 384
     mlp = D * H + H + H * D + D  # 1,181,568
-    block = 2 * 2 * D + (D * 3 * D + 3 * D) + (D * D + D) + mlp  # two norms, q k v, projection, MLP: 1,774,464
-    dense = (3 * 16 * 16 * D + D) + D + 197 * D + 12 * block + 2 * D + (D * 1000 + 1000)  # 197 = 14 * 14 + class token
+    # two norms, q k v, projection, MLP: 1,774,464
+    block = 2 * 2 * D + (D * 3 * D + 3 * D) + (D * D + D) + mlp
+    # 197 = 14 * 14 + class token
+    dense = (3 * 16 * 16 * D + D) + D + 197 * D + 12 * block + 2 * D + (D * 1000 + 1000)
     assert dense == 22_050_664
     with torch.device("meta"):
         assert count_parameters(vit_s()) == (dense, dense)
         sparse = vit_s(moe_layers=[11], num_experts=5, k=3)
     router = 5 * D
-    assert count_parameters(sparse) == (dense + 4 * mlp + router, dense + 2 * mlp + router), "4 more experts, 2 at work"
+    assert count_parameters(sparse) == (dense + 4 * mlp + router, dense + 2 * mlp + router), (
+        "4 more experts, 2 at work")
 
 
 # ---------------------------------------------------------------- shapes and options
@@ -212,16 +273,29 @@ def test_parameters_of_a_vit_by_hand():
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_every_preset_passes_its_options_on(preset):
     """The options of a preset reach each of its MoE layers, and its head."""
-    options = dict(moe_layers="last2", num_experts=6, k=3, expert_ratio=0.5, router="cosine", router_noise=1.5,
-                   capacity_factor=1.25)
+    options = dict(
+        moe_layers="last2",
+        num_experts=6,
+        k=3,
+        expert_ratio=0.5,
+        router="cosine",
+        router_noise=1.5,
+        capacity_factor=1.25,
+    )
     with torch.device("meta"):
         model = preset(num_classes=7, **options)
     layers = [block.mlp for block in blocks_of(model) if isinstance(block.mlp, MoE)]
     assert len(layers) == 2 and model.head.out_features == 7
     for layer in layers:
         H, D = layer.experts[0][0].weight.shape
-        assert (len(layer.experts), H) == (6, D // 2), "the hidden width of an expert is expert_ratio * D, not mlp_ratio * D"
-        assert (layer.num_experts, layer.k, layer.router.kind, layer.capacity_factor) == (6, 3, "cosine", 1.25)
+        assert (len(layer.experts), H) == (6, D // 2), (
+            "the hidden width of an expert is expert_ratio * D, not mlp_ratio * D")
+        assert (layer.num_experts, layer.k, layer.router.kind, layer.capacity_factor) == (
+            6,
+            3,
+            "cosine",
+            1.25,
+        )
         assert layer.noise_std == 1.5 / 6, "router_noise is in units of 1 / E"
         assert layer.eval_capacity_factor is None, "capacity_factor limits training only"
 
@@ -236,17 +310,19 @@ def test_the_default_k_is_the_papers(preset, k):
 @pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_regularisation_must_be_asked_for(preset):
-    """Unless told otherwise no preset drops paths or limits its experts: both are part of a recipe, not of a model."""
+    """Unless told otherwise no preset drops paths or limits its experts: a recipe does."""
     with torch.device("meta"):
         model = preset(moe_layers="last2")
     assert {m.p for m in model.modules() if isinstance(m, StochasticDepth)} == {0.0}
-    assert {block.mlp.capacity_factor for block in blocks_of(model) if isinstance(block.mlp, MoE)} == {None}
+    assert {
+        block.mlp.capacity_factor for block in blocks_of(model) if isinstance(block.mlp, MoE)
+    } == {None}
 
 
 @pytest.mark.building
 @pytest.mark.parametrize("preset, heads", [(vit_ti, 3), (vit_s, 6), (vit_b, 12)])
 def test_heads_have_64_channels(preset, heads):
-    """The ViTs of the papers split their width into heads of 64; no count of parameters would show another split."""
+    """The papers' ViTs have heads of 64 channels, which no count of parameters shows."""
     with torch.device("meta"):
         model = preset()
     assert {block.attn.heads for block in model.blocks} == {heads}
@@ -265,13 +341,20 @@ def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
 
 
 @pytest.mark.building
-@pytest.mark.parametrize("model, expected", [
-    (partial(ViT, image_size=30, patch_size=8), "image size 30 is not a multiple of the patch size 8"),
-    (partial(ConvNeXt, image_size=48), "image size 48 is not a multiple of 32"),  # stem 4, between stages 2 * 2 * 2
-    (partial(convnext_iso_s, image_size=40), "image size 40 is not a multiple of 16"),
-    (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "k = 3: expected 1 to 2"),
-    (partial(convnext_nano, moe_layers="last2", router="round"), "linear, cosine, l2"),
-])
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (
+            partial(ViT, image_size=30, patch_size=8),
+            "image size 30 is not a multiple of the patch size 8",
+        ),
+        # stem 4, between stages 2 * 2 * 2
+        (partial(ConvNeXt, image_size=48), "image size 48 is not a multiple of 32"),
+        (partial(convnext_iso_s, image_size=40), "image size 40 is not a multiple of 16"),
+        (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "k = 3: expected 1 to 2"),
+        (partial(convnext_nano, moe_layers="last2", router="round"), "linear, cosine, l2"),
+    ],
+)
 def test_impossible_sizes_are_refused(model, expected):
     """Sizes that do not fit are a ValueError that names the numbers, before any image is seen."""
     with torch.device("meta"), pytest.raises(ValueError) as error:
@@ -281,13 +364,13 @@ def test_impossible_sizes_are_refused(model, expected):
 
 @pytest.mark.convnext
 def test_a_convnext_classifies_images_of_other_sizes():
-    """Convolutions and the mean over positions do not ask for one image size: 64 x 96 works with a model for 32."""
+    """Convolutions and the mean over positions take other sizes: 64 x 96 in a model for 32."""
     logits, routings = SMALL["convnext"]()(torch.zeros(2, 3, 64, 96), return_routing=True)
     assert logits.shape == (2, 5)
     assert [len(r.logits) for r in routings] == [2 * 16 * 24, 2 * 8 * 12, 2 * 4 * 6]
 
 
-# ---------------------------------------------------------------- routings: what a sparse model says about itself
+# ---------------------------------------------------------------- routings of a model
 
 
 @both
@@ -305,7 +388,7 @@ def test_one_routing_per_sparse_block_in_order(small):
 
 @both
 def test_the_grid_counts_the_tokens(small):
-    """A Routing has B * (class tokens + rows * columns) tokens, with rows and columns from grids."""
+    """A Routing has B * (class tokens + rows * columns) tokens, as grids says."""
     model = small()
     _, routings = model(torch.randn(3, 3, 32, 32), return_routing=True)
     for routing, (class_tokens, rows, columns) in zip(routings, model.grids, strict=True):
@@ -338,30 +421,52 @@ def test_tokens_are_in_reading_order(small):
     class_tokens, rows, columns = model.grids[0]
     patch = 32 // rows
     images = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
-    images[1, :, 2 * patch:3 * patch, 1 * patch:2 * patch] = 1.0  # in the second image row 2, column 1 is bright
+    # in the second image row 2, column 1 is bright
+    images[1, :, 2 * patch:3 * patch, 1 * patch:2 * patch] = 1.0
     logits = model(images, return_routing=True)[1][0].logits  # (T, E)
 
     per_image = class_tokens + rows * columns
     bright = per_image + class_tokens + 2 * columns + 1
     black = logits[class_tokens]  # the first patch of the first image
     different = [t for t in range(len(logits)) if not torch.allclose(logits[t], black)]
-    assert different == [0] * class_tokens + [per_image] * class_tokens + [bright], "rows and columns swapped?"
+    assert different == [0] * class_tokens + [per_image] * class_tokens + [bright], (
+        "rows and columns swapped?")
 
 
-# ---------------------------------------------------------------- the dense models are the published ones
+# ---------------------------------------------------------------- the published dense models
 
 
 @pytest.mark.vit
 @pytest.mark.parametrize("heads", [1, 4])
 def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
-    """A block computes what nn.TransformerEncoderLayer computes with norm_first=True, given the same weights."""
+    """A block computes what nn.TransformerEncoderLayer with norm_first=True does."""
     ours = with_random_weights(vit.Block(16, heads, MLP(16, 48), drop_path=0.0))
-    theirs = nn.TransformerEncoderLayer(16, heads, 48, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
-                                        batch_first=True, norm_first=True).double().eval()
-    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.0.",
-             "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
+    theirs = (
+        nn.TransformerEncoderLayer(
+            16,
+            heads,
+            48,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+        )
+        .double()
+        .eval()
+    )
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.0.",
+        "linear2.": "mlp.2.",
+        "norm1.": "norm1.",
+        "norm2.": "norm2.",
+    }
     weights = ours.state_dict()
-    theirs.load_state_dict({a + kind: weights[b + kind] for a, b in names.items() for kind in ("weight", "bias")})
+    theirs.load_state_dict(
+        {a + kind: weights[b + kind] for a, b in names.items() for kind in ("weight", "bias")}
+    )
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     y, routing = ours(x)
     assert_close(y, theirs(x), msg=lambda m: f"heads split wrongly, post-norm, a skip missing? {m}")
@@ -369,12 +474,29 @@ def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
 
 
 def official_vit(image_size=24, num_classes=5):
-    return OfficialViT(image_size, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=num_classes)
+    return OfficialViT(
+        image_size,
+        patch_size=8,
+        num_layers=3,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        num_classes=num_classes,
+    )
 
 
 def small_vit(image_size=24, **options):
     """Ours of the same sizes."""
-    return ViT(image_size=image_size, patch_size=8, dim=16, depth=3, heads=2, mlp_ratio=2, num_classes=5, **options)
+    return ViT(
+        image_size=image_size,
+        patch_size=8,
+        dim=16,
+        depth=3,
+        heads=2,
+        mlp_ratio=2,
+        num_classes=5,
+        **options,
+    )
 
 
 def official_convnext(num_classes=5):
@@ -384,17 +506,26 @@ def official_convnext(num_classes=5):
 
 def small_convnext(**options):
     """Ours of the same sizes."""
-    return ConvNeXt(image_size=32, depths=(2, 1, 2), widths=(8, 16, 12), num_classes=5, layer_scale=0.5, **options)
+    return ConvNeXt(
+        image_size=32,
+        depths=(2, 1, 2),
+        widths=(8, 16, 12),
+        num_classes=5,
+        layer_scale=0.5,
+        **options,
+    )
 
 
 def same_function(ours, theirs, images):
-    """Both give the same logits and, for a random direction of these, the same gradient with respect to the images."""
+    """Both give the same logits and, in a random direction, the same gradient to the images."""
     results, direction = [], torch.randn(len(images), 5, dtype=images.dtype)
     for model in (ours, theirs):
         x = images.clone().requires_grad_()
         logits = model(x)
         results.append((logits, *torch.autograd.grad(logits, x, direction)))
-    assert_close(*results, msg=lambda m: f"a weight in the wrong place? another epsilon, order or norm? {m}")
+    assert_close(
+        *results, msg=lambda m: f"a weight in the wrong place? another epsilon, order or norm? {m}"
+    )
 
 
 @pytest.mark.weights
@@ -455,7 +586,7 @@ def test_a_head_for_other_classes_stays_fresh(module, theirs, ours):
 
 @pytest.mark.weights
 def test_positions_of_another_image_size():
-    """A position embedding that is linear in the row stays linear in the row; the class token's is not touched."""
+    """Position embeddings linear in the row stay linear. The class token's is not touched."""
     ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
     state = small_vit(image_size=32).state_dict()
     rows = torch.arange(4.0).view(4, 1, 1).expand(4, 4, 16)
@@ -463,20 +594,31 @@ def test_positions_of_another_image_size():
     fitted = vit.resize_positions(state, ours)["pos_embed"]
     assert torch.equal(fitted[0, 0], torch.full((16,), 9.0))
     grid = fitted[0, 1:].view(8, 8, 16)
-    # Pixel centres: new row i lies at (i + 0.5) / 2 - 0.5 in old rows. Away from the border bicubic is exact on a line.
+    # Pixel centres: new row i lies at (i + 0.5) / 2 - 0.5 in old rows. Away from the border bicubic
+    # is exact on a line.
     for i in (3, 4):
         assert_close(grid[i], torch.full((8, 16), (i + 0.5) / 2 - 0.5))
     assert_close(grid[:, 0], grid[:, 7], msg="rows and columns mixed up")
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop("encoder.ln.weight"), "norm.weight is missing in the weights"),
-    (lambda state: state.update(extra=torch.zeros(2)), r"extra is \(2,\) in the weights, missing in the model"),
-    (lambda state: state.update(class_token=torch.zeros(1, 1, 8)), r"class_token is \(1, 1, 8\) in the weights, \(1, 1, 16\)"),
-], ids=["missing", "unexpected", "shape"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("encoder.ln.weight"), "norm.weight is missing in the weights"),
+        (
+            lambda state: state.update(extra=torch.zeros(2)),
+            r"extra is \(2,\) in the weights, missing in the model",
+        ),
+        (
+            lambda state: state.update(class_token=torch.zeros(1, 1, 8)),
+            r"class_token is \(1, 1, 8\) in the weights, \(1, 1, 16\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
 def test_weights_that_do_not_fit_are_named(change, message):
-    """The error names the tensor, its shape there and its shape here, and nothing has been loaded."""
+    """The error names the tensor and its shapes there and here, and nothing has been loaded."""
     state, ours = official_vit().state_dict(), small_vit()
     before = {name: weight.clone() for name, weight in ours.state_dict().items()}
     change(state)
@@ -487,21 +629,27 @@ def test_weights_that_do_not_fit_are_named(change, message):
 
 @pytest.mark.convnext
 def test_an_isotropic_convnext_by_hand():
-    """One stage: patches, blocks x + MLP(norm(dwconv(x))) without layer scale, mean over positions, norm, head."""
-    model = with_random_weights(ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5))
+    """One stage: patches, blocks x + MLP(norm(dwconv(x))), mean over positions, norm, head."""
+    model = with_random_weights(
+        ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5)
+    )
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     x = model.stem[0](images)  # (2, 16, 4, 4), and no norm behind it
     for block in model.stages[0]:
         h = block.dwconv(x).permute(0, 2, 3, 1)
         x = x + block.mlp(block.norm(h)).permute(0, 3, 1, 2)
     assert_close(model(images), model.head(model.norm(x.mean(dim=(2, 3)))))
-    assert not [name for name in model.state_dict() if "gamma" in name or name.startswith(("stem.1", "downsample"))]
+    assert not [
+        name
+        for name in model.state_dict()
+        if "gamma" in name or name.startswith(("stem.1", "downsample"))
+    ]
 
 
 @pytest.mark.building
 @pytest.mark.parametrize("model", [vit_nano, convnext_nano, convnext_t])
 def test_every_norm_has_the_published_epsilon(model):
-    """All LayerNorms add 1e-6 to the variance, as both papers' code does, and not the 1e-5 that PyTorch would."""
+    """All LayerNorms add 1e-6 to the variance, as both papers' code does, not PyTorch's 1e-5."""
     with torch.device("meta"):
         assert {m.eps for m in model().modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
 
@@ -521,8 +669,10 @@ def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
 
 @pytest.mark.convnext
 def test_a_sparse_convnext_block_has_one_more_skip():
-    """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))): h is the convolution, a token one position of it."""
-    block = with_random_weights(convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1))
+    """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))), where h is the convolution."""
+    block = with_random_weights(
+        convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1)
+    )
     x = torch.randn(2, 16, 5, 4, dtype=torch.float64)
     h = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=16)
     expected = torch.empty_like(x)
@@ -532,7 +682,11 @@ def test_a_sparse_convnext_block_has_one_more_skip():
                 position = h[b, :, row, column]  # (16,), one token
                 y, _ = block.mlp(block.norm(position))
                 expected[b, :, row, column] = x[b, :, row, column] + block.gamma * (position + y)
-    assert_close(block(x)[0], expected, msg=lambda m: f"h + MoE(norm(h))? gamma around both? permuted back? {m}")
+    assert_close(
+        block(x)[0],
+        expected,
+        msg=lambda m: f"h + MoE(norm(h))? gamma around both? permuted back? {m}",
+    )
 
 
 def with_few_slots(dim):
@@ -546,7 +700,8 @@ def test_a_dropped_token_passes_a_vit_block():
     block = with_random_weights(vit.Block(16, 2, with_few_slots(16), drop_path=0.0)).train()
     x = torch.randn(4, 5, 16, dtype=torch.float64)
     y, routing = block(x)
-    dropped = ~routing.kept.view(4, 5)  # 20 tokens, 2 experts with ceil(20 * 0.5 / 2) = 5 slots: at least 10 go without
+    # 20 tokens, 2 experts with ceil(20 * 0.5 / 2) = 5 slots: at least 10 go without
+    dropped = ~routing.kept.view(4, 5)
     assert dropped.sum() >= 10
     after_attention = x + block.attn(block.norm1(x))
     assert_close(y[dropped], after_attention[dropped])
@@ -555,8 +710,10 @@ def test_a_dropped_token_passes_a_vit_block():
 
 @pytest.mark.convnext
 def test_a_dropped_token_keeps_its_convolution():
-    """In a ConvNeXt a position that finds no slot gets x + gamma * h: the added skip is there for it."""
-    block = with_random_weights(convnext.Block(16, with_few_slots(16), drop_path=0.0, layer_scale=0.1)).train()
+    """In a ConvNeXt a position without a slot gets x + gamma * h: so the skip was added."""
+    block = with_random_weights(
+        convnext.Block(16, with_few_slots(16), drop_path=0.0, layer_scale=0.1)
+    ).train()
     x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
     y, routing = block(x)
     dropped = ~routing.kept.view(2, 4, 4)
@@ -569,21 +726,26 @@ def test_a_dropped_token_keeps_its_convolution():
 def test_with_one_expert_a_sparse_vit_is_the_dense_one():
     """With a single expert every gate is 1, and the model is the dense ViT of the same weights."""
     dense = with_random_weights(vit_nano(num_classes=5, dim=16))
-    sparse = with_random_weights(vit_nano(num_classes=5, dim=16, moe_layers="last2", num_experts=1, k=1))
+    sparse = with_random_weights(
+        vit_nano(num_classes=5, dim=16, moe_layers="last2", num_experts=1, k=1)
+    )
     weights = dense.state_dict()
     for i in sparse.moe_blocks:
         for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
             weights[f"blocks.{i}.mlp.experts.0.{leaf}"] = weights.pop(f"blocks.{i}.mlp.{leaf}")
-        weights[f"blocks.{i}.mlp.router.codes"] = torch.randn(1, 16)  # whatever it says, there is only one expert
+        # whatever it says, there is only one expert
+        weights[f"blocks.{i}.mlp.router.codes"] = torch.randn(1, 16)
     sparse.load_state_dict(weights)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert_close(sparse(images), dense(images))
 
 
 @pytest.mark.convnext
-@pytest.mark.parametrize("mlp", [partial(MLP, 8, 32), partial(MoE, 8, 32, num_experts=2, k=1)], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "mlp", [partial(MLP, 8, 32), partial(MoE, 8, 32, num_experts=2, k=1)], ids=["dense", "sparse"]
+)
 def test_gamma_zero_switches_a_block_off(mlp):
-    """Layer scale multiplies everything that a ConvNeXt block adds: with gamma = 0 the block is the identity."""
+    """Layer scale multiplies all that a ConvNeXt block adds: with gamma = 0 it changes nothing."""
     block = convnext.Block(8, mlp(), drop_path=0.0, layer_scale=0.1)
     nn.init.zeros_(block.gamma)
     x = torch.randn(2, 8, 4, 4)
@@ -592,22 +754,32 @@ def test_gamma_zero_switches_a_block_off(mlp):
 
 @pytest.mark.building
 def test_gamma_starts_at_layer_scale():
-    """gamma has one value per channel and starts at 1e-6, or at the layer_scale asked for; None leaves it out."""
+    """gamma has a value per channel and starts at layer_scale, 1e-6 by default. None: no gamma."""
     for options, expected in [({}, 1e-6), ({"layer_scale": 0.1}, 0.1)]:
         model = ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), **options)
         for width, block in zip((4, 8), blocks_of(model)):
-            assert block.gamma.tolist() == pytest.approx([expected] * width)  # assert_close would take 1e-5 for 1e-6
-    assert ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None).stages[0][0].gamma is None
+            # assert_close would take 1e-5 for 1e-6
+            assert block.gamma.tolist() == pytest.approx([expected] * width)
+    assert (
+        ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None).stages[0][0].gamma
+        is None
+    )
 
 
 # ---------------------------------------------------------------- drop path
 
 
 @pytest.mark.building
-@pytest.mark.parametrize("model", [partial(vit_nano, depth=7), partial(convnext_nano, depths=(2, 3, 2)),
-                                   partial(convnext_iso_s, depths=(7,))])
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(vit_nano, depth=7),
+        partial(convnext_nano, depths=(2, 3, 2)),
+        partial(convnext_iso_s, depths=(7,)),
+    ],
+)
 def test_drop_path_grows_linearly_with_depth(model):
-    """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, counted through all stages."""
+    """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, through all stages."""
     with torch.device("meta"):
         blocks = blocks_of(model(drop_path=0.6))
     rates = [m.p for block in blocks for m in block.modules() if isinstance(m, StochasticDepth)]
@@ -615,9 +787,11 @@ def test_drop_path_grows_linearly_with_depth(model):
 
 
 def branch_of(name):
-    """A block with drop path 0.75 and one branch, and an input for it: the two branches of a ViT block draw apart."""
+    """Return a block with drop path 0.75 and one branch, because two draw apart, and an input."""
     if name == "convnext":
-        return convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5), torch.randn(200, 8, 2, 2)
+        return convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5), torch.randn(
+            200, 8, 2, 2
+        )
     block = vit.Block(8, 2, MLP(8, 16), drop_path=0.75)
     silent = block.attn.proj if name == "vit mlp" else block.mlp[2]
     nn.init.zeros_(silent.weight)
@@ -627,19 +801,24 @@ def branch_of(name):
 
 @by_family("name", ["vit attention", "vit mlp"], ["convnext"])
 def test_drop_path_keeps_the_mean(name):
-    """Drop path removes a branch for whole images and multiplies it by 1 / (1 - rate) for the others."""
+    """Drop path removes a branch for whole images, and multiplies others by 1 / (1 - rate)."""
     block, x = branch_of(name)
     branch = block.eval()(x)[0] - x
     trained = block.train()(x)[0] - x
     dropped = torch.tensor([torch.equal(image, torch.zeros_like(image)) for image in trained])
     # The mean is 0.75 * 0 + 0.25 * 4 * branch = branch.
-    assert_close(trained[~dropped], 4 * branch[~dropped], msg=lambda m: f"not rescaled, or dropped by element? {m}")
-    assert 20 < (~dropped).sum() < 80, "of 200 images about 50 keep the branch: is the rate that of keeping?"
+    assert_close(
+        trained[~dropped],
+        4 * branch[~dropped],
+        msg=lambda m: f"not rescaled, or dropped by element? {m}",
+    )
+    assert 20 < (~dropped).sum() < 80, (
+        "of 200 images about 50 keep the branch: is the rate that of keeping?")
 
 
 @both
 def test_evaluation_is_deterministic(small):
-    """In evaluation there is no drop path, no router noise and no capacity: the same images give the same logits."""
+    """In evaluation nothing is dropped, noisy or limited: the same images give the same logits."""
     model, images = small(drop_path=0.5, capacity_factor=1.0).eval(), torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
     assert not torch.equal(model.train()(images), model(images)), "in training there are all three"
@@ -650,24 +829,46 @@ def test_evaluation_is_deterministic(small):
 
 @both
 def test_a_prediction_does_not_depend_on_the_batch(small):
-    """In evaluation an image has the same logits alone and among others, also where training limits the experts."""
+    """In evaluation an image has the same logits alone and among others, with any capacity."""
     model = with_random_weights(small(capacity_factor=1.0))
     images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     alone = torch.cat([model(image.unsqueeze(0)) for image in images])
     assert_close(model(images), alone)
 
 
-@by_family("model", [SMALL["vit"], partial(SMALL["vit"], router="cosine")], [
-    SMALL["convnext"],
-    partial(SMALL["convnext"], router="l2"),
-    partial(ConvNeXt, image_size=32, depths=(2, 2), widths=(8, 16), num_classes=5, moe_layers="last2", layer_scale=0.1),
-    partial(convnext_iso_s, image_size=32, depths=(4,), widths=(16,), num_classes=5,
-            moe_layers="last2", num_experts=2)])
+@by_family(
+    "model",
+    [SMALL["vit"], partial(SMALL["vit"], router="cosine")],
+    [
+        SMALL["convnext"],
+        partial(SMALL["convnext"], router="l2"),
+        partial(
+            ConvNeXt,
+            image_size=32,
+            depths=(2, 2),
+            widths=(8, 16),
+            num_classes=5,
+            moe_layers="last2",
+            layer_scale=0.1,
+        ),
+        partial(
+            convnext_iso_s,
+            image_size=32,
+            depths=(4,),
+            widths=(16,),
+            num_classes=5,
+            moe_layers="last2",
+            num_experts=2,
+        ),
+    ],
+)
 def test_the_gradient_reaches_every_parameter(model):
     """No weight is left out of the loss: each gets a gradient, and not only zeros."""
     model = model()
     logits, routings = model(torch.randn(8, 3, 32, 32), return_routing=True)
-    (F.cross_entropy(logits, torch.arange(8) % 5) + sum(r.balance_loss for r in routings)).backward()
+    (
+        F.cross_entropy(logits, torch.arange(8) % 5) + sum(r.balance_loss for r in routings)
+    ).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without, f"created but never used, or cut off: {without}"
 
@@ -712,7 +913,7 @@ def test_without_init_std_pytorch_draws_the_weights(preset):
 
 @pytest.mark.building
 def test_token_and_positions_of_a_vit_start_apart():
-    """Class token and positions start random: were all positions alike, attention could not tell them apart."""
+    """Class token and positions start random: attention could not tell equal positions apart."""
     model = vit_s(depth=1)
     assert abs(model.pos_embed.std() - 0.02) < 0.001  # 197 * 384 = 75,648 values
     assert 0.01 < model.class_token.std() < 0.03  # 384 values
@@ -776,7 +977,7 @@ def dense_and_sparse(preset, **options):
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_an_upcycled_model_starts_as_the_dense_one(preset, k, router):
-    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP, no added skip: the dense logits to 1e-6."""
+    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP: the dense logits to 1e-6."""
     dense, sparse = dense_and_sparse(preset, k=k, router=router)
     upcycle(dense.state_dict(), sparse)
     images = torch.randn(3, 3, 32, 32)
@@ -808,11 +1009,14 @@ def test_upcycling_may_copy_only():
 
 @pytest.mark.weights
 def test_a_sparse_model_is_loaded_as_it_is():
-    """Weights that are sparse already are copied one to one, with the router and the skip they were trained with."""
+    """Sparse weights are copied one to one, with their router and their skip."""
     _, first = dense_and_sparse(convnext_nano, k=1)
     _, second = dense_and_sparse(convnext_nano, k=1)
     assert upcycle(first.state_dict(), second) == []
-    assert all(torch.equal(weight, first.state_dict()[name]) for name, weight in second.state_dict().items())
+    assert all(
+        torch.equal(weight, first.state_dict()[name])
+        for name, weight in second.state_dict().items()
+    )
 
 
 @pytest.mark.weights
@@ -820,7 +1024,10 @@ def test_experts_of_another_size_cannot_be_upcycled():
     """expert_ratio 2 against an MLP of ratio 4: the error names the expert and both sizes."""
     message = r"blocks.3.mlp.experts.0.0.bias is \(256,\) in the weights, \(128,\) in the model"
     with pytest.raises(ValueError, match=message):
-        upcycle(vit_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2))
+        upcycle(
+            vit_nano(num_classes=5).state_dict(),
+            vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2),
+        )
 
 
 @pytest.mark.weights
@@ -836,9 +1043,11 @@ def test_the_switched_off_skip_survives_saving():
 
 @pytest.mark.weights
 def test_upcycling_names_what_does_not_fit():
-    """A checkpoint of another backbone is refused with the name of the first tensor that does not fit."""
+    """A checkpoint of another backbone is refused: the message names the first wrong tensor."""
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias is missing in the weights"):
-        upcycle(convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2"))
+        upcycle(
+            convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2")
+        )
 
 
 # ---------------------------------------------------------------- multiply-adds
@@ -849,14 +1058,15 @@ def test_flops_of_a_vit_by_hand():
     """A 1-block ViT of width 8 on 4 patches and a class token: every product counted once."""
     model = ViT(image_size=8, patch_size=4, dim=8, depth=1, heads=2, num_classes=3)
     patches = 4 * 8 * (3 * 4 * 4)
-    attention = 5 * (8 * 24 + 8 * 8) + 2 * 5 * 5 * 8  # qkv and proj for each of 5 tokens; q k^T and its product with v
+    # qkv and proj for each of 5 tokens; q k^T and its product with v
+    attention = 5 * (8 * 24 + 8 * 8) + 2 * 5 * 5 * 8
     mlp = 5 * 2 * 8 * 32
     assert count_flops(model, 8) == patches + attention + mlp + 8 * 3
 
 
 @pytest.mark.costs
 def test_flops_of_a_depthwise_convolution():
-    """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: one isotropic block by hand."""
+    """A 7x7 depthwise convolution costs 49 per output, not 49 times the channels: by hand."""
     model = ConvNeXt(image_size=8, patch_size=4, depths=(1,), widths=(6,), num_classes=3)
     stem, positions = 4 * 6 * (3 * 4 * 4), 4
     assert count_flops(model, 8) == stem + positions * (6 * 49 + 2 * 6 * 24) + 6 * 3
@@ -864,7 +1074,8 @@ def test_flops_of_a_depthwise_convolution():
 
 @pytest.mark.costs
 def test_sparse_costs_k_experts_whatever_their_number():
-    """k = 2 experts of the MLP's size cost two MLPs, whether there are 4 or 16; only the router grows, by 12 * 64 each."""
+    """k = 2 experts of the MLP's size cost two MLPs, whether there are 4 or 16; only the router
+    grows, by 12 * 64 each."""
     dense, few, many = (count_flops(vit_nano(3, moe_layers=layers, num_experts=E, k=2), 32)
                         for layers, E in (("none", 1), ([3], 4), ([3], 16)))
     assert few - dense == 17 * (2 * 64 * 256 + 4 * 64)  # 17 tokens
@@ -885,7 +1096,8 @@ def test_the_printed_table_holds_what_it_says(capsys):
 
 @pytest.mark.costs
 @pytest.mark.parametrize("router, router_cost", [
-    ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6 + 4 * 3)])  # codes; projection, codes
+    # codes; projection, codes
+    ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6 + 4 * 3)])
 def test_flops_of_a_layer_by_hand(router, router_cost):
     """A token costs the router and k of the E experts of 2 * 6 * 10 each."""
     layer = FirstOutput(MoE(6, 10, 4, 2, router))
@@ -897,7 +1109,9 @@ def test_flops_of_a_layer_by_hand(router, router_cost):
 @pytest.mark.costs
 def test_counting_flops_leaves_the_model_as_it_was():
     """The stand-ins are in a copy: the model itself routes as before, in the mode it was in."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2))).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2))
+    ).train()
     before = model.eval()(torch.ones(1, 3, 4, 4))
     model.train()
     count_flops(model, 4)
@@ -925,11 +1139,15 @@ class FirstOutput(nn.Module):
 
 @pytest.mark.costs
 def test_vmoe_s32_by_hand():
-    """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in blocks 5 and 7, two per token."""
+    """V-MoE-S/32: 49 patches of 32 pixels, width 512, 8 blocks, 8 experts in 5 and 7, top 2."""
     with torch.device("meta"):
         model = vmoe_s32()
     assert model.moe_blocks == [5, 7] and model.pos_embed.shape == (1, 50, 512)
     block = 4 * 512 ** 2 + 4 * 512 + 4 * 512  # attention with biases, two norms
     mlp = 2 * 512 * 2048 + 2048 + 512
-    rest = 32 * 32 * 3 * 512 + 512 + 512 + 50 * 512 + 2 * 512 + 512 * 1000 + 1000  # patches, class token, positions, norm, head
-    assert count_parameters(model) == (8 * block + (6 + 16) * mlp + 2 * 8 * 512 + rest, 8 * block + (6 + 4) * mlp + 2 * 8 * 512 + rest)
+    # patches, class token, positions, norm, head
+    rest = 32 * 32 * 3 * 512 + 512 + 512 + 50 * 512 + 2 * 512 + 512 * 1000 + 1000
+    assert count_parameters(model) == (
+        8 * block + (6 + 16) * mlp + 2 * 8 * 512 + rest,
+        8 * block + (6 + 4) * mlp + 2 * 8 * 512 + rest,
+    )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import inspect_experts
 import train
 from convnext import convnext_nano
-from eval import count_flops, load_checkpoint
+from eval import change_routing, count_flops, load_checkpoint
 from moe import MLP, ExpertChoice, MoE, SoftMoE, count_parameters, make_moe
 from vit import vit_nano
 
@@ -268,3 +269,31 @@ def test_a_run_with_another_router(router, model, tmp_path, monkeypatch):
     expected = [name for name in after if ".experts." in name or "codes" in name]
     assert set(expected) <= set(moved)
     assert os.path.exists("r/best.pt")
+
+
+@pytest.mark.evaluator
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_flags_for_tokens_that_choose_are_refused(router):
+    """--k, --capacity-factor and --drop-expert have no meaning there: one line says so."""
+    model = vit_nano(num_classes=4, moe_layers="last2", router=router)
+    for change in (dict(k=1), dict(capacity_factor=1.0), dict(drop_experts=[(0, 1)])):
+        with pytest.raises(ValueError, match="tokens choose experts, not .*expert_choice"):
+            change_routing(model, **change)
+
+
+@pytest.mark.report
+@pytest.mark.parametrize(
+    "router, words",
+    [
+        ("expert_choice", "the expert with the largest gate of those that took it"),
+        ("soft", "the expert with the largest share in its answer"),
+    ],
+)
+def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
+    """The report of such a model ends with a sentence on what a patch counts for."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--data shapes:48 --batch-size 16 --epochs 1 --model vit_nano --workers 0 --out r"
+    train.main(train.parse_args([*flags.split(), "--router", router]))
+    flags = "r/last.pt --data shapes --workers 0 --out report".split()
+    inspect_experts.main(inspect_experts.parse_args(flags))
+    assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

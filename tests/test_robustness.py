@@ -1,4 +1,4 @@
-"""eval.py's protocols: whose class is which, ReaL, ImageNet-C, shifted shapes, changed routing, several processes."""
+"""Tests of the protocols of eval.py: classes, ReaL, ImageNet-C, shifts, routing, processes."""
 
 import json
 import math
@@ -16,20 +16,22 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from eval import (ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing,
-                  corruption_errors, eval_loader, eval_transform, evaluate, images_per_second, match_classes,
-                  match_dataset, open_dataset, open_parts, over_seeds, read_real)
+from eval import (
+    ALEXNET, CHECKPOINT_KEYS, Shapes, TensorImages, build_model, change_routing, corruption_errors,
+    eval_loader, eval_transform, evaluate, images_per_second, load_checkpoint, match_classes,
+    match_dataset, open_dataset, open_parts, over_seeds, print_results, read_real)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 
 CLASSES = [f"n{i:02}" for i in range(12)]  # of the checkpoint: n00, n01, ..., n11
 CONFIG = dict(model="vit_nano", num_classes=12, depth=2, dim=16, moe_layers=[1], num_experts=4, k=2)
-BEST_FIRST = [2, 10, 0, 7, 5, 1, 3, 4, 6, 8, 9, 11]  # how the model of `always` ranks the classes, whatever it sees
+# how the model of `always` ranks the classes, whatever it sees
+BEST_FIRST = [2, 10, 0, 7, 5, 1, 3, 4, 6, 8, 9, 11]
 
 
 def make_folder(root, files):
-    """Write grey images of 36 x 32 pixels. files: {"folder/name.png": grey level} or a list, for black ones."""
+    """Write images of 36 x 32 pixels. files: {"folder/name.png": grey level} or a list."""
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         level = files[name] if isinstance(files, dict) else 0
@@ -39,8 +41,9 @@ def make_folder(root, files):
 
 def write_checkpoint(path, model, **changes):
     """A checkpoint as train.py writes it; the model sees pixels in 0..1."""
-    checkpoint = dict(config=CONFIG, classes=CLASSES, image_size=32, crop_ratio=0.5, mean=(0.0,) * 3, std=(1.0,) * 3,
-                      model=model.state_dict(), ema=None, optimizer={}, epoch=1, step=1, best=0.0, args={})
+    checkpoint = dict(config=CONFIG, classes=CLASSES, model=model.state_dict(), ema=None)
+    checkpoint |= dict(image_size=32, crop_ratio=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
+    checkpoint |= dict(optimizer={}, epoch=1, step=1, best=0.0, args={})
     assert set(checkpoint) == CHECKPOINT_KEYS
     torch.save(checkpoint | changes, path)
     return str(path)
@@ -48,7 +51,7 @@ def write_checkpoint(path, model, **changes):
 
 @pytest.fixture
 def always(tmp_path):
-    """The checkpoint of a model whose logits are the same for every image: 12 for class 2, 11 for class 10, ..."""
+    """Return a checkpoint with the same logits for every image: 12 for class 2, 11 for 10, ..."""
     model = build_model(CONFIG)
     nn.init.zeros_(model.head.weight)
     for logit, column in zip(range(12, 0, -1), BEST_FIRST):
@@ -59,13 +62,14 @@ def always(tmp_path):
 def run(monkeypatch, folder, *arguments):
     """`python eval.py <arguments>`; returns the results in its JSON file."""
     arguments = [*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same numbers on every machine
+    # the same numbers on every machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     evaluation.main(evaluation.parse_args(arguments))
     return json.loads((folder / "out.json").read_text())["results"]
 
 
 class Known(nn.Module):
-    """A model whose logits are known: for an image of grey level i it returns row i of the table."""
+    """Return row i of a table of logits for an image of grey level i."""
 
     def __init__(self, table):
         super().__init__()
@@ -75,10 +79,10 @@ class Known(nn.Module):
         return self.table[(images[:, 0, 0, 0] * 255).round().long()]
 
 
-def score(table, dataset, batch_size, workers):
-    """evaluate() of the Known model on what match_dataset() returned."""
-    loader = eval_loader(dataset, batch_size, workers, CPU, dataset.indices)
-    return evaluate(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, dataset.columns)
+def score(table, matched, batch_size, workers):
+    """Return evaluate() of the Known model on what match_dataset() returned."""
+    loader = eval_loader(matched.dataset, batch_size, workers, CPU, matched.indices)
+    return evaluate(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, matched.columns)
 
 
 # ---------------------------------------------------------------- whose class is which
@@ -86,16 +90,17 @@ def score(table, dataset, batch_size, workers):
 
 @pytest.mark.classes
 def test_integer_folders_are_class_numbers():
-    """Folders 0 to 11, which are sorted 0, 1, 10, 11, 2, ..., stand for classes 0, 1, 10, 11, 2, ... (ImageNet-V2)."""
+    """Folders 0 to 11, sorted 0, 1, 10, 11, 2, ..., stand for the classes of these numbers."""
     names = sorted(map(str, range(12)))
     assert names[:5] == ["0", "1", "10", "11", "2"]
-    assert match_classes(names, CLASSES) == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], "the position among the sorted names?"
-    assert match_classes(["000", "007", "011"], CLASSES) == [0, 7, 11], "leading zeros change nothing"
+    found = match_classes(names, CLASSES)
+    assert found == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], "the position among the sorted names?"
+    assert match_classes(["000", "007", "011"], CLASSES) == [0, 7, 11], "zeros change nothing"
 
 
 @pytest.mark.classes
 def test_integer_folders_of_integer_classes_go_by_name():
-    """If the checkpoint's own classes are called 0, 1, 10, 11, 2, ... the name decides, as for any other name."""
+    """If the checkpoint's own classes are called by numbers, the name decides."""
     classes = sorted(map(str, range(12)))
     assert match_classes(["10", "2"], classes) == [2, 4]  # of 0, 1, 10, 11, 2
 
@@ -111,9 +116,10 @@ def test_a_wrong_number_is_an_unknown_class():
 
 @pytest.mark.classes
 def test_unmatched_folders_can_be_left_out():
-    """With ignore_unmatched an unknown folder gets -1, but a data set without any known one stays an error."""
+    """With ignore_unmatched an unknown folder gets -1, unless all are unknown."""
     assert match_classes(["n03", "zebra", "n01"], CLASSES, ignore_unmatched=True) == [3, -1, 1]
-    with pytest.raises(ValueError, match="1 of 2 classes .*zebra.*--ignore-unmatched leaves them out"):
+    expected = "1 of 2 classes .*zebra.*--ignore-unmatched leaves them out"
+    with pytest.raises(ValueError, match=expected):
         match_classes(["n03", "zebra"], CLASSES)
     with pytest.raises(ValueError, match="2 of 2 classes .*unknown"):
         match_classes(["cow", "zebra"], CLASSES, ignore_unmatched=True)
@@ -122,15 +128,17 @@ def test_unmatched_folders_can_be_left_out():
 @pytest.mark.evaluator
 def test_numeric_folders_end_to_end(always, tmp_path, monkeypatch, capsys):
     """The accuracy on folders 0 to 11 is that of the classes with these numbers."""
-    # Two images in each folder, a third in 2 and a third and a fourth in 10: 27 images. The model always says class 2:
-    # 3 of 27 right; by position in the sorted names class 2 would be folder "10", 4 of 27. Its best five are 2, 10, 0, 7
-    # and 5: 3 + 4 + 2 + 2 + 2 = 13 of 27.
-    files = [f"{i}/{j}.png" for i in range(12) for j in range(2)] + ["2/2.png", "10/2.png", "10/3.png"]
+    # Two images in each folder, a third in 2 and a third and a fourth in 10: 27 images. The model
+    # always says class 2: 3 of 27 right; by position in the sorted names class 2 would be folder
+    # "10", 4 of 27. Its best five are 2, 10, 0, 7 and 5: 3 + 4 + 2 + 2 + 2 = 13 of 27.
+    files = [f"{i}/{j}.png" for i in range(12) for j in range(2)]
+    files += ["2/2.png", "10/2.png", "10/3.png"]
     data = make_folder(tmp_path / "v2", files)
     [row] = run(monkeypatch, tmp_path, always, "--data", data)
     result = row["data"][data]
     assert (result["images"], result["correct1"], result["correct5"]) == (27, 3, 13)
-    assert "27 images, 12 of 12 classes, folder names are class numbers\n" in capsys.readouterr().out
+    note = "27 images, 12 of 12 classes, folder names are class numbers\n"
+    assert note in capsys.readouterr().out
 
 
 @pytest.mark.evaluator
@@ -148,9 +156,10 @@ def test_the_loss_is_of_the_kind_of_the_training(tmp_path, monkeypatch):
 
 @pytest.mark.evaluator
 def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypatch, capsys):
-    """On 6 of 12 classes the prediction is made among the 6 (ImageNet-A and -R, a 21k model on 1k folders)."""
-    # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3 of 5, 1 each of the
-    # others: 9. Of 6 it says 5: 3 right; the best five are all but 11: 8. Without the restriction: 0, and 5 only, 3.
+    """On 6 of 12 classes the prediction is made among the 6, as for ImageNet-A."""
+    # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3
+    # of 5, 1 each of the others: 9. Of 6 it says 5: 3 right; the best five are all but 11: 8.
+    # Without the restriction: 0, and 5 only, 3.
     counts = {"01": 1, "03": 2, "05": 3, "08": 1, "09": 1, "11": 1}
     files = [f"n{name}/{i}.png" for name, count in counts.items() for i in range(count)]
     data = make_folder(tmp_path / "a", files)
@@ -167,29 +176,34 @@ def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypa
 
 @pytest.mark.evaluator
 def test_ignored_folders_do_not_count(always, tmp_path, monkeypatch, capsys):
-    """--ignore-unmatched leaves the images of unknown folders out of the count, and says how many."""
+    """--ignore-unmatched leaves images of unknown folders out, and says how many."""
     files = ["n02/0.png", "n03/0.png", "n03/1.png", "aardvark/0.png", "zebra/0.png", "zebra/1.png"]
     data = make_folder(tmp_path / "data", files)
-    with pytest.raises(ValueError, match=r"2 of 4 classes of the data are unknown .*\(aardvark, zebra"):
+    expected = r"2 of 4 classes of the data are unknown .*\(aardvark, zebra"
+    with pytest.raises(ValueError, match=expected):
         run(monkeypatch, tmp_path, always, "--data", data)
     [row] = run(monkeypatch, tmp_path, always, "--data", data, "--ignore-unmatched")
-    assert (row["data"][data]["images"], row["data"][data]["correct1"]) == (3, 1)  # "n02" is what the model says
-    note = "3 images, 2 of 12 classes, logits restricted, 2 unmatched folders left out, 3 images skipped\n"
-    assert note in capsys.readouterr().out
+    # "n02" is what the model says
+    assert (row["data"][data]["images"], row["data"][data]["correct1"]) == (3, 1)
+    note = "3 images, 2 of 12 classes, logits restricted, 2 unmatched folders left out, "
+    assert note + "3 images skipped\n" in capsys.readouterr().out
 
 
 @pytest.mark.classes
 def test_two_names_of_one_class_are_one_column():
-    """Folders 1 and 01 both stand for class 1: it competes once, and images of both count for it."""
+    """Folders 1 and 01 both stand for class 1, which competes once."""
     images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 1, 1)
-    data = match_dataset(TensorImages(images, torch.tensor([0, 1, 2]), ["01", "1", "2"]), CLASSES)
-    assert data.columns == [1, 2] and data.labels.tolist() == [[0], [0], [1]]
+    data = TensorImages(images, torch.tensor([0, 1, 2]), ["01", "1", "2"])
+    matched = match_dataset(data, CLASSES)
+    assert matched.columns == [1, 2]
+    assert matched.dataset.labels.tolist() == [[0], [0], [1]]
+    assert data.labels.tolist() == [0, 1, 2], "the labels of the data set itself stay"
 
 
 @pytest.mark.classes
 @pytest.mark.parametrize("workers, batch_size", [(0, 1), (0, 7), (0, 23), (0, 100), (2, 4)])
 def test_the_counts_are_those_of_a_plain_loop(tmp_path, workers, batch_size):
-    """Whatever the batch size and the number of workers, images count as in a loop over the files, one by one."""
+    """At any batch size and number of workers the counts are those of a loop over the files."""
     draw = random.Random(5)
     names = ["n09", "n02", "n10", "n00", "n07", "n05", "n11"]
     root = make_folder(tmp_path, {f"{draw.choice(names)}/{i:02}.png": i for i in range(23)})
@@ -212,12 +226,14 @@ def test_the_counts_are_those_of_a_plain_loop(tmp_path, workers, batch_size):
 @pytest.mark.counting
 @pytest.mark.parametrize("size", [32, 20])
 def test_images_in_memory_come_in_whole_batches(size):
-    """Seven images in memory, asked for as batches of 3, 3 and 1, are the items one by one, also when resized."""
+    """Seven images in batches of 3, 3 and 1 are the items one by one, also when resized."""
     data = Shapes(7, 1, eval_transform(size, 1.0))
     batches = list(eval_loader(data, 3, 0, CPU))
     assert [len(images) for images, _, _ in batches] == [3, 3, 1]
-    for i, (image, label, unreadable) in enumerate(zip(*(torch.cat(column) for column in zip(*batches)))):
-        assert torch.equal(image, data[i][0]) and label == data.labels[i] and unreadable == -1
+    images, labels, unreadable = map(torch.cat, zip(*batches))
+    assert torch.equal(images, torch.stack([data[i][0] for i in range(7)]))
+    assert torch.equal(labels, data.labels)
+    assert unreadable.tolist() == [-1] * 7
 
 
 # ---------------------------------------------------------------- several right answers: ReaL
@@ -225,36 +241,45 @@ def test_images_in_memory_come_in_whole_batches(size):
 
 @pytest.mark.counting
 def test_one_of_several_answers_is_enough():
-    """An image with several labels is right if the best guess, or one of the best five, is among them."""
-    # With 7 classes and logits 7, 6, ..., 1 the best five are 0 to 4. Answers: {0, 6} right at once; {3, 5} within five;
-    # {5, 6} wrong. -1 is padding, and not the last class.
+    """An image counts once if the best guess, or one of the best five, is among its labels."""
+    # With 7 classes and logits 7, 6, ..., 1 the best five are 0 to 4. Answers: {0, 6} right at
+    # once; {3, 4} within five, and only once; {5, 6} wrong; {1} within five. -1 is padding, and
+    # not the last class.
     table = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]] * 4)
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 1, 1)
-    data = TensorImages(images, torch.tensor([[6, 0], [3, 5], [5, 6], [1, -1]]), ["-"])
+    data = TensorImages(images, torch.tensor([[6, 0], [3, 4], [5, 6], [1, -1]]), ["-"])
     result = evaluate(Known(table), eval_loader(data, 3, 0, CPU), CPU, (0.0,) * 3, (1.0,) * 3)
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 1, 3)
     p = table[0].double().softmax(0).tolist()
-    expected = -(math.log(p[6] + p[0]) + math.log(p[3] + p[5]) + math.log(p[5] + p[6]) + math.log(p[1])) / 4
+    right = [p[6] + p[0], p[3] + p[4], p[5] + p[6], p[1]]
+    expected = -sum(map(math.log, right)) / 4
     assert result["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 # The files of three classes, whose order in the folders is not that of their numbers.
-VALIDATION = ["n07/ILSVRC2012_val_00000001.png", "n00/ILSVRC2012_val_00000002.png", "n02/ILSVRC2012_val_00000003.png",
-              "n00/ILSVRC2012_val_00000004_n00.png", "n02/ILSVRC2012_val_00000005.png"]
+VALIDATION = [
+    "n07/ILSVRC2012_val_00000001.png",
+    "n00/ILSVRC2012_val_00000002.png",
+    "n02/ILSVRC2012_val_00000003.png",
+    "n00/ILSVRC2012_val_00000004_n00.png",
+    "n02/ILSVRC2012_val_00000005.png",
+]
 
 
 @pytest.mark.evaluator
 def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys):
-    """Entry i of the ReaL file is for the image with number i + 1 in its name; an image with an empty entry is skipped."""
-    # The matched classes n00, n02, n07 are 0, 1, 2; the model always says n02: label 1.
-    # Images 1: [1], right. 2: [], skipped. 3: [0, 2], wrong. 4: [2, 1], right. 5: [1], right. So 3 of 4.
-    # Taken in the order of the sorted files (2, 4, 3, 5, 1) images 4 would be skipped; by folders it is 2 of 5.
+    """Entry i of a ReaL file is for the image with number i + 1; an empty one skips it."""
+    # The matched classes n00, n02, n07 are 0, 1, 2; the model always says n02: label 1. Images 1:
+    # [1], right. 2: [], skipped. 3: [0, 2], wrong. 4: [2, 1], right. 5: [1], right. So 3 of 4.
+    # Taken in the order of the sorted files (2, 4, 3, 5, 1) images 4 would be skipped; by folders
+    # it is 2 of 5.
     data = make_folder(tmp_path / "val5", VALIDATION)
     (tmp_path / "real.json").write_text(json.dumps([[1], [], [0, 2], [2, 1], [1]]))
     [row] = run(monkeypatch, tmp_path, always, "--data", data, "--real", tmp_path / "real.json")
     result = row["data"][data]
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 3, 4)
-    assert f"ReaL labels from {tmp_path / 'real.json'}, 1 images skipped\n" in capsys.readouterr().out
+    note = f"ReaL labels from {tmp_path / 'real.json'}, 1 images skipped\n"
+    assert note in capsys.readouterr().out
     labels = read_real(str(tmp_path / "real.json"), open_dataset(data, "all"), 3)
     assert labels.tolist() == [[-1, -1], [2, 1], [0, 2], [1, -1], [1, -1]]  # images 2, 4, 3, 5, 1
 
@@ -272,7 +297,7 @@ def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys)
     (None, "real.json does not fit: .*No such file"),
 ])
 def test_a_wrong_real_file(tmp_path, text, expected):
-    """A ReaL file of another length, with other labels or not of this form is one line that says so."""
+    """A ReaL file that does not fit is one line that says why."""
     data = open_dataset(make_folder(tmp_path / "val5", VALIDATION), "all")
     if text:
         (tmp_path / "real.json").write_text(text)
@@ -284,9 +309,11 @@ def test_a_wrong_real_file(tmp_path, text, expected):
 @pytest.mark.classes
 def test_real_needs_the_official_names(tmp_path):
     """Files that are not called ILSVRC2012_val_<number> cannot be found in a ReaL file."""
-    data = open_dataset(make_folder(tmp_path / "val", ["n00/cat.png", "n00/ILSVRC2012_val_00000001.png"]), "all")
+    files = ["n00/cat.png", "n00/ILSVRC2012_val_00000001.png"]
+    data = open_dataset(make_folder(tmp_path / "val", files), "all")
     (tmp_path / "real.json").write_text("[[0], [0]]")
-    with pytest.raises(ValueError, match=r"2 entries for 2 images .*, expected one for each of ILSVRC2012_val_00000001"):
+    expected = r"2 entries for 2 images .*, expected one for each of ILSVRC2012_val_00000001"
+    with pytest.raises(ValueError, match=expected):
         read_real(str(tmp_path / "real.json"), data, 1)
 
 
@@ -294,7 +321,7 @@ def test_real_needs_the_official_names(tmp_path):
 
 
 def make_corruptions(root, files):
-    """Folders of ImageNet-C's shape, with classes n02 and n03. files(corruption, severity): the names to put there."""
+    """Write ImageNet-C's folders. files(corruption, severity): the names, in n02 and n03."""
     for name in ALEXNET:
         for severity in range(1, 6):
             for folder in ("n02", "n03"):
@@ -314,7 +341,8 @@ def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
     root = make_corruptions(tmp_path / "c", lambda name, s: [
         f"n03/{i}.png" if i < (1 if name == "fog" else 2 * s - 1) else f"n02/{i}.png"
         for i in range(10)])
-    (tmp_path / "c" / "speckle_noise" / "1" / "n02").mkdir(parents=True)  # one of four extra sets, which do not count
+    # one of four extra sets, which do not count
+    (tmp_path / "c" / "speckle_noise" / "1" / "n02").mkdir(parents=True)
     [row] = run(monkeypatch, tmp_path, always, "--data", root)
     result = row["data"][root]
     table = result["corruptions"]
@@ -326,31 +354,43 @@ def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
     assert result["parts"]["snow/2"]["correct1"] == 7 and len(result["parts"]) == 75
     out = capsys.readouterr().out
     assert "mean error 47.33 %" in out and f"mCE {mce:.2f} %" in out
-    assert "brightness           10.00   30.00   50.00   70.00   90.00   50.00   88.56" in out
+    [line] = [line for line in out.splitlines() if line.startswith("brightness")]
+    assert line.split()[1:] == "10.00 30.00 50.00 70.00 90.00 50.00 88.56".split()
 
 
 @pytest.mark.evaluator
 def test_the_mce_of_alexnet_is_100():
-    """With AlexNet's own 15 errors every CE and mCE is 100, while the mean error is 78.90: they are not the same."""
+    """With AlexNet's own errors every CE and mCE is 100, and the mean error is 78.90."""
     # The sum of the 15 constants is 11.834896, and 11.834896 / 15 = 0.788993.
-    results = {f"{name}/{s}": dict(top1=100 - 100 * error) for name, error in ALEXNET.items() for s in range(1, 6)}
+    results = {}
+    for part in evaluation.PARTS:
+        results[part] = dict(top1=100 - 100 * ALEXNET[part[:-2]])
     errors = corruption_errors(results)
-    assert errors["mce"] == pytest.approx(100) and errors["mean_error"] == pytest.approx(78.8993, abs=1e-4)
-    assert {round(row[6], 9) for row in errors["corruptions"].values()} == {100} and len(ALEXNET) == 15
+    assert errors["mce"] == pytest.approx(100)
+    assert errors["mean_error"] == pytest.approx(78.8993, abs=1e-4)
+    assert {round(row[6], 9) for row in errors["corruptions"].values()} == {100}
+    assert len(ALEXNET) == 15
+
+
+def prepared(checkpoint, spec):
+    """Return {part: the data set as it is scored} of a spec."""
+    args = evaluation.parse_args([checkpoint, "--data", spec])
+    data = {(spec, part): dataset for part, dataset in open_parts(spec, "all").items()}
+    _, _, matched = evaluation.prepare(checkpoint, data, args)
+    return {part: found for (_, part), found in matched.items()}
 
 
 @pytest.mark.evaluator
 def test_corrupted_images_are_cropped_only(tmp_path, always):
-    """ImageNet-C is not resized: the model sees the centre 32 pixels, while other sets are resized to 64 first."""
+    """Of ImageNet-C the model sees the centre, while other sets are resized first."""
     pixels = torch.randint(0, 256, (3, 40, 44), dtype=torch.uint8)
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
     v2.functional.to_pil_image(pixels).save(tmp_path / "c" / "fog" / "1" / "n02" / "0.png")
-    args = evaluation.parse_args([always, "--data", root])
-    _, _, data = evaluation.prepare(always, {root: open_parts(root, "all")}, args)
-    assert torch.equal(data[root]["fog/1"][0][0], pixels[:, 4:36, 6:38])  # (40 - 32) / 2 = 4, (44 - 32) / 2 = 6
-    plain = open_parts(os.path.join(root, "fog", "1"), "all")
-    _, _, data = evaluation.prepare(always, {"x": plain}, args)
-    assert not torch.equal(data["x"][""][0][0], pixels[:, 4:36, 6:38]), "crop ratio 0.5: the short side becomes 64"
+    centre = pixels[:, 4:36, 6:38]  # (40 - 32) / 2 = 4, (44 - 32) / 2 = 6
+    cropped = prepared(always, root)["fog/1"].dataset
+    assert torch.equal(cropped[0][0], centre)
+    resized = prepared(always, os.path.join(root, "fog", "1"))[""].dataset
+    assert not torch.equal(resized[0][0], centre), "crop ratio 0.5: the short side becomes 64"
 
 
 @pytest.mark.evaluator
@@ -358,18 +398,20 @@ def test_small_corrupted_images_are_refused(tmp_path, always):
     """A centre crop that is larger than the image would be filled up with black: an error."""
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png"])
     Image.new("RGB", (40, 31)).save(tmp_path / "c" / "snow" / "4" / "n02" / "0.png")
-    with pytest.raises(ValueError, match="only cropped, but an image of snow/4 is smaller than 32 pixels"):
-        evaluation.prepare(always, {root: open_parts(root, "all")}, evaluation.parse_args([always, "--data", root]))
+    expected = "only cropped, but an image of snow/4 is smaller than 32 pixels"
+    with pytest.raises(ValueError, match=expected):
+        prepared(always, root)
 
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("missing, expected", [
     (["fog/3"], r"1 of 75 folders are missing \(fog/3, "),
-    ([f"snow/{s}" for s in range(1, 6)], r"5 of 75 folders are missing \(snow/1, .*expected 15 corruptions with severities"),
+    ([f"snow/{s}" for s in range(1, 6)],
+     r"5 of 75 folders are missing \(snow/1, .*expected 15 corruptions with severities"),
 ])
 def test_a_missing_severity_or_corruption(tmp_path, missing, expected):
-    """Without one of the 15 x 5 folders neither mean error nor mCE exists: the message names what is missing."""
-    for part in {f"{name}/{severity}" for name in ALEXNET for severity in range(1, 6)} - set(missing):
+    """If one of the 15 x 5 folders is missing, the message names it."""
+    for part in set(evaluation.PARTS) - set(missing):
         (tmp_path / part / "n00").mkdir(parents=True)
     with pytest.raises(ValueError, match=expected):
         open_parts(str(tmp_path), "all")
@@ -377,7 +419,7 @@ def test_a_missing_severity_or_corruption(tmp_path, missing, expected):
 
 @pytest.mark.evaluator
 def test_corruptions_have_the_same_classes(tmp_path):
-    """A corruption without one of the classes would be an easier task, with fewer logits: an error."""
+    """A corruption without one of the classes would be easier, and is an error."""
     root = make_corruptions(tmp_path / "c", lambda name, severity: ["n02/0.png", "n03/0.png"])
     shutil.rmtree(tmp_path / "c" / "frost" / "2" / "n03")
     with pytest.raises(ValueError, match="frost/2 has not the same class folders as fog/1"):
@@ -409,39 +451,44 @@ def test_inverted_shapes():
 
 @pytest.mark.shapes
 def test_rotated_shapes():
-    """A quarter turn to the left: the right column becomes the top row, and the object's mask and place turn along."""
+    """After a quarter turn to the left the right column, mask and place are at the top."""
     plain, rotated = shifted("shapes-rotated")
     for i in range(32):  # column 31 - i, from top to bottom, is row i, from left to right
         assert torch.equal(rotated.images[:, :, i, :], plain.images[:, :, :, 31 - i])
-    assert torch.equal(rotated.images.amax(dim=1) > 100, rotated.masks), "as in test_eval: the object is brighter than 100"
+    bright = rotated.images.amax(dim=1) > 100  # as in test_eval.py: the object
+    assert torch.equal(bright, rotated.masks)
     circles = rotated.labels < 4
     mass = rotated.masks[circles].double()
-    assert_close((mass.sum(2) * torch.arange(32)).sum(1) / mass.sum((1, 2)), rotated.factors["row"][circles].double())
-    assert_close((mass.sum(1) * torch.arange(32)).sum(1) / mass.sum((1, 2)), rotated.factors["column"][circles].double())
+    row = (mass.sum(2) * torch.arange(32)).sum(1) / mass.sum((1, 2))
+    column = (mass.sum(1) * torch.arange(32)).sum(1) / mass.sum((1, 2))
+    assert_close(row, rotated.factors["row"][circles].double())
+    assert_close(column, rotated.factors["column"][circles].double())
 
 
 @pytest.mark.shapes
 def test_blurred_shapes():
-    """Each value is the mean of the 3 x 3 around it, rounded; beyond the border the picture goes on as it ends."""
+    """Each value is the rounded mean of the 3 x 3 around it, beyond the border too."""
     plain, blurred = shifted("shapes-blur", count=2)
     x = plain.images.int()
     for row, column in [(0, 0), (0, 31), (31, 5), (10, 10), (16, 31), (20, 7)]:
         rows = [min(max(row + d, 0), 31) for d in (-1, 0, 1)]
         columns = [min(max(column + d, 0), 31) for d in (-1, 0, 1)]
         total = sum(x[:, :, r, c] for r in rows for c in columns)
-        assert torch.equal(blurred.images[:, :, row, column].int(), (2 * total + 9) // 18)  # floor(total / 9 + 1/2)
+        # floor(total / 9 + 1/2)
+        assert torch.equal(blurred.images[:, :, row, column].int(), (2 * total + 9) // 18)
 
 
 @pytest.mark.shapes
 def test_noisy_shapes():
-    """Noise changes a value by up to 80 either way, in other ways at every value, and is cut off at 0 and 255."""
+    """Noise changes a value by up to 80 either way, and is the same each time."""
     plain, noisy = shifted("shapes-noise")
     change = (noisy.images.int() - plain.images.int())
     assert change.min() == -80 and change.max() == 80
     free = (plain.images >= 80) & (plain.images <= 175)  # nothing is cut off here
     # uniform on -80 .. 80: mean 0, deviation sqrt((161^2 - 1) / 12) = 46.5
     assert abs(change[free].double().mean()) < 2 and abs(change[free].double().std() - 46.5) < 1
-    assert torch.equal(shifted("shapes-noise")[1].images, noisy.images), "each evaluation must see the same"
+    again = shifted("shapes-noise")[1]
+    assert torch.equal(again.images, noisy.images), "each evaluation must see the same"
 
 
 @pytest.mark.shapes
@@ -451,13 +498,15 @@ def test_shifted_shapes_are_data_sets():
     for name in evaluation.SHIFTS:
         data = open_dataset(name, "val")
         assert torch.equal(data.labels, plain.labels) and data.classes == plain.classes
-        assert (data.images != plain.images).flatten(1).any(1).all(), f"{name} left pictures as they were"
+        changed = (data.images != plain.images).flatten(1).any(1)
+        assert changed.all(), f"{name} left pictures as they were"
 
 
 @pytest.mark.folders
 def test_an_unknown_shift_lists_the_known_ones():
     """What is no shift must be a folder, and where there is none the shifts are named."""
-    with pytest.raises(ValueError, match="no data at 'shapes-upside-down': expected `shapes`, one of shapes-noise, "):
+    expected = "no data at 'shapes-upside-down': expected `shapes`, one of shapes-noise, "
+    with pytest.raises(ValueError, match=expected):
         open_dataset("shapes-upside-down", "val")
 
 
@@ -473,7 +522,7 @@ def sparse_model():
 
 @pytest.mark.evaluator
 def test_another_k():
-    """With --k 1 the model computes what one that was built with k = 1 computes from the same weights."""
+    """With --k 1 the model computes what one built with k = 1 and its weights does."""
     model, single = sparse_model(), build_model(CONFIG | dict(k=1)).eval()
     single.load_state_dict(model.state_dict())
     images = torch.rand(3, 3, 32, 32)
@@ -486,10 +535,12 @@ def test_another_k():
 @pytest.mark.evaluator
 def test_a_limited_capacity():
     """With a capacity factor an expert takes no more than ceil(T K factor / E) choices."""
-    # 2 images of 17 tokens, T = 34: ceil(34 * 2 * 0.25 / 4) = ceil(4.25) = 5 slots for each of 4 experts
+    # 2 images of 17 tokens, T = 34: ceil(34 * 2 * 0.25 / 4) = ceil(4.25) = 5 slots for each of 4
+    # experts
     model = sparse_model()
     [note] = change_routing(model, capacity_factor=0.25)
-    assert note.startswith("capacity factor 0.25 instead of no limit") and "depends on the other images" in note
+    assert note.startswith("capacity factor 0.25 instead of no limit")
+    assert "depends on the other images" in note
     _, [routing] = model(torch.rand(2, 3, 32, 32), return_routing=True)
     taken = [int((routing.kept & (routing.experts == e)).sum()) for e in range(4)]
     asked = [int((routing.experts == e).sum()) for e in range(4)]
@@ -498,11 +549,12 @@ def test_a_limited_capacity():
 
 @pytest.mark.evaluator
 def test_a_dropped_expert():
-    """A dropped expert is chosen by no token, and the probabilities are the softmax over the others."""
+    """Nobody chooses a dropped expert: the softmax is over the others."""
     model, images = sparse_model(), torch.rand(2, 3, 32, 32)
     _, [before] = model(images, return_routing=True)
     assert (before.experts == 2).any()
-    assert change_routing(model, drop_experts=[(0, 2)]) == ["expert 2 of MoE layer 0, block 1, is never chosen"]
+    notes = change_routing(model, drop_experts=[(0, 2)])
+    assert notes == ["expert 2 of MoE layer 0, block 1, is never chosen"]
     _, [after] = model(images, return_routing=True)
     assert not (after.experts == 2).any()
     others = before.probs[:, [0, 1, 3]]
@@ -512,14 +564,16 @@ def test_a_dropped_expert():
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("changes, expected", [
-    (dict(k=5), "k = 5 experts per token, but a MoE layer has only 4 to choose from: give --k 1 to 4"),
-    (dict(drop_experts=[(0, 0), (0, 1), (0, 3)]), "k = 2 experts per token, but a MoE layer has only 1"),
+    (dict(k=5),
+     "k = 5 experts per token, but a MoE layer has only 4 to choose from: give --k 1 to 4"),
+    (dict(drop_experts=[(0, 0), (0, 1), (0, 3)]),
+     "k = 2 experts per token, but a MoE layer has only 1"),
     (dict(drop_experts=[(1, 0)]), "--drop-expert 1:0: expected a MoE layer 0 to 0, expert 0 to 3"),
     (dict(drop_experts=[(0, 4)]), "--drop-expert 0:4: expected a MoE layer 0 to 0, expert 0 to 3"),
     (dict(drop_experts=[(0, -1)]), "--drop-expert 0:-1: expected"),
 ])
 def test_an_impossible_routing(changes, expected):
-    """More experts per token than are left, or a layer or expert that does not exist, is an error with what is possible."""
+    """An impossible routing is an error that says what is possible."""
     with pytest.raises(ValueError, match=expected):
         change_routing(sparse_model(), **changes)
 
@@ -527,21 +581,24 @@ def test_an_impossible_routing(changes, expected):
 @pytest.mark.evaluator
 def test_a_dense_model_has_nothing_to_change():
     """A dense model cannot be evaluated with another k."""
-    with pytest.raises(ValueError, match="a dense model has no router"):
+    with pytest.raises(ValueError, match="not for one that is dense"):
         change_routing(build_model(CONFIG | dict(moe_layers="none")), k=1)
 
 
 @pytest.mark.evaluator
 def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys):
-    """--k, --capacity-factor and --drop-expert each print a line; the numbers per token follow k; JSON has it all."""
+    """Each change of the routing is printed, counted in the costs, and in the JSON."""
     data = make_folder(tmp_path / "data", ["n02/0.png", "n03/0.png"])
     [usual] = run(monkeypatch, tmp_path, always, "--data", data)
     assert "deviates" not in capsys.readouterr().out and usual["deviations"] == []
-    [row] = run(monkeypatch, tmp_path, always, "--data", data, "--k", 1, "--capacity-factor", 1.5, "--drop-expert", "0:3")
+    changes = ["--k", 1, "--capacity-factor", 1.5, "--drop-expert", "0:3"]
+    [row] = run(monkeypatch, tmp_path, always, "--data", data, *changes)
     out = capsys.readouterr().out
-    assert out.count("  deviates from training: ") == 3 and "deviates from training: k = 1 instead of 2\n" in out
+    assert out.count("  deviates from training: ") == 3
+    assert "deviates from training: k = 1 instead of 2\n" in out
     assert len(row["deviations"]) == 3
-    # one of two experts per token less: 2 matrices of 16 x 64 and biases 64 + 16; 17 tokens per image
+    # one of two experts per token less: 2 matrices of 16 x 64 and biases 64 + 16; 17 tokens per
+    # image
     assert usual["active"] - row["active"] == 2 * 16 * 64 + 64 + 16
     assert usual["multiply_adds"] - row["multiply_adds"] == 17 * 2 * 16 * 64
 
@@ -549,27 +606,51 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- several seeds
 
 
-@pytest.mark.evaluator
-def test_runs_that_differ_in_the_seed_only_are_averaged():
-    """Mean and deviation (of a sample: n - 1) over the seeds of one setting; a single run has none."""
-    def row(path, top1, **args):
-        return dict(checkpoint=path, args=args, data={"shapes": dict(top1=top1), "c": dict(mce=1.0)})
+def result_of(path, top1, **args):
+    """Return a row of the results, with the top-1 accuracy on `shapes`, and an mCE."""
+    size = dict(params=1, active=1, multiply_adds=1, images_per_s=1.0)
+    result = dict(top1=top1, top5=100.0)
+    errors = dict(corruptions={}, mean_error=1.0, mce=1.0)
+    return size | dict(checkpoint=path, args=args, data={"shapes": result, "c": errors})
 
-    rows = [row("s/E8-0/last.pt", 90.0, experts=8, seed=0, out="s/E8-0"), row("s/E4-0/last.pt", 70.0, experts=4, seed=0),
-            row("s/E8-1/last.pt", 94.0, experts=8, seed=1, out="s/E8-1")]
-    # Mean 92, both deviate by 2: (4 + 4) / (2 - 1) = 8.
-    assert over_seeds(rows) == [("s/E8-*", 2, {"shapes": (92.0, math.sqrt(8.0))})]
+
+@pytest.mark.evaluator
+def test_runs_that_differ_in_the_seed_only_are_averaged(capsys):
+    """Mean and deviation (of a sample: n - 1) are over the seeds of one setting."""
+    rows = [
+        result_of("s/E8-0/last.pt", 90.0, experts=8, seed=0, out="s/E8-0"),
+        result_of("s/E4-0/last.pt", 70.0, experts=4, seed=0),
+        result_of("s/E8-1/last.pt", 94.0, experts=8, seed=1, out="s/E8-1"),
+    ]
+    assert over_seeds(rows) == [[rows[0], rows[2]]]
+    print_results(rows)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("s/E8-*")]
+    # Mean 92, both deviate by 2: the root of (4 + 4) / (2 - 1) is 2.83.
+    assert line.split() == ["s/E8-*", "2", "92.00", "2.83"]
+
+
+@pytest.mark.evaluator
+def test_a_single_run_has_no_deviation(capsys):
+    """best.pt and last.pt of one run are one seed, and there is no table of seeds."""
+    rows = [result_of("r/best.pt", 90.0, seed=0), result_of("r/last.pt", 94.0, seed=0)]
+    assert over_seeds(rows) == []
+    print_results(rows)
+    assert "over seeds" not in capsys.readouterr().out
+    other = result_of("s/best.pt", 80.0, seed=1)
+    assert over_seeds([*rows, other]) == [[rows[0], other]], "the first one counts"
 
 
 @pytest.mark.evaluator
 def test_the_command_prints_a_line_per_group_of_seeds(always, tmp_path, monkeypatch, capsys):
-    """Two checkpoints of one setting: their mean stands under the table."""
+    """For two seeds of one setting the mean stands under the table."""
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "d", ["n02/1.png", "n03/1.png"])  # the model says n02 to everything
-    for name in ("a", "b"):
-        shutil.copy(always, tmp_path / f"seed-{name}.pt")
-    run(monkeypatch, tmp_path, "seed-a.pt", "seed-b.pt", "--data", "d")
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["seed-*", "2", "50.00", "0.00"]
+    model, _ = load_checkpoint(always, CPU)
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / f"seed-{seed}.pt", model, args=dict(seed=seed))
+    run(monkeypatch, tmp_path, "seed-0.pt", "seed-1.pt", "--data", "d")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["seed-*", "2", "50.00", "0.00"]
 
 
 # ---------------------------------------------------------------- speed, options, processes
@@ -577,7 +658,7 @@ def test_the_command_prints_a_line_per_group_of_seeds(always, tmp_path, monkeypa
 
 @pytest.mark.evaluator
 def test_speed_is_the_median_without_the_warm_up(monkeypatch):
-    """10 images in passes of 9 (warm-up), 2, 1 and 4 seconds: the median is 2 seconds, 5 images per second."""
+    """10 images in passes of 9 (warm-up), 2, 1 and 4 seconds are 5 images per second."""
     ticks = iter([0, 9, 9, 11, 11, 12, 12, 16])
     monkeypatch.setattr(evaluation, "clock", lambda device: next(ticks))
     assert images_per_second(nn.Identity(), torch.zeros(10, 3, 2, 2), CPU, torch.float32) == 5.0
@@ -586,7 +667,7 @@ def test_speed_is_the_median_without_the_warm_up(monkeypatch):
 @pytest.mark.evaluator
 @pytest.mark.parametrize("flags, expected", [
     ("--data shapes-blur --real real.json", "--real scores one --data"),
-    ("--json no/such/folder/out.json", "--json no/such/folder/out.json: there is no folder no/such/folder"),
+    ("--json no/such/out.json", "--json no/such/out.json: there is no folder no/such"),
 ])
 def test_options_that_cannot_be(always, flags, expected):
     """An option that cannot be is found before anything is computed, in one line."""
@@ -610,7 +691,7 @@ def test_a_model_that_computes_nonsense(tmp_path, monkeypatch):
 @pytest.mark.slow
 @forked.needs_fork
 def test_two_processes_count_the_same(tmp_path):
-    """With two processes 23 images give the counts of one: each image once, none twice; only one of the two prints."""
+    """Two processes count each of 23 images once, and only one of the two prints."""
     model = sparse_model()
     nn.init.normal_(model.head.weight)
     checkpoint = write_checkpoint(tmp_path / "random.pt", model, crop_ratio=1.0)
@@ -618,11 +699,13 @@ def test_two_processes_count_the_same(tmp_path):
     for i in range(23):
         folder = tmp_path / "data" / draw.choice(CLASSES)
         folder.mkdir(parents=True, exist_ok=True)
-        v2.functional.to_pil_image(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)).save(folder / f"{i}.png")
-    flags = [checkpoint, "--data", str(tmp_path / "data"), "--batch-size", "4", "--workers", "1", "--json"]
+        pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+        v2.functional.to_pil_image(pixels).save(folder / f"{i}.png")
+    flags = ["--data", str(tmp_path / "data"), "--batch-size", "4", "--workers", "1", "--json"]
     for world in (1, 2):
-        arguments = [*flags, str(tmp_path / f"{world}.json")]
-        run = forked.start(forked.program, ROOT / "eval.py", arguments, tmp_path, world, world=world)
+        arguments = [checkpoint, *flags, str(tmp_path / f"{world}.json")]
+        run = forked.start(
+            forked.program, ROOT / "eval.py", arguments, tmp_path, world, world=world)
         assert forked.finish(run) == [0] * world, (tmp_path / f"{world}.err").read_text()
         assert (tmp_path / f"{world}.out").read_text().count("random.pt: vit_nano") == 1
     written = [json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json")]
