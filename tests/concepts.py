@@ -179,7 +179,7 @@ CONCEPTS = (
         "eval.change_routing eval.mute eval.images_per_second eval.open_parts "
         "eval.corruption_errors eval.over_seeds eval.check eval.prepare eval.measure "
         "eval.print_plan eval.print_table eval.print_results eval.main",
-        "checkpoints classes costs",
+        "checkpoints classes costs expert_choice soft",
         "One table, several checkpoints and test sets; whatever deviates from training is "
         "printed.",
     ),
@@ -242,7 +242,7 @@ CONCEPTS = (
         "inspect_experts.report_html inspect_experts.routing_csv inspect_experts.make_files "
         "inspect_experts.open_folder inspect_experts.write_files inspect_experts.open_all "
         "inspect_experts.print_layers inspect_experts.parse_args inspect_experts.main",
-        "statistics checkpoints classes convnext",
+        "statistics checkpoints classes convnext expert_choice soft",
         "A page that says under each figure how to read it, and files that are whole or not "
         "there.",
     ),

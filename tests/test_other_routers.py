@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import eval as evaluation
 import inspect_experts
 import train
 from convnext import convnext_nano
@@ -291,9 +292,19 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 )
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
-    monkeypatch.chdir(tmp_path)
-    flags = "--data shapes:48 --batch-size 16 --epochs 1 --model vit_nano --workers 0 --out r"
-    train.main(train.parse_args([*flags.split(), "--router", router]))
-    flags = "r/last.pt --data shapes --workers 0 --out report".split()
+    config = dict(model="vit_nano", num_classes=16, moe_layers="last2", router=router)
+    checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
+        config=config,
+        model=evaluation.build_model(config).state_dict(),
+        classes=evaluation.Shapes(1, 1).classes,
+        image_size=32,
+        crop_ratio=1.0,
+        mean=evaluation.MEAN,
+        std=evaluation.STD,
+        args={},
+    )
+    torch.save(checkpoint, tmp_path / "r.pt")
+    monkeypatch.setattr(evaluation, "shapes_size", lambda spec, split: (40, 2))
+    flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
