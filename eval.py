@@ -4,7 +4,7 @@
     python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-a --json result.json
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
 
-The way of an image: open_dataset() finds its file and its class, and match_dataset() the same class
+The way of an image: find_images() finds its file and its class, and match_dataset() the same class
 in the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a tensor
 (3, H, W) uint8, and eval_transform() cuts out (3, S, S). evaluate() normalizes the batch, runs the
 model and counts right answers, and print_results() prints them in percent, one row per checkpoint
@@ -27,6 +27,7 @@ import argparse
 import copy
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -101,13 +102,14 @@ def autocast(device, dtype):
 def together():
     """Let a ValueError or OSError inside this block end all processes, whichever met it.
 
-    Every process must come here. Rank 0 raises a ValueError, the others exit with status 2.
+    Every process must come here. Rank 0 raises the first error as a ValueError, the others exit
+    with status 2.
     """
     error = None
     try:
         yield
     except (ValueError, OSError) as raised:
-        error = str(raised)
+        error = str(raised) or repr(raised)
     errors = [error]
     if dist.is_initialized():
         errors = [None] * dist.get_world_size()
@@ -281,16 +283,16 @@ def read_checkpoint(path, device):
 
 # ---------------------------------------------------------------- data sets
 # Each has .classes (names in label order), .labels (N,), .path(index), .fingerprint() and items
-# (image (3, S, S) uint8, label, unreadable). The last is -1, or the index of the file that could
-# not be read and was replaced by the next one. Who gets the item decides what that means: train.py
-# reports and goes on, evaluate() stops.
+# (image (3, S, S) uint8 as the transform makes it, label, unreadable). unreadable is -1, or the
+# index of a file that could not be read and was replaced by the next one. The caller decides what
+# to do then: train.py reports it and goes on, evaluate() stops.
 
 
 def open_dataset(spec, split, transform=None):
     """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
 
-    Of a folder without one for validation, "val" is a fifth of each class, "train" the rest and
-    "all" everything. Elsewhere "all" means "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
+    If a folder has no val/, "val" is a fifth of each class, "train" the rest and "all" both. For
+    every other data set "all" is "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
     Raise ValueError if there is no such data set.
     """
     name = spec.split(":")[0]
@@ -372,9 +374,10 @@ TREE = ("FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg or 
 class FolderImages:
     """Images in class folders, of any size, depth of subfolders and colour mode (all become RGB).
 
-    The next image takes the place of an unreadable one. flat: whether root had no folder for
-    validation. files: paths from self.root, in an array: a million str would take ten times the
-    memory, again in each process, as counting references writes to shared pages.
+    The next image takes the place of an unreadable one. flat: whether root has no val/, so that a
+    fifth is held out. files: the paths from self.root, in one array. Not a list of str: Python
+    writes a reference count into each str it touches, so every loader process would end up with a
+    copy of all.
     """
 
     def __init__(self, root, split, transform=None):
@@ -387,7 +390,8 @@ class FolderImages:
         if self.flat and split != "all":
             files = hold_out(files, split, root)
         self.classes = list(files)
-        self.files = np.array([os.fsencode(name) for names in files.values() for name in names])
+        names = itertools.chain.from_iterable(files.values())
+        self.files = np.array([os.fsencode(name) for name in names])
         counts = torch.tensor([len(names) for names in files.values()])
         self.labels = torch.arange(len(files)).repeat_interleave(counts)
 
@@ -422,7 +426,7 @@ class FolderImages:
 def split_folder(root, split):
     """Find the folder with the class folders of a split: (its path, whether to hold out a fifth).
 
-    It is called by a word of TRAIN or VAL. Without such a folder it is root.
+    That is root/train or root/val, under any name in TRAIN or VAL, or root if there is neither.
     """
     if not os.path.isdir(root):
         specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100`"
@@ -437,6 +441,9 @@ def split_folder(root, split):
     if train and holds_folders(train[0]):
         warn(f"no {root}/val: a fifth of {train[0]} is held out, all else is not read")
         return train[0], True
+    if paths and paths.keys() <= set("12345") and all(map(holds_folders, paths.values())):
+        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
+                         f"{', '.join(paths)} hold class folders; give one of them, or all")
     return root, True
 
 
@@ -479,11 +486,12 @@ def list_files(root):
             inside = place.relative_to(root).as_posix()
             found += [f"{inside}/{name}" for name in files]
         for folder in map(place.joinpath, folders):
-            if folder.resolve() in met:
+            real = folder.resolve()
+            if real in met:
                 warn(f"{folder} leads to a folder above it or read already: left out")
             else:
                 places.append(folder)
-            met.add(folder.resolve())
+            met.add(real)
     return found
 
 
@@ -491,11 +499,11 @@ def find_images(root):
     """Find the images of each class: {class: paths from root}, both sorted.
 
     A class is a folder with an image in it or below it. One warning says what is odd. Raise
-    ValueError if there is none.
+    ValueError if there is no class.
     """
     found = {composed(name): [] for name in list_folder(root)[0]}
     types, deep = [], []
-    for file in sorted(list_files(root)):
+    for file in sorted(list_files(root), key=composed):
         top, *below = file.split("/")
         if not is_image(file):
             types.append(os.path.splitext(file)[1].lower() or below[-1])
@@ -517,9 +525,6 @@ def find_images(root):
     if not classes:
         what = "images in the class folders of" if found else "class folders in"
         raise ValueError(f"no {what} {notes}: expected {TREE}")
-    if classes.keys() <= set("12345") and len(deep) == sum(map(len, classes.values())):
-        raise ValueError(f"{root} looks like one corruption of ImageNet-C: its folders "
-                         f"{', '.join(classes)} hold class folders; give one of them, or all")
     if notes != root:
         warn(notes)
     return classes
@@ -533,8 +538,9 @@ def composed(name):
 def hold_out(classes, split, root):
     """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
 
-    The fifth whose names have the smallest hashes validates: one image less moves at most one
-    other. Warn of classes of root that are too small. Raise ValueError if all are.
+    Each class is sorted by a hash of the file names, and its first fifth is for validation: adding
+    or removing an image moves at most one other. Warn of classes of root that are too small. Raise
+    ValueError if all are.
     """
     def hash_of(file):
         below = composed(file.partition("/")[2])  # within the class folder
@@ -561,9 +567,9 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 def read_image(path):
     """Read an image file: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
 
-    It is turned as its EXIF data say, which published ImageNet protocols do not do. More pixels
-    than Pillow's limit of 179 million are unreadable: for what a damaged header claims, a decoder
-    may take all of the memory.
+    It is turned as its EXIF data say, which published ImageNet protocols do not do. An image of
+    more than 179 million pixels (Pillow's limit) counts as unreadable: a damaged header may claim
+    any size, and decoding it could fill the memory.
     """
     try:
         content = bytearray(Path(path).read_bytes())
@@ -676,6 +682,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     """
     was_training = model.training
     model.eval()
+    if columns is not None:
+        columns = torch.tensor(columns, device=device)
     totals = Counter()
     broken = -1
     hidden = None if progress else True  # None: shown on a terminal only
@@ -727,7 +735,8 @@ def count_batch(logits, answers, loss):
 def image_losses(logits, answers, loss):
     """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
 
-    answers are the right classes, int64, padded with -1. loss is that of the training:
+    answers are the right classes, int64, padded with -1. loss is the kind with which the model was
+    trained, here without label smoothing:
     - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
     - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
     """
@@ -877,8 +886,9 @@ def shift(data, name):
 # ---------------------------------------------------------------- whose class is which
 # One rule for every test set. Folder names are looked up among the checkpoint's classes, and the
 # prediction is made among the classes that were found: all 1,000 for ImageNet-V2 and Sketch, 200
-# for -A and -R, and 1,000 of a 21k model's ("zero shot"). V2 has folders 0 to 999, which are sorted
-# 0, 1, 10, 100: such a name is the number of a class, not its position.
+# for -A and -R. A model of 21,000 classes is scored among ImageNet's 1,000. ImageNet-V2 calls its
+# folders 0 to 999. Sorted as text they come as 0, 1, 10, so such a name is read as the number of a
+# class, whatever its place.
 
 
 @dataclass
@@ -1002,8 +1012,8 @@ def corruption_errors(results):
     """Sum up {"fog/1": evaluate()'s result, ...}: dict(corruptions, mean_error, mce) in percent.
 
     corruptions: {"fog": [5 errors, their mean, CE], ...}. A CE is the mean divided by AlexNet's.
-    The means over the corruptions are mce and mean_error, of which one has been quoted as the
-    other.
+    mean_error is the mean of the 15 means, mce the mean of the 15 CE: two numbers of similar size,
+    of which one has been printed as the other.
     """
     table = {}
     for name, alexnet in ALEXNET.items():
@@ -1019,7 +1029,7 @@ def corruption_errors(results):
 
 
 def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
-    """Let a sparse model choose its experts otherwise than in training: say how, in sentences.
+    """Change how a sparse model chooses its experts. Return what differs, a list of sentences.
 
     k: experts per token. capacity_factor: limits the experts' slots, in units of the even share.
     drop_experts: pairs (MoE layer, expert), both counted from 0. Raise ValueError if the model has
@@ -1106,7 +1116,7 @@ def clock(device):
 def images_per_second(model, images, device, dtype):
     """Measure the speed of the model alone on images (B, 3, S, S): a float.
 
-    It is the median of 3 passes, or of 0.3 s of them, after a warm-up.
+    It is the median of at least 3 passes after a warm-up, of more if all took less than 0.3 s.
     """
     seconds = []
     while len(seconds) < 4 or sum(seconds) < 0.3:
@@ -1161,7 +1171,8 @@ def measure(model, row, matched, args, device, world, progress):
     model.to(device)
     dtype = best_dtype(device)
     first = next(iter(matched.values()))
-    images = torch.stack([first.dataset[i][0] for i in first.indices[:args.batch_size]])
+    indices = itertools.islice(itertools.cycle(first.indices), args.batch_size)
+    images = torch.stack([first.dataset[i][0] for i in indices])  # a whole batch of any set
     images = normalize(images.to(device), row["mean"], row["std"])
     row["images_per_s"] = images_per_second(model, images, device, dtype)
     results = defaultdict(dict)  # {spec: {part: counts}}

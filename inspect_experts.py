@@ -147,9 +147,9 @@ def top_classes(table, classes, count=5):
 class LayerCounts:
     """The running sums of one MoE layer, on the CPU. An image is forgotten once it is counted.
 
-    Each factor is also counted by chance: every image gets the factors of another image. What the
-    experts seem to follow then is no finding. Chance is above 0 if there are few images per class,
-    or if a factor is tied to the position, as objects are to the centre.
+    As a control, each factor is counted a second time with the images' factors shuffled ("by
+    chance"). Only what exceeds this control is a finding. The control is above 0 if there are few
+    images per class, or if a factor is tied to the position, as objects are to the centre.
 
     Args:
         num_experts: E.
@@ -329,8 +329,9 @@ def cut_out(image, patch, grid):
     step = S // rows  # a patch is as high as wide
     side = min(S, max(S // 4, 3 * step))
     row, column = divmod(patch, columns)
-    top = min(max(0, row - 1) * step, S - side)
-    left = min(max(0, column - 1) * step, S - side)
+    middle = step // 2 - side // 2  # from a patch's corner to that of the cut around it
+    top = min(max(0, row * step + middle), S - side)
+    left = min(max(0, column * step + middle), S - side)
     return image[:, top:top + side, left:left + side]
 
 
@@ -373,7 +374,8 @@ def inspect(path, model, checkpoint, dataset, args, device):
     M = min(len(dataset), args.max_images or len(dataset))
     chosen = torch.arange(M) * len(dataset) // M  # evenly spread: folders come class by class
     n = max(1, min(args.examples, M))
-    examples = range(M // (2 * n), M, M // n)[:args.examples]  # the middles of n equal parts
+    middles = [(2 * i + 1) * M // (2 * n) for i in range(n)]  # of n equal parts
+    examples = middles[:args.examples]  # which may be 0
     workers = auto_workers(dataset) if args.workers is None else args.workers
     loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
     counts = []
@@ -477,8 +479,9 @@ def text(x, y, words, anchor="start", size=11):
 def picture(x, y, width, height, pixels):
     """Stretch pixels, uint8 (3, rows, columns) or (4, ...) with opacity, to width x height.
 
-    Few pixels keep hard edges. More than twice as many as the page shows are reduced to that. A
-    photograph becomes a JPEG, which takes a fifth of the bytes, and everything else a PNG.
+    Few pixels keep hard edges. A picture with more than twice as many pixels as the page shows is
+    shrunk to twice as many. If it is higher than 32 pixels it becomes a JPEG, which takes a fifth
+    of the bytes, else a PNG.
     """
     image = v2.functional.to_pil_image(pixels)
     rendering = "pixelated" if image.width < width else "auto"

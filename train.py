@@ -9,18 +9,22 @@ log.jsonl (one line per epoch). A run named by --out continues when it is starte
 
 Read train() first. It is the whole loop: batch, forward, loss, backward, step, log.
 
-The way of an image: eval.py opens the data set and reads the file. train_transform() augments it,
-in a process of the loader. next_batch() normalizes and mixes the batch, and train() computes the
-loss.
+The way of an image: read_image() in eval.py reads the file. train_transform() augments it, in a
+process of the loader. next_batch() normalizes and mixes the batch, and train() computes the loss.
 
-The way of the learning rate: a recipe gives `base_lr`, or --lr is given. fit_to_data() scales it to
-the batch. For each step learning_rate() makes the rate of it, and train() hands it to the
-optimizer.
+The way of the learning rate: a recipe gives `base_lr`, or the user gives --lr. fit_to_data() scales
+the recipe's to the batch. learning_rate() turns this peak into the rate of a step, and train()
+hands it to the optimizer, times the lr_scale of each parameter group.
 
-Draws: each random draw depends on the seed and on what it is for. An image's augmentation depends
-on (seed, epoch, image). Mixing, noise and drop path depend on (seed, step, share of the batch). So
-no generator has to be saved, and the number of loader processes changes nothing. A run that was
-stopped by kill, Ctrl-C or SIGTERM and started again ends with the weights of an uninterrupted one.
+What is saved when: last.pt every --save-every-minutes, after a signal, and at the end of an epoch
+both before its validation and after it; best.pt after a validation that was the best so far. Each
+file is a whole checkpoint: weights, averaged weights, optimizer, epoch and step. claim_folder()
+finds the run's folder, restore() continues from its last.pt.
+
+Random draws depend on the seed and on what they are for: an image's augmentation on (seed, epoch,
+image); mixing, noise and drop path on (seed, step, share of the batch). So no generator has to be
+saved, and the number of loader processes changes nothing. A run that was stopped by kill, Ctrl-C or
+SIGTERM and started again ends with the weights of an uninterrupted one.
 """
 
 import argparse
@@ -57,9 +61,9 @@ from eval import (  # what all programs share: data sets, checkpoints, processes
 from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
-# One dictionary per model. A flag of the same name overrides an entry. `base_lr` is the peak
-# learning rate for `base_batch` images per step, which is also the usual batch. A run with another
-# batch scales the rate linearly; --lr and --batch-size replace both.
+# One dictionary per model. A flag of the same name overrides an entry. `base_batch` is the batch
+# unless --batch-size gives another, and `base_lr` the peak learning rate for `base_batch` images.
+# For another batch it is scaled linearly, unless --lr gives the rate.
 #
 # Placement, experts, k and ratio are the paper's own choice for each model. Its table of
 # hyperparameters could not be obtained: router noise, capacity and balance weight are V-MoE's
@@ -254,16 +258,16 @@ def fit_to_data(config, num_images, world):
 
     num_images are trained on by `world` processes. Raise ValueError if they do not go together.
     """
-    parts = world * config.accumulate  # of a step's batch
+    shares = world * config.accumulate  # of a step's batch, all of one size
     batch = config.batch_size or config.base_batch
-    fitting = max(parts, min(batch, num_images) // parts * parts)
+    fitting = min(batch, num_images) // shares * shares
     if config.batch_size is None:
         batch = config.batch_size = fitting
-    if batch != fitting or batch > num_images:
+    if batch != fitting or batch == 0:
         raise ValueError(
-            f"--batch-size {batch}: expected a multiple of {parts} ({world} processes x "
+            f"--batch-size {batch}: expected a multiple of {shares} ({world} processes x "
             f"{config.accumulate} passes) up to {num_images}, the number of training images: "
-            f"use {fitting}")
+            f"use {fitting or 'more images'}")
     if config.lr is None:
         config.lr = config.base_lr * batch / config.base_batch
     config.min_lr = min(config.min_lr, config.lr)  # a rate only falls after its warm-up
@@ -271,7 +275,7 @@ def fit_to_data(config, num_images, world):
         epochs = round(config.steps / (num_images // batch))
         config.epochs = min(50, max(5, epochs))
     if config.warmup_epochs > config.epochs:
-        if config.warmup_epochs != find_recipe(config)["warmup_epochs"]:
+        if config.warmup_epochs != find_recipe(config)["warmup_epochs"]:  # given by the user
             raise ValueError(f"--warmup-epochs {config.warmup_epochs:g} is longer than the run "
                              f"of {config.epochs} epochs: give fewer")
         config.warmup_epochs = config.epochs / 10  # the recipe's is for its own, longer run
@@ -306,7 +310,8 @@ def open_data(config):
 
 def train_transform(config):
     """Return the augmentation of the recipe, uint8 (3, H, W) -> uint8 (3, S, S)."""
-    size, grey = config.image_size, [round(255 * mean) for mean in MEAN]  # the mean colour
+    size = config.image_size
+    mean_colour = [round(255 * mean) for mean in MEAN]
     steps = [eval_transform(size, config.crop_ratio)]
     if config.crop_scale < 1:
         bicubic = v2.InterpolationMode.BICUBIC
@@ -317,19 +322,20 @@ def train_transform(config):
     if config.randaug:
         # As timm's rand-m9-inc1: two operations, each with probability 1/2, magnitude 9 of 10.
         # One of torchvision's 14 operations is Identity, hence 7/13: 7/13 * 13/14 = 1/2.
-        operation = v2.RandAugment(1, config.randaug, num_magnitude_bins=11, fill=grey,
+        operation = v2.RandAugment(1, config.randaug, num_magnitude_bins=11,
+                                   fill=mean_colour,
                                    interpolation=v2.InterpolationMode.BILINEAR)
         steps += [v2.RandomApply([operation], p=7 / 13)] * 2
     if config.erasing:
-        steps.append(v2.RandomErasing(config.erasing, value=grey))
+        steps.append(v2.RandomErasing(config.erasing, value=mean_colour))
     return v2.Compose(steps)
 
 
 def draw_seed(*numbers):
     """Mix whole numbers, such as (seed, epoch, image), into one seed of 32 bits, an int."""
     mixed = 0
-    for number in numbers:
-        mixed = (mixed * 0x9E3779B1 + number + 0x7F4A7C15) % 2 ** 32
+    for n in numbers:
+        mixed = (mixed * 0x9E3779B1 + n + 0x7F4A7C15) % 2 ** 32
     return mixed
 
 
@@ -342,7 +348,7 @@ def seed_draws(device, *numbers):
 
 
 class Augmented:
-    """A data set whose items are asked for by (epoch, index), on which alone their draws depend."""
+    """A data set whose items are asked for by (epoch, index): seeds of their augmentation."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -411,7 +417,7 @@ def start_from(model, config, classes):
     else:
         there, checkpoint = load_checkpoint(config.init_from, "cpu")
         weights = there.state_dict()
-        if checkpoint["classes"] != classes:  # as many, perhaps, but others
+        if checkpoint["classes"] != classes:  # upcycle() leaves a head of another shape fresh
             weights |= {"head.weight": torch.empty(0), "head.bias": torch.empty(0)}
     if family is vit:
         weights = vit.resize_positions(weights, model)
@@ -492,21 +498,21 @@ def torchvision_weights(name):
 
 
 def classification_loss(logits, targets, config):
-    """Return the cross-entropy of logits (B, C) with targets, a scalar: the mean over the images.
+    """Return the cross-entropy of logits (B, classes) with targets: a scalar, the mean over images.
 
-    targets: labels (B,), or mixed probabilities (B, C), C classes. Label smoothing s moves them to
-    (1 - s) * targets + s / C.
+    targets: labels (B,), or mixed probabilities (B, classes). Label smoothing s moves them to
+    (1 - s) * targets + s / classes.
     --loss softmax: the classes exclude each other. --loss sigmoid (V-MoE): each class is a yes or
     no of its own, summed over the classes.
     """
     smoothing = config.label_smoothing
     if config.loss == "softmax":
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-    B, C = logits.shape
+    num_images, num_classes = logits.shape
     if targets.ndim == 1:
-        targets = F.one_hot(targets, C)  # (B,) -> (B, C)
-    targets = (1 - smoothing) * targets + smoothing / C
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / B
+        targets = F.one_hot(targets, num_classes)  # (B,) -> (B, classes)
+    targets = (1 - smoothing) * targets + smoothing / num_classes
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / num_images
 
 
 LAYER_DECAYED = ("convnext_t", "convnext_s", "convnext_b")  # the models that layer_group() knows
@@ -610,21 +616,20 @@ class Run:
             self.train_set, self.val_set = open_data(config)
             fit_to_data(config, len(self.train_set), self.world)
             self.model, self.fresh = make_model(config, self.train_set.classes)
-        classes, data = self.train_set.classes, len(self.train_set)
 
         # ---- images: the order of them, their loaders, and what mixes them
         workers = config.workers
         if workers is None:
             workers = auto_workers(self.train_set, self.world)
-        self.batches = Batches(
-            data, config.batch_size, config.accumulate, config.seed, self.rank, self.world)
+        self.batches = Batches(len(self.train_set), config.batch_size, config.accumulate,
+                               config.seed, self.rank, self.world)
         self.loader = DataLoader(
             Augmented(self.train_set, config.seed), batch_sampler=self.batches,
             num_workers=workers, pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0, worker_init_fn=leave_signals)
         self.images_per_pass = config.batch_size // self.world // config.accumulate
         self.val_loader = eval_loader(self.val_set, self.images_per_pass, workers, self.device)
-        self.mixer = make_mixer(config, len(classes))
+        self.mixer = make_mixer(config, len(self.train_set.classes))
         self.unreadable = set()  # indices of images
 
         # ---- model and optimizer
@@ -638,6 +643,7 @@ class Run:
         self.ema = averaged(self.model, config.ema) if config.ema else None
         groups = parameter_groups(
             self.model, config.weight_decay, config.expert_weight_decay, config.layer_decay)
+        # The rate is set by train(), step by step.
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
         # ---- where it stands; with the weights and the optimizer this makes a checkpoint
@@ -647,7 +653,8 @@ class Run:
         self.signal = 0  # the last SIGTERM or SIGINT
         self.saved_at = time.monotonic()
         self.unsaved = False  # whether the last attempt to save failed
-        enter_folder(self)
+        self.folder = self.log = None  # its path, and its log.jsonl, open on rank 0
+        claim_and_continue(self)
 
         # ---- what the loop calls: the model, wrapped
         self.net = self.model
@@ -664,7 +671,7 @@ def make_model(config, classes):
     torch.manual_seed(config.seed)
     model, fresh = build_model(model_config(config, len(classes))), []
     for parameter in model.head.parameters():
-        parameter.data *= config.head_scale  # --init-from may have a head for these classes
+        parameter.data *= config.head_scale  # overwritten if --init-from has a head that fits
     continued = config.out and os.path.exists(os.path.join(config.out, "last.pt"))
     if config.init_from and not continued:
         fresh = start_from(model, config, classes)
@@ -680,19 +687,20 @@ def make_model(config, classes):
 def train(run):
     """Train and validate, from where the run stands to its last epoch.
 
-    An epoch that was interrupted goes on inside; the log then has the means since the interruption.
+    An epoch that was interrupted goes on where it was. Its losses in the log are then means of the
+    steps since.
     Raise SystemExit(128 + signal) after SIGTERM or SIGINT, when everything is saved.
     """
     config, model, steps = run.config, run.model, run.batches.steps
     first_epoch = run.epoch
     for epoch in range(first_epoch, config.epochs):
-        first = run.step - epoch * steps  # more than 0 in an interrupted epoch
-        run.batches.epoch, run.batches.first_step = epoch, first
+        first_step = run.step - epoch * steps  # more than 0 in an interrupted epoch
+        run.batches.epoch, run.batches.first_step = epoch, first_step
         run.net.train(not config.freeze_backbone)  # frozen layers work as in evaluation
         meter = Meter(run)
         passes = start_loader(run.loader)
 
-        for _ in show_progress(run, first):
+        for _ in progress_bar(run, first_step):  # over the steps that are left
             # ---- the rate of this step
             rate = learning_rate(run.step, steps, config)
             for group in run.optimizer.param_groups:
@@ -702,8 +710,10 @@ def train(run):
             losses = torch.zeros(2, device=run.device)  # cross-entropy, balance
             for part in range(config.accumulate):
                 images, targets = next_batch(run, passes, part, meter)
-                last = part == config.accumulate - 1  # then DDP averages over the processes
-                with nullcontext() if last or run.world == 1 else run.net.no_sync():
+                # In the last pass DDP averages the gradients over the processes.
+                last_pass = part == config.accumulate - 1
+                sync = nullcontext() if last_pass or run.world == 1 else run.net.no_sync()
+                with sync:
                     with autocast(run.device, run.dtype):
                         logits, routings = run.net(images, return_routing=True)
                     loss = classification_loss(logits.float(), targets, config)
@@ -715,7 +725,7 @@ def train(run):
 
             # ---- step
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-            stop, due = agree(run, losses, norm)
+            stop, due = check_and_agree(run, losses, norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
             if run.ema:
@@ -728,7 +738,7 @@ def train(run):
                 raise SystemExit(128 + stop)
 
         # ---- validate, log, save
-        save(run, "last.pt")  # before anything else can go wrong
+        save(run, "last.pt")  # before the validation, which may fail or be interrupted
         line = dict(epoch=epoch + 1, step=run.step, lr=run.optimizer.param_groups[0]["lr"])
         line |= meter.summary(run)
         line |= validate(run)
@@ -739,23 +749,24 @@ def train(run):
             run.best = dict(top1=top1, epoch=run.epoch)
         if run.rank == 0:
             write_log(run, line)
-        save(run, *(["best.pt", "last.pt"] if improved else ["last.pt"]))
+        names = ["best.pt", "last.pt"] if improved else ["last.pt"]
+        save(run, *names)
         if run.rank == 0:
-            print_epoch(run, line, first=epoch == first_epoch)
+            print_epoch(run, line, header=epoch == first_epoch)
 
 
-def show_progress(run, first):
+def progress_bar(run, first_step):
     """Return an iterable of the rest of an epoch's steps, shown as a bar on rank 0's terminal."""
     steps = run.batches.steps
-    disable = None if run.rank == 0 else True  # None: if it is no terminal
-    return tqdm(range(first, steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
-                initial=first, total=steps, disable=disable)
+    hidden = None if run.rank == 0 else True  # None: hidden unless there is a terminal
+    return tqdm(range(first_step, steps), desc=f"epoch {run.epoch + 1}", unit="step", leave=False,
+                initial=first_step, total=steps, disable=hidden)
 
 
 def next_batch(run, passes, part, meter):
     """Return the images and targets of the next pass, normalized and mixed, on the device.
 
-    Start the draws of the pass: mixing here, noise and drop path in the model.
+    Seed the draws of the pass: those of the mixing here, of noise and drop path in the model.
     """
     waiting = time.perf_counter()
     images, labels, unreadable = next(passes)
@@ -772,7 +783,7 @@ def next_batch(run, passes, part, meter):
     return run.mixer(images, targets) if run.mixer else (images, targets)
 
 
-def agree(run, losses, norm):
+def check_and_agree(run, losses, norm):
     """Share three flags across all processes: a non-finite loss or gradient, a stop signal, and
     whether it is time to save. Called before the optimizer step, so that all ranks act alike.
 
@@ -800,14 +811,16 @@ class Meter:
 
     def __init__(self, run):
         layers, E = len(run.model.moe_blocks), run.config.experts
-        self.steps, self.wait, self.begin = 0, 0.0, time.perf_counter()  # seconds
+        self.steps = 0
+        self.begin = time.perf_counter()
+        self.wait = 0.0  # seconds spent waiting for images
         self.losses = torch.zeros(2, dtype=torch.float64, device=run.device)
         self.load = torch.zeros(layers, E, dtype=torch.int64, device=run.device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=run.device)
 
     def count(self, routings):
         """Count the choices of each expert, before any is dropped, and the dropped ones."""
-        for load, routing in zip(self.load, routings):
+        for load, routing in zip(self.load, routings):  # load (E,): a view of a layer's row
             load += F.one_hot(routing.experts, len(load)).sum((0, 1))  # (T, K) -> (T, K, E) -> (E,)
             self.dropped += (~routing.kept).sum()
 
@@ -866,8 +879,8 @@ def validate(run):
 FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # when a run is continued
 
 
-def enter_folder(run):
-    """Settle where all processes write the run, and continue the run that is there."""
+def claim_and_continue(run):
+    """Claim the folder where all processes write, and continue the run that is there."""
     data = [run.train_set.fingerprint(), run.val_set.fingerprint()]
     found = [None, data]
     with together():
@@ -968,7 +981,10 @@ def compare_data(then, now):
 
 
 def make_checkpoint(run):
-    """Return the run as a dict of plain values and tensors."""
+    """Return the run as a dict of plain values and tensors.
+
+    config: what eval.build_model() needs. args: the whole configuration of the run.
+    """
     config, classes = run.config, run.train_set.classes
     return dict(
         config=model_config(config, len(classes)), classes=classes, image_size=config.image_size,
@@ -1126,23 +1142,23 @@ COLUMNS = (  # field of the log, title, format
     ("data_wait", "data wait", ".0%"))
 
 
-def print_epoch(run, line, first):
-    """Print a line of the log in columns, below a header if it is the first."""
+def print_epoch(run, line, header):
+    """Print a line of the log in columns, below a header with their titles if header is True."""
     hidden = set()
     if not run.ema:
         hidden.add("ema_top1")
     if len(run.train_set.classes) <= 5:
         hidden.add("top5")
-    header, row = f"{'epoch':>9}", f"{line['epoch']:>5}/{run.config.epochs:<3}"
+    titles, row = f"{'epoch':>9}", f"{line['epoch']:>5}/{run.config.epochs:<3}"
     for name, title, form in COLUMNS:
         if name not in hidden:
-            header += f"{title:>10}"
+            titles += f"{title:>10}"
             row += f"{line.get(name, math.nan):>10{form}}"
-    if first:
-        print(header)
+    if header:
+        print(titles)
     print(row, flush=True)
     wait = line.get("data_wait", 0)
-    if first and wait > 0.2 and isinstance(run.train_set, FolderImages):
+    if header and wait > 0.2 and isinstance(run.train_set, FolderImages):
         print(f"warning: {wait:.0%} of the time went into waiting for data; more --workers (now "
               f"{run.loader.num_workers}) or smaller image files help", file=sys.stderr)
 
@@ -1188,8 +1204,8 @@ def main(args):
     run = Run(args)
     if run.rank == 0:
         print_summary(run)
-    for name in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit
-        signal.signal(name, lambda name, frame: setattr(run, "signal", name))
+    for stop in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit
+        signal.signal(stop, lambda received, frame: setattr(run, "signal", received))
     train(run)
     run.loader = run.val_loader = None  # ends their processes
     if run.rank == 0:

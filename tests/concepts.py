@@ -210,9 +210,9 @@ CONCEPTS = (
     Concept(
         "training",
         "train.Run.__init__ train.make_model train.open_data train.start_from "
-        "train.torchvision_weights train.enter_folder train.claim_folder train.open_last "
+        "train.torchvision_weights train.claim_and_continue train.claim_folder train.open_last "
         "train.compare_data train.make_checkpoint train.restore train.write_checkpoint train.save "
-        "train.cut_log train.write_log train.train train.next_batch train.agree train.Meter.count "
+        "train.cut_log train.write_log train.train train.next_batch train.check_and_agree train.Meter.count "
         "train.Meter.add train.Meter.summary train.validate train.Output.write train.main",
         "optimizer batches checkpoints costs weights grouped expert_choice soft",
         "Kill it, continue it, split it over processes: the same weights come out.",

@@ -67,10 +67,23 @@ def test_labels_are_what_one_sees():
     """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
     data = Shapes(500, seed=1)
     assert [data.classes[data[i][1]] for i in range(16)] == [
-        "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
-        "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
-        "square-dots", "circle-stripes", "square-dots", "square-plain",
-        "circle-plain", "square-plain", "circle-checks", "cross-plain"]
+        "cross-stripes",
+        "cross-dots",
+        "cross-stripes",
+        "circle-plain",
+        "cross-plain",
+        "triangle-stripes",
+        "circle-dots",
+        "square-plain",
+        "square-dots",
+        "circle-stripes",
+        "square-dots",
+        "square-plain",
+        "circle-plain",
+        "square-plain",
+        "circle-checks",
+        "cross-plain",
+    ]
 
 
 @pytest.mark.shapes
@@ -99,10 +112,23 @@ def test_classes_are_shape_times_texture():
     """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
     data = Shapes(500, seed=1)
     assert data.classes == [
-        "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
-        "square-plain", "square-stripes", "square-checks", "square-dots",
-        "triangle-plain", "triangle-stripes", "triangle-checks", "triangle-dots",
-        "cross-plain", "cross-stripes", "cross-checks", "cross-dots"]
+        "circle-plain",
+        "circle-stripes",
+        "circle-checks",
+        "circle-dots",
+        "square-plain",
+        "square-stripes",
+        "square-checks",
+        "square-dots",
+        "triangle-plain",
+        "triangle-stripes",
+        "triangle-checks",
+        "triangle-dots",
+        "cross-plain",
+        "cross-stripes",
+        "cross-checks",
+        "cross-dots",
+    ]
     assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
 
 
@@ -154,7 +180,7 @@ def test_the_mask_has_the_shape_of_its_factor():
     r = ((y - row) ** 2 + (x - column) ** 2).sqrt()
     reach = (r * mask).amax((1, 2))
     # circle 1; square 2 reach^2 / (pi reach^2) = 0.64
-    is_round = mask.sum((1, 2)) / (math.pi * reach ** 2) > 0.85
+    is_round = mask.sum((1, 2)) / (math.pi * reach**2) > 0.85
     # the smallest square is 8.75 from centre to side
     is_full = (mask | (r > 8.2)).all(dim=2).all(dim=1)
 
@@ -184,8 +210,10 @@ def test_only_plain_objects_have_one_colour():
     """Within a plain object a channel varies by the noise of +-12 only, else by more."""
     data = Shapes(500, seed=1)
     inside = data.masks.unsqueeze(1)
-    spread = (data.images.masked_fill(~inside, 0).amax((2, 3)).int() -
-              data.images.masked_fill(~inside, 255).amin((2, 3)).int()).amax(1)
+    spread = (
+        data.images.masked_fill(~inside, 0).amax((2, 3)).int()
+        - data.images.masked_fill(~inside, 255).amin((2, 3)).int()
+    ).amax(1)
     assert torch.equal(spread <= 24, data.factors["texture"] == 0)
 
 
@@ -261,23 +289,26 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("name, mode, expected", [
-    ("rgb.png", "RGB", COLOURS),
-    ("grey.png", "L", GREYS),
-    ("palette.png", "P", None),  # None: what Pillow reads
-    ("alpha.png", "RGBA", COLOURS),
-    ("grey_alpha.png", "LA", GREYS),
-    ("black_and_white.png", "1", None),
-    ("rgb.jpg", "RGB", COLOURS),
-    ("LOUD.JPEG", "RGB", COLOURS),
-    ("grey.jpg", "L", GREYS),
-    ("cmyk.jpg", "CMYK", COLOURS),
-    ("rgb.bmp", "RGB", COLOURS),
-    ("palette.gif", "P", None),
-    ("rgb.webp", "RGB", None),
-    ("rgb.tif", "RGB", COLOURS),
-    ("grey.pgm", "L", GREYS),
-])
+@pytest.mark.parametrize(
+    "name, mode, expected",
+    [
+        ("rgb.png", "RGB", COLOURS),
+        ("grey.png", "L", GREYS),
+        ("palette.png", "P", None),  # None: what Pillow reads
+        ("alpha.png", "RGBA", COLOURS),
+        ("grey_alpha.png", "LA", GREYS),
+        ("black_and_white.png", "1", None),
+        ("rgb.jpg", "RGB", COLOURS),
+        ("LOUD.JPEG", "RGB", COLOURS),
+        ("grey.jpg", "L", GREYS),
+        ("cmyk.jpg", "CMYK", COLOURS),
+        ("rgb.bmp", "RGB", COLOURS),
+        ("palette.gif", "P", None),
+        ("rgb.webp", "RGB", None),
+        ("rgb.tif", "RGB", COLOURS),
+        ("grey.pgm", "L", GREYS),
+    ],
+)
 @pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
     """A file of any mode and format is read as (3, H, W) uint8 RGB, by either decoder."""
@@ -316,8 +347,18 @@ def tiff(bits, numbers, zero_is=1, kind=1):
     if bits == 12:  # two numbers in three bytes
         data = bytes.fromhex("".join(f"{number:03x}" for number in numbers))
     # width, height, bits, not compressed, what 0 is, place of the data, samples, rows, bytes, kind
-    tags = {256: len(numbers), 257: 1, 258: bits, 259: 1, 262: zero_is, 273: 8, 277: 1, 278: 1,
-            279: len(data), 339: kind}
+    tags = {
+        256: len(numbers),
+        257: 1,
+        258: bits,
+        259: 1,
+        262: zero_is,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: len(data),
+        339: kind,
+    }
     entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
     header = b"II*\0" + struct.pack("<I", 8 + len(data))
     return header + data + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
@@ -332,19 +373,22 @@ FLAT = array("<u2", 0, 16, 2056, 4095)  # 16 / 4095 * 255 = 0.996, 2056 / 4095 *
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("name, content, expected", [
-    ("16.tif", tiff(16, DEEP), [0, 1, 128, 255]),
-    ("white.tif", tiff(16, DEEP, zero_is=0), [255, 254, 127, 0]),
-    ("12.tif", tiff(12, FLAT), [0, 1, 128, 255]),
-    ("signed.tif", tiff(16, array("<i2", 0, 1000), kind=2), None),
-    ("32.tif", tiff(32, array("<u4", 0, 1000)), None),
-    ("float.tif", tiff(32, array("<f4", 0, 0.5, 1), kind=3), [0, 128, 255]),  # 127.5, to even
-    ("far.tif", tiff(32, array("<f4", 0, 0.5, 2000), kind=3), None),
-    ("nan.tif", tiff(32, array("<f4", 0, math.nan), kind=3), None),
-    ("10.pgm", b"P5 3 1 1023 " + array(">u2", 0, 512, 1023).tobytes(), [0, 128, 255]),  # 127.6
-    ("4.pgm", b"P5 3 1 15 " + bytes([0, 8, 15]), [0, 136, 255]),
-    ("16.pgm", b"P5 2 1 65535 " + array(">u2", 257, 65535).tobytes(), [1, 255]),
-])
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("16.tif", tiff(16, DEEP), [0, 1, 128, 255]),
+        ("white.tif", tiff(16, DEEP, zero_is=0), [255, 254, 127, 0]),
+        ("12.tif", tiff(12, FLAT), [0, 1, 128, 255]),
+        ("signed.tif", tiff(16, array("<i2", 0, 1000), kind=2), None),
+        ("32.tif", tiff(32, array("<u4", 0, 1000)), None),
+        ("float.tif", tiff(32, array("<f4", 0, 0.5, 1), kind=3), [0, 128, 255]),  # 127.5, to even
+        ("far.tif", tiff(32, array("<f4", 0, 0.5, 2000), kind=3), None),
+        ("nan.tif", tiff(32, array("<f4", 0, math.nan), kind=3), None),
+        ("10.pgm", b"P5 3 1 1023 " + array(">u2", 0, 512, 1023).tobytes(), [0, 128, 255]),  # 127.6
+        ("4.pgm", b"P5 3 1 15 " + bytes([0, 8, 15]), [0, 136, 255]),
+        ("16.pgm", b"P5 2 1 65535 " + array(">u2", 257, 65535).tobytes(), [1, 255]),
+    ],
+)
 def test_deep_files_are_scaled_by_their_range(tmp_path, name, content, expected):
     """10, 12 and 16 bits, and floats from 0 to 1, become 0 to 255; what has no known range is
     unreadable, not black or white."""
@@ -434,8 +478,9 @@ def test_damaged_files_are_read_or_reported(tmp_path, kind):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("kind, options", [
-    ("jpeg", {}), ("jpeg", dict(progressive=True)), ("png", {})])
+@pytest.mark.parametrize(
+    "kind, options", [("jpeg", {}), ("jpeg", dict(progressive=True)), ("png", {})]
+)
 def test_more_pixels_than_the_limit_are_unreadable(tmp_path, monkeypatch, kind, options):
     """The limit is twice Pillow's MAX_IMAGE_PIXELS: of 500, 32 x 32 = 1,024 pixels are beyond it,
     31 x 32 are not.
@@ -525,8 +570,12 @@ def test_subfolders_belong_to_their_class(tmp_path):
     cats = ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png"]
     root = make_folder(tmp_path, [*cats, "dog/a/b/c/4.png"])
     data = open_dataset(root, "all")
-    assert contents(data) == [("cat/1.png", "cat", 0), ("cat/indoor/2.png", "cat", 1),
-                              ("cat/indoor/sofa/3.png", "cat", 2), ("dog/a/b/c/4.png", "dog", 3)]
+    assert contents(data) == [
+        ("cat/1.png", "cat", 0),
+        ("cat/indoor/2.png", "cat", 1),
+        ("cat/indoor/sofa/3.png", "cat", 2),
+        ("dog/a/b/c/4.png", "dog", 3),
+    ]
 
 
 @pytest.mark.folders
@@ -663,10 +712,24 @@ def test_one_corruption_has_no_classes(tmp_path):
         match="fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class",
     ):
         open_dataset(root, "all")
-    assert open_dataset(make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"]), "all").classes == [
-        "1",
-        "5",
+    stars = make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"])
+    assert open_dataset(stars, "all").classes == ["1", "5"]
+    files = [
+        f"{split}/{name}/patient{i}/x.png"
+        for split in ("train", "val")
+        for name in "12"
+        for i in "ab"
     ]
+    grades = make_folder(tmp_path / "grades", files)
+    assert open_dataset(grades, "val").classes == ["1", "2"], "a folder per patient in each class"
+
+
+@pytest.mark.counting
+def test_an_error_without_words_is_not_lost():
+    """together() raises whatever error it caught, also one that says nothing."""
+    with pytest.raises(ValueError, match="OSError"):
+        with together():
+            raise OSError
 
 
 @pytest.mark.folders
@@ -797,14 +860,21 @@ def test_a_transform_sees_every_image(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("make, expected", [
-    (lambda root: None, "no data at"),
-    (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
-    (lambda root: root.mkdir(), "no class folders in"),
-    (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
-    (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
-    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "no class folders in"),
-], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda root: None, "no data at"),
+        (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
+        (lambda root: root.mkdir(), "no class folders in"),
+        (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
+        (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
+        (
+            lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])),
+            "no class folders in",
+        ),
+    ],
+    ids=["missing", "a file", "empty", "no classes", "no images", "empty val"],
+)
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
     """A data set that is not there is an error with the place and the expected tree."""
     root = tmp_path / "here"
@@ -818,11 +888,14 @@ def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expecte
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("broken, item, replaced_by", [
-    ([1], 1, 2),  # by the next
-    ([1, 2], 1, 3),  # by the next that can be read
-    ([3], 3, 0),  # after the last comes the first
-])
+@pytest.mark.parametrize(
+    "broken, item, replaced_by",
+    [
+        ([1], 1, 2),  # by the next
+        ([1, 2], 1, 3),  # by the next that can be read
+        ([3], 3, 0),  # after the last comes the first
+    ],
+)
 def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, replaced_by):
     """For a broken file comes the next, with ITS label and the index of the broken one."""
     root = make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "c/3.png"])
@@ -839,6 +912,7 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
 @forked.needs_fork
 def test_an_error_of_a_worker_is_one_line(tmp_path, capsys):
     """An error of a transform names the file, and fail() leaves out the worker's traceback."""
+
     def too_large(image):
         raise RuntimeError("not enough memory: you tried to allocate 4 GB\nand more")
 
@@ -889,6 +963,7 @@ def test_a_fingerprint_of_pictures_in_memory():
 @pytest.mark.parametrize("spec, kind", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
 def test_cifar_has_channels_first(monkeypatch, spec, kind):
     """CIFAR's (N, rows, columns, 3) become (N, 3, rows, columns); the test half validates."""
+
     class Fake:
         classes, targets = ["cat", "dog"], [1, 0]
 
@@ -911,6 +986,7 @@ def test_cifar_has_channels_first(monkeypatch, spec, kind):
 @pytest.mark.parametrize("problem", [OSError("no route\nto host"), RuntimeError("corrupted")])
 def test_cifar_without_a_network(monkeypatch, problem):
     """If the download fails, one line says what went wrong and which file to get by hand."""
+
     class Fake:
         filename = "cifar-10-python.tar.gz"
 
@@ -928,13 +1004,16 @@ def test_cifar_without_a_network(monkeypatch, problem):
 
 
 @pytest.mark.counting
-@pytest.mark.parametrize("image_size, crop_ratio, height, width, rows, columns", [
-    (32, 0.5, 64, 64, (16, 48), (16, 48)),  # 32 / 0.5 = 64: no resizing; (64 - 32) / 2 = 16
-    # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
-    (224, 0.875, 256, 300, (16, 240), (38, 262)),
-    (224, 0.875, 300, 256, (38, 262), (16, 240)),
-    (32, 1.0, 32, 48, (0, 32), (8, 40)),  # a ratio of 1: all of the short side
-])
+@pytest.mark.parametrize(
+    "image_size, crop_ratio, height, width, rows, columns",
+    [
+        (32, 0.5, 64, 64, (16, 48), (16, 48)),  # 32 / 0.5 = 64: no resizing; (64 - 32) / 2 = 16
+        # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
+        (224, 0.875, 256, 300, (16, 240), (38, 262)),
+        (224, 0.875, 300, 256, (38, 262), (16, 240)),
+        (32, 1.0, 32, 48, (0, 32), (8, 40)),  # a ratio of 1: all of the short side
+    ],
+)
 def test_the_centre_is_evaluated(image_size, crop_ratio, height, width, rows, columns):
     """The short side becomes image_size / crop_ratio pixels, then the centre square is cut out."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
@@ -950,7 +1029,7 @@ def test_resizing_is_bicubic(height, width, resized):
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     pillow = v2.functional.to_pil_image(image).resize(resized[::-1], Image.BICUBIC)
     top, left = (resized[0] - 48) // 2, (resized[1] - 48) // 2
-    expected = v2.functional.pil_to_tensor(pillow)[:, top:top + 48, left:left + 48]
+    expected = v2.functional.pil_to_tensor(pillow)[:, top : top + 48, left : left + 48]
     # 48 / 0.75 = 64
     difference = (eval_transform(48, 0.75)(image).int() - expected.int()).abs().max()
     assert difference <= 1, "bilinear, or not antialiased?"
@@ -1034,10 +1113,14 @@ def count(table, labels, columns=None, batch_size=2, model=None):
 def test_counting_by_hand():
     """top1 and top5 are percentages of the images, loss is the mean cross-entropy."""
     ln2 = math.log(2)
-    table = torch.tensor([[ln2, 0.0, 0.0],  # softmax 1/2, 1/4, 1/4
-                          [0.0, ln2, 0.0],
-                          [0.0, 0.0, ln2],
-                          [ln2, 0.0, 0.0]])
+    table = torch.tensor(
+        [
+            [ln2, 0.0, 0.0],  # softmax 1/2, 1/4, 1/4
+            [0.0, ln2, 0.0],
+            [0.0, 0.0, ln2],
+            [ln2, 0.0, 0.0],
+        ]
+    )
     result = count(table, labels=[0, 1, 2, 1])  # right, right, right, wrong
     # loss: -ln 1/2 three times, -ln 1/4 = 2 ln 2 once
     counts = dict(images=4, correct1=3, correct5=4, top1=75.0, top5=100.0)
@@ -1084,9 +1167,9 @@ def test_top5_with_fewer_than_five_classes():
 def test_columns_restrict_the_prediction():
     """With columns the prediction and the loss are made among the data's classes only."""
     # column 0 is best, but no class of the data; of 3 and 1, 3 is best
-    table = torch.tensor([[9.0, 1.0, 2.0, 3.0],
-                          [9.0, 5.0, 2.0, 3.0],   # of 3 and 1, 1 is best
-                          [9.0, 0.0, 2.0, 1.0]])  # of 3 and 1, 3 is best
+    table = torch.tensor(
+        [[9.0, 1.0, 2.0, 3.0], [9.0, 5.0, 2.0, 3.0], [9.0, 0.0, 2.0, 1.0]]  # of 3 and 1, 1 is best
+    )  # of 3 and 1, 3 is best
     # label 0 of the data is column 3, label 1 is column 1
     result = count(table, labels=[0, 1, 1], columns=[3, 1])
     assert result["top1"] == pytest.approx(100 * 2 / 3), "0 if all four columns take part"
@@ -1107,6 +1190,7 @@ def test_the_mode_comes_back(training):
 @pytest.mark.counting
 def test_mean_and_std_reach_the_model():
     """evaluate() shows the model normalized images: black and white become -1 and 1."""
+
     class Watch(nn.Module):
         def forward(self, images):
             self.seen = images
@@ -1121,6 +1205,7 @@ def test_mean_and_std_reach_the_model():
 @pytest.mark.counting
 def test_the_model_runs_in_the_dtype_asked_for():
     """With dtype=bfloat16 the model runs under autocast, and its logits are counted in float32."""
+
     class Product(nn.Module):
         def forward(self, images):
             self.logits = images.flatten(1) @ torch.tensor([[0.0, 1.0]] * 3)
@@ -1174,8 +1259,8 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
     monkeypatch.setattr(evaluation.dist, "all_reduce", add)
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     result = count(table, [0, 1, 1])  # two of three are right
-    assert result["images"] == 2 ** 24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
-    assert result["top1"] == pytest.approx(100 * (2 ** 24 + 2) / (2 ** 24 + 3), rel=1e-12)
+    assert result["images"] == 2**24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
+    assert result["top1"] == pytest.approx(100 * (2**24 + 2) / (2**24 + 3), rel=1e-12)
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -1194,12 +1279,18 @@ def test_every_model_has_a_name():
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize("config, expected", [
-    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, "),
-    (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
-    (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
-    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3), "k = 3: expected 1 to 2"),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, "),
+        (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
+        (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
+        (
+            dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3),
+            "k = 3: expected 1 to 2",
+        ),
+    ],
+)
 def test_a_wrong_config_lists_what_exists(config, expected):
     """An option that does not exist is a ValueError that lists the valid ones."""
     with pytest.raises(ValueError) as error:
@@ -1250,7 +1341,10 @@ def test_averaged_weights_are_preferred(saved_model):
     """Averaged weights (EMA) are loaded if there are any, with raw=True the plain ones."""
     _, folder = saved_model
     for name, raw, says in [
-        ("both.pt", False, 2), ("both.pt", True, 1), ("plain.pt", False, 1), ("plain.pt", True, 1)
+        ("both.pt", False, 2),
+        ("both.pt", True, 1),
+        ("plain.pt", False, 1),
+        ("plain.pt", True, 1),
     ]:
         model, _ = load_checkpoint(str(folder / name), CPU, raw)
         assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
@@ -1269,34 +1363,77 @@ def cut_off(path):
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize("make, expected", [
-    (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
-    (lambda path: path.mkdir(), "no checkpoint at {path}"),
-    (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
-    (lambda path: path.write_bytes(b""), "{path} cannot be opened as a checkpoint, it is empty"),
-    (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
-    (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
-    (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
-    (lambda path: torch.save(dict(model={}, epoch=3), path),
-     "{path} is not a checkpoint of train.py: it lacks args,"),
-    (lambda path: torch.save(7, path), "{path} is not a checkpoint of train.py: it lacks args,"),
-    (lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
-     "the weights in {path} do not fit its own config"),
-    (lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
-     "the weights in {path} do not fit its own config"),
-    (lambda path: write_checkpoint(path, {"model": "resnet"}),
-     "unknown model 'resnet': expected one of vit_nano,"),
-    (lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
-     "the config in {path} does not describe a model"),
-    (lambda path: write_checkpoint(path, {"dim": 16}),
-     "the config in {path} does not describe a model"),
-    (lambda path: write_checkpoint(path, classes=["a", "b"]),
-     "{path} names 2 classes, but its model has 3 outputs"),
-    (lambda path: write_checkpoint(path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
-     "{path} is from an older version, whose experts were stacked weights"),
-], ids=["missing", "folder", "cut off", "empty", "text", "zip", "image", "foreign dict", "number",
-        "other width", "other depth", "other model", "unknown option", "no model", "few classes",
-        "stacked experts"])
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
+        (lambda path: path.mkdir(), "no checkpoint at {path}"),
+        (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+        (
+            lambda path: path.write_bytes(b""),
+            "{path} cannot be opened as a checkpoint, it is empty",
+        ),
+        (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
+        (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
+        (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
+        (
+            lambda path: torch.save(dict(model={}, epoch=3), path),
+            "{path} is not a checkpoint of train.py: it lacks args,",
+        ),
+        (
+            lambda path: torch.save(7, path),
+            "{path} is not a checkpoint of train.py: it lacks args,",
+        ),
+        (
+            lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
+            "the weights in {path} do not fit its own config",
+        ),
+        (
+            lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
+            "the weights in {path} do not fit its own config",
+        ),
+        (
+            lambda path: write_checkpoint(path, {"model": "resnet"}),
+            "unknown model 'resnet': expected one of vit_nano,",
+        ),
+        (
+            lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
+            "the config in {path} does not describe a model",
+        ),
+        (
+            lambda path: write_checkpoint(path, {"dim": 16}),
+            "the config in {path} does not describe a model",
+        ),
+        (
+            lambda path: write_checkpoint(path, classes=["a", "b"]),
+            "{path} names 2 classes, but its model has 3 outputs",
+        ),
+        (
+            lambda path: write_checkpoint(
+                path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}
+            ),
+            "{path} is from an older version, whose experts were stacked weights",
+        ),
+    ],
+    ids=[
+        "missing",
+        "folder",
+        "cut off",
+        "empty",
+        "text",
+        "zip",
+        "image",
+        "foreign dict",
+        "number",
+        "other width",
+        "other depth",
+        "other model",
+        "unknown option",
+        "no model",
+        "few classes",
+        "stacked experts",
+    ],
+)
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, one line names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -1310,6 +1447,7 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
 @pytest.mark.checkpoints
 def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     """A file without permission, or on a disk that fails, is an error that names it, too."""
+
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -1388,8 +1526,21 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
     two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
     both, plain = folder / "both.pt", folder / "plain.pt"
-    run(monkeypatch, both, plain, "--data", one, "--data", two, "--batch-size", 2, "--workers", 0,
-        "--json", folder / "out.json")
+    run(
+        monkeypatch,
+        both,
+        plain,
+        "--data",
+        one,
+        "--data",
+        two,
+        "--batch-size",
+        2,
+        "--workers",
+        0,
+        "--json",
+        folder / "out.json",
+    )
     *_, names, header, first, second = capsys.readouterr().out.splitlines()
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
@@ -1398,9 +1549,11 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     active = params - 6 * (2 * 4 * 16 * 16 + 4 * 16 + 16)
     size = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
     # "c": 2 of 5, and 2 of 4
-    for line, path, numbers in [(first, both, ["40.00", "100.00", "50.00", "100.00"]),
-                                # "b": 3 of 5, and 1 of 4
-                                (second, plain, ["60.00", "100.00", "25.00", "100.00"])]:
+    for line, path, numbers in [
+        (first, both, ["40.00", "100.00", "50.00", "100.00"]),
+        # "b": 3 of 5, and 1 of 4
+        (second, plain, ["60.00", "100.00", "25.00", "100.00"]),
+    ]:
         cells = line.split()
         assert cells[:3] == [str(path), *size] and cells[5:] == numbers
 
@@ -1426,8 +1579,10 @@ def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
     for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:
         run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == [f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
-                             f"  {data}: 4 images, 2 of 3 classes, logits restricted"]
+        assert lines[:2] == [
+            f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
+            f"  {data}: 4 images, 2 of 3 classes, logits restricted",
+        ]
         assert lines[-1].split()[5] == top1
 
 
@@ -1455,9 +1610,11 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize(
-    "flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)])
+    "flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)]
+)
 def test_split_chooses_among_the_images_of_a_flat_folder(
-        saved_model, monkeypatch, capsys, flags, images):
+    saved_model, monkeypatch, capsys, flags, images
+):
     """A folder without val/ is evaluated whole, unless --split asks for a part."""
     _, folder = saved_model
     data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])

@@ -406,6 +406,14 @@ def test_examples_show_their_own_routing():
 
 
 @pytest.mark.statistics
+def test_examples_are_spread_over_the_data():
+    """Eight examples of fifteen images: every second one, up to the last class."""
+    run, _ = red_run([[i] * 4 for i in range(15)], 15, [0] * 15, ["a"], examples=8)
+    shown = [maps[0].flatten()[0].item() for _, _, maps in run.examples]
+    assert shown == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+@pytest.mark.statistics
 def test_an_image_is_shown_once():
     """With fewer images than examples each image is one example."""
     run, _ = red_run([[0, 1, 2, 3]], 4, [0], ["a"], examples=8)
@@ -480,6 +488,14 @@ def test_cut_outs_stay_inside(patch, top, left):
     # Patch 27 is in row 3 and column 3, so the cut begins with patch 2 in both: at pixel 8.
     cut = cut_out(image, patch, (0, 8, 8))
     assert torch.equal(cut, image[:, top:top + 12, left:left + 12])
+
+
+@pytest.mark.statistics
+def test_a_patch_is_in_the_middle_of_its_cut_out():
+    """A patch of 8 pixels (28 x 28 on 224) is shown in a quarter of the image, 56 pixels."""
+    image = torch.arange(3 * 224 * 224).view(3, 224, 224)
+    cut = cut_out(image, 10 * 28 + 20, (0, 28, 28))  # the patch at pixels 80 and 160
+    assert torch.equal(cut, image[:, 56:112, 136:192])  # 24 pixels on each side of it
 
 
 # ---------------------------------------------------------------- figures

@@ -3,7 +3,7 @@ left unwritten.
 
 Each runs the concerned tests in a copy of the project, in a process forked from a server that has
 PyTorch loaded already. That no test calls what its concept does not need is checked in every run of
-the tests, by needs.py. """
+the tests, by needs.py."""
 
 import ast
 import compileall
@@ -328,6 +328,17 @@ MUTANTS = [
     ),  # as if k were 1
     ("eval.py", "for e in range(layer.k)]", "for e in range(layer.num_experts)]", "costs"),
     (
+        "moe.py",
+        "answers * gates.permute(2, 0, 1)",
+        "answers * gates.permute(2, 0, 1) ** 0",
+        "expert_choice",
+    ),
+    ("moe.py", "gates, chosen = probs.topk(", "gates, chosen = logits.topk(", "expert_choice"),
+    ("moe.py", "torch.where(kept, taken, probs)", "probs", "expert_choice"),  # not who took it
+    ("moe.py", "scores.softmax(1).transpose", "scores.softmax(2).transpose", "soft"),
+    ("moe.py", "y = scores.softmax(2) @ answers", "y = scores.softmax(1) @ answers", "soft"),
+    ("moe.py", "F.normalize(tokens, dim=-1), codes", "tokens, codes", "soft"),
+    (
         "train.py",
         "layer.num_experts / layer.k if exact",
         "1.0 if exact",
@@ -387,7 +398,12 @@ MUTANTS = [
         "optimizer",
     ),
     ("train.py", "3 + block // 3", "3 + block", "optimizer"),  # more groups than published
-    ("train.py", "(1 - smoothing) * targets + smoothing / C", "targets.float()", "optimizer"),
+    (
+        "train.py",
+        "(1 - smoothing) * targets + smoothing / num_classes",
+        "targets.float()",
+        "optimizer",
+    ),
     (
         "train.py",
         "(step + 1) / warmup",
@@ -397,7 +413,7 @@ MUTANTS = [
     ("train.py", 'elif ".experts." in name', 'elif False', "optimizer"),  # one rate for all
     ("train.py", "first = self.rank * self.accumulate", "first = 0", "batches"),  # all see the same
     ("train.py", "p=7 / 13", "p=1.0", "batches"),  # nearly twice as many operations
-    ("train.py", "num_magnitude_bins=11, fill=grey", "num_magnitude_bins=11", "batches"),  # black
+    ("train.py", "fill=mean_colour,", "", "batches"),  # black
     (
         "train.py",
         "draw_seed(self.seed, self.epoch)",
@@ -568,7 +584,7 @@ def begin_session(session):
     """conftest.py calls this before the first test: the copies are tested in the background, while
     other tests run.
 
-    As many at a time as there are processors, at most four. """
+    As many at a time as there are processors, at most four."""
     jobs = {
         mutant: (
             (mutate, *mutant[:3]),
@@ -712,7 +728,7 @@ def test_a_docstring_is_a_handout(function):
     """Each function to be written has a docstring, its own or that of its class.
 
     In the files of the model it has a shape or a type, so that who has only the docstring can
-    begin. """
+    begin."""
     file, _, path = function.partition(".")
     _, text = handout((ROOT / f"{file}.py").read_text("utf-8"), path)
     assert text

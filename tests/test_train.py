@@ -796,13 +796,13 @@ def test_accumulation_changes_nothing_but_memory():
 def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
     """Each pass counts half. (Losses would hardly show it: Adam and clipping undo a factor common
     to all gradients.)"""
-    gradients, agree = [], train.agree
+    gradients, agree = [], train.check_and_agree
 
     def keep_gradient(run, *noticed):
         gradients.append(run.model.head.weight.grad.clone())
         return agree(run, *noticed)
 
-    monkeypatch.setattr(train, "agree", keep_gradient)
+    monkeypatch.setattr(train, "check_and_agree", keep_gradient)
     for passes in ("1", "2"):
         run(
             "--epochs",
@@ -881,7 +881,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2".split()
     flags += ["--capacity-factor", "1.05"]
     run(*flags, "--out", "whole")
-    original, calls = train.agree, []
+    original, calls = train.check_and_agree, []
 
     def agree_and_interrupt(*arguments):
         calls.append(1)
@@ -889,13 +889,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(train, "agree", agree_and_interrupt)
+    monkeypatch.setattr(train, "check_and_agree", agree_and_interrupt)
     with pytest.raises(SystemExit) as stop:
         run(*flags, "--out", "broken")
     assert stop.value.code == 143
     saved = torch.load("broken/last.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 5)
-    monkeypatch.setattr(train, "agree", original)
+    monkeypatch.setattr(train, "check_and_agree", original)
     run(*flags, "--out", "broken")
 
     whole, broken = (
