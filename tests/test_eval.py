@@ -28,7 +28,6 @@ from eval import (
     CHECKPOINT_KEYS,
     MODELS,
     PALETTE,
-    FolderImages,
     Shapes,
     TensorImages,
     auto_workers,
@@ -728,7 +727,7 @@ def test_one_corruption_has_no_classes(tmp_path):
 def test_an_error_without_words_is_not_lost():
     """together() raises whatever error it caught, also one that says nothing."""
     with pytest.raises(ValueError, match="OSError"):
-        with together():
+        with evaluation.together():
             raise OSError
 
 
