@@ -704,7 +704,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     with together():
         if broken >= 0:
             path = loader.dataset.path(broken)
-            raise ValueError(f"cannot read {path}: repair or remove the file")
+            raise ValueError(f"cannot read {path}: repair or replace the file")
     sums = [float(totals[name]) for name in ("images", "correct1", "correct5", "loss")]
     sums = torch.tensor(sums, dtype=torch.float64, device=device)
     stopped = torch.tensor(int(bool(stop())), device=device)

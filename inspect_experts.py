@@ -305,7 +305,7 @@ def count_choices(model, loader, layers, device, mean, std, examples=()):
         broken = int(unreadable.max())
         if broken >= 0:
             path = loader.dataset.path(broken)
-            raise ValueError(f"cannot read {path}: repair or remove the file")
+            raise ValueError(f"cannot read {path}: repair or replace the file")
         with autocast(device, best_dtype(device)):
             inputs = normalize(images.to(device), mean, std)
             _, routings = model(inputs, return_routing=True)

@@ -24,7 +24,7 @@ finds the run's folder, restore() continues from its last.pt.
 Random draws depend on the seed and on what they are for: an image's augmentation on (seed, epoch,
 image); mixing, noise and drop path on (seed, step, share of the batch). So no generator has to be
 saved, and the number of loader processes changes nothing. A run that was stopped by kill, Ctrl-C or
-SIGTERM and started again ends with the weights of an uninterrupted one.
+SIGTERM and started again with as many processes ends with the weights of an uninterrupted one.
 """
 
 import argparse
@@ -57,7 +57,7 @@ import vit
 from eval import (  # what all programs share: data sets, checkpoints, processes, evaluate()
     MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
     eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
-    open_dataset, read_checkpoint, setup_processes, start_loader, together)
+    open_dataset, read_checkpoint, setup_processes, start_loader, together, warn)
 from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
@@ -258,7 +258,7 @@ def fit_to_data(config, num_images, world):
 
     num_images are trained on by `world` processes. Raise ValueError if they do not go together.
     """
-    shares = world * config.accumulate  # of a step's batch, all of one size
+    config.shares = shares = world * config.accumulate  # of a step's batch, all of one size
     batch = config.batch_size or config.base_batch
     fitting = min(batch, num_images) // shares * shares
     if config.batch_size is None:
@@ -274,10 +274,10 @@ def fit_to_data(config, num_images, world):
     if config.epochs is None:  # nano: about `steps` steps
         epochs = round(config.steps / (num_images // batch))
         config.epochs = min(50, max(5, epochs))
-    if config.warmup_epochs > config.epochs:
+    if config.warmup_epochs >= config.epochs:
         if config.warmup_epochs != find_recipe(config)["warmup_epochs"]:  # given by the user
-            raise ValueError(f"--warmup-epochs {config.warmup_epochs:g} is longer than the run "
-                             f"of {config.epochs} epochs: give fewer")
+            raise ValueError(f"--warmup-epochs {config.warmup_epochs:g} is not shorter than the "
+                             f"run of {config.epochs} epochs: give fewer")
         config.warmup_epochs = config.epochs / 10  # the recipe's is for its own, longer run
 
 
@@ -408,17 +408,19 @@ def make_mixer(config, num_classes):
 def start_from(model, config, classes):
     """Load the weights that --init-from names into the model. Return the names left fresh.
 
-    The head is fresh if the checkpoint is for other classes. Raise ValueError if the weights do
-    not fit, or if torchvision's weights cannot be had.
+    The head is fresh if the weights are for other classes. Raise ValueError if they do not fit, or
+    if torchvision's cannot be had.
     """
     family = vit if isinstance(model, vit.ViT) else convnext
     if config.init_from == "torchvision":
         weights = family.from_torchvision(torchvision_weights(config.model))
+        same_classes = all(re.fullmatch(r"n\d{8}", name) for name in classes)  # ImageNet's
     else:
         there, checkpoint = load_checkpoint(config.init_from, "cpu")
         weights = there.state_dict()
-        if checkpoint["classes"] != classes:  # upcycle() leaves a head of another shape fresh
-            weights |= {"head.weight": torch.empty(0), "head.bias": torch.empty(0)}
+        same_classes = checkpoint["classes"] == classes
+    if not same_classes:  # upcycle() leaves a head of another shape fresh
+        weights |= {"head.weight": torch.empty(0), "head.bias": torch.empty(0)}
     if family is vit:
         weights = vit.resize_positions(weights, model)
     return upcycle(weights, model)
@@ -652,7 +654,7 @@ class Run:
         self.best = None  # top1 and epoch of best.pt
         self.signal = 0  # the last SIGTERM or SIGINT
         self.saved_at = time.monotonic()
-        self.unsaved = False  # whether the last attempt to save failed
+        self.unsaved = set()  # names of files that could not be written when last tried
         self.folder = self.log = None  # its path, and its log.jsonl, open on rank 0
         claim_and_continue(self)
 
@@ -697,8 +699,8 @@ def train(run):
         first_step = run.step - epoch * steps  # more than 0 in an interrupted epoch
         run.batches.epoch, run.batches.first_step = epoch, first_step
         run.net.train(not config.freeze_backbone)  # frozen layers work as in evaluation
-        meter = Meter(run)
         passes = start_loader(run.loader)
+        meter = Meter(run)
 
         for _ in progress_bar(run, first_step):  # over the steps that are left
             # ---- the rate of this step
@@ -735,7 +737,7 @@ def train(run):
             if stop or due:
                 save(run, "last.pt")
             if stop:
-                raise SystemExit(128 + stop)
+                raise SystemExit(1 if run.unsaved else 128 + stop)
 
         # ---- validate, log, save
         save(run, "last.pt")  # before the validation, which may fail or be interrupted
@@ -744,6 +746,7 @@ def train(run):
         line |= validate(run)
         run.epoch = epoch + 1
         top1 = line.get("ema_top1", line["top1"])
+        best_before = run.best
         improved = run.best is None or top1 > run.best["top1"]
         if improved:
             run.best = dict(top1=top1, epoch=run.epoch)
@@ -751,6 +754,8 @@ def train(run):
             write_log(run, line)
         names = ["best.pt", "last.pt"] if improved else ["last.pt"]
         save(run, *names)
+        if "best.pt" in run.unsaved:
+            run.best = best_before  # a later epoch may be written as the best one
         if run.rank == 0:
             print_epoch(run, line, header=epoch == first_epoch)
 
@@ -813,7 +818,7 @@ class Meter:
         layers, E = len(run.model.moe_blocks), run.config.experts
         self.steps = 0
         self.begin = time.perf_counter()
-        self.wait = 0.0  # seconds spent waiting for images
+        self.seconds = self.wait = 0.0  # for all, and of these waiting for images
         self.losses = torch.zeros(2, dtype=torch.float64, device=run.device)
         self.load = torch.zeros(layers, E, dtype=torch.int64, device=run.device)
         self.dropped = torch.zeros((), dtype=torch.int64, device=run.device)
@@ -828,10 +833,10 @@ class Meter:
         """Add the losses (2,) of a step."""
         self.losses += losses
         self.steps += 1
+        self.seconds = time.perf_counter() - self.begin
 
     def summary(self, run):
         """Return the means over steps and processes, a dict for the log. Empty without a step."""
-        seconds = time.perf_counter() - self.begin
         unreadable = torch.tensor(len(run.unreadable), device=run.device)
         if run.world > 1:
             for sums in (self.losses, self.load, self.dropped, unreadable):
@@ -841,8 +846,9 @@ class Meter:
         loss, balance = (self.losses / self.steps / run.world).tolist()
         load = self.load.double()
         return dict(
-            train_loss=loss, balance_loss=balance, seconds=seconds, data_wait=self.wait / seconds,
-            images_per_s=self.steps * run.config.batch_size / seconds,
+            train_loss=loss, balance_loss=balance, seconds=self.seconds,
+            data_wait=self.wait / self.seconds,
+            images_per_s=self.steps * run.config.batch_size / self.seconds,
             dropped=(self.dropped / load.sum().clamp(min=1)).item(),
             unreadable=unreadable.item(), load=(load / load.sum(1, keepdim=True)).tolist())
 
@@ -876,7 +882,9 @@ def validate(run):
 # ---------------------------------------------------------------- the run's folder
 
 
-FREE_TO_CHANGE = {"out", "workers", "save_every_minutes"}  # when a run is continued
+# What may differ when a run is continued: without a word, and what is then said.
+FREE_TO_CHANGE = {"out", "workers", "save_every_minutes", "accumulate"}
+CHANGED_ALOUD = {"lr", "min_lr", "clip_grad", "dtype", "compile", "shares"}
 
 
 def claim_and_continue(run):
@@ -898,6 +906,13 @@ def claim_and_continue(run):
         checkpoint = open_last(run)
         if checkpoint:
             restore(run, checkpoint)
+    with together():
+        places = [None] * run.world
+        if run.world > 1:
+            dist.all_gather_object(places, (run.epoch, run.step))
+        if len(set(places)) > 1:
+            raise ValueError(f"{run.folder} is at different steps for different processes: --out "
+                             f"must be a folder that all of them share")
         if run.rank == 0:
             cut_log(run.log, run.epoch)
             trial = os.path.join(run.folder, "trial.pt")  # a full disk is found now
@@ -950,13 +965,22 @@ def open_last(run):
     if differing:
         raise ValueError(f"the training images are not those of the run in {run.folder} "
                          f"({differing}): restore them to continue it, or give another --out")
+    differing = compare_data(checkpoint.get("val_data"), run.val_set.fingerprint())
+    if differing:
+        warn(f"the validation images are not those of the run in {run.folder} ({differing}): its "
+             f"accuracies cannot be compared")
     there, free = checkpoint["args"], FREE_TO_CHANGE
     if isinstance(run.train_set, FolderImages):
         free = free | {"data"}  # it may have moved: the images count
     options = []
     for name, now in vars(run.config).items():
-        if name not in free and there.get(name) != now:
-            options.append(f"--{name.replace('_', '-')} {there.get(name)} there, {now} now")
+        if name in free or there.get(name) == now:
+            continue
+        change = f"--{name.replace('_', '-')} {there.get(name)} there, {now} now"
+        if name in CHANGED_ALOUD:
+            warn(f"{run.folder} is continued with another configuration ({change})")
+        else:
+            options.append(change)
     if options:
         raise ValueError(f"{run.folder} holds a run of another configuration "
                          f"({'; '.join(options)}): give the same options to continue it, or "
@@ -991,7 +1015,8 @@ def make_checkpoint(run):
         crop_ratio=config.crop_ratio, mean=MEAN, std=STD, model=run.model.state_dict(),
         ema=run.ema.module.state_dict() if run.ema else None,
         optimizer=run.optimizer.state_dict(), epoch=run.epoch, step=run.step, best=run.best,
-        args=vars(config), data=run.train_set.fingerprint())
+        args=vars(config), data=run.train_set.fingerprint(),
+        val_data=run.val_set.fingerprint())
 
 
 def restore(run, checkpoint):
@@ -1013,8 +1038,9 @@ def restore(run, checkpoint):
 def save(run, *names):
     """Write the run's checkpoint to the files of these names, by rank 0, while the others wait.
 
-    If the disk is full the old file stays, run.unsaved is set, and the run goes on: the next save
-    may have more luck. Raise FloatingPointError if a weight is not finite: nothing is written.
+    If the disk is full the old file stays, its name is in run.unsaved, and the run goes on: the
+    next save may have more luck. Raise FloatingPointError if a weight is not finite; then nothing
+    is written.
     """
     weights = list(run.model.parameters())
     if run.ema:
@@ -1022,12 +1048,12 @@ def save(run, *names):
     if not torch.nn.utils.get_total_norm(weights).isfinite():
         raise FloatingPointError(f"weights are not finite after step {run.step}; {advise(run)}")
     if run.rank == 0:
-        run.unsaved = False
         for name in names:
             try:
                 write_checkpoint(make_checkpoint(run), os.path.join(run.folder, name))
+                run.unsaved.discard(name)
             except ValueError as error:
-                run.unsaved = True
+                run.unsaved.add(name)
                 tqdm.write(f"warning: {error}; the old file is untouched", file=sys.stderr)
     run.saved_at = time.monotonic()
     if run.world > 1:
@@ -1055,8 +1081,10 @@ def write_checkpoint(checkpoint, path):
 def advise(run):
     """Say what to do when something is not finite: the end of an error message."""
     last = os.path.join(run.folder, "last.pt")
-    return (f"nothing of this step was saved, the last good checkpoint is {last}; "
-            f"try a smaller --lr, --clip-grad 1 or --dtype float32")
+    advice = "nothing of this step was saved; try a smaller --lr, --clip-grad 1 or --dtype float32"
+    if os.path.exists(last):
+        advice += f", also to continue from {last}"
+    return advice
 
 
 def cut_log(log, epoch):
@@ -1110,7 +1138,7 @@ def print_summary(run):
           f"{len(run.val_set)} to validate, {len(run.train_set.classes)} classes")
     sparse = f"{config.experts} experts, top {config.k}, in blocks {blocks}"
     print(f"model       {config.model}, {sparse if blocks else 'dense'}")
-    if config.init_from:
+    if config.init_from and not run.step:
         print(f"start       from {config.init_from}, fresh: {', '.join(run.fresh) or 'nothing'}")
     if paper_row(config):
         print(f"paper       {paper_row(config)}")
@@ -1119,9 +1147,9 @@ def print_summary(run):
           f"{config.accumulate} pass(es) x {run.images_per_pass}")
     print(f"schedule    {config.epochs} epochs x {run.batches.steps} steps, "
           f"peak lr {config.lr:.3g}, warm-up {config.warmup_epochs:g} epochs")
-    if recipe["warmup_epochs"] > config.epochs:
-        print(f"            (the recipe's warm-up of {recipe['warmup_epochs']:g} epochs is longer "
-              f"than this run)")
+    if recipe["warmup_epochs"] >= config.epochs:
+        print(f"            (the recipe's warm-up of {recipe['warmup_epochs']:g} epochs is not "
+              f"shorter than this run)")
     print(f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}")
     print(f"results     {run.folder}/")
     values = ", ".join(f"{name} {getattr(config, name)}" for name in sorted(recipe))
@@ -1166,9 +1194,9 @@ def print_epoch(run, line, header):
 def print_result(run):
     """Print the last lines: how good it got, and what to do with it."""
     best, data = os.path.join(run.folder, "best.pt"), run.config.data
-    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
-    if not os.path.exists(best):
+    if not run.best or not os.path.exists(best):
         return
+    print(f"best top-1  {run.best['top1']:.2f}% in epoch {run.best['epoch']}")
     flags = f"{shlex.quote(best)} --data {shlex.quote(data)}"
     if getattr(run.val_set, "flat", False):  # a fifth of a folder is held out
         flags += " --split val"
@@ -1206,8 +1234,10 @@ def main(args):
         print_summary(run)
     for stop in (signal.SIGTERM, signal.SIGINT):  # finish the step, save, exit
         signal.signal(stop, lambda received, frame: setattr(run, "signal", received))
-    train(run)
-    run.loader = run.val_loader = None  # ends their processes
+    try:
+        train(run)
+    finally:
+        run.loader = run.val_loader = None  # ends their processes
     if run.rank == 0:
         print_result(run)
     if run.world > 1:

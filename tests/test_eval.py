@@ -1226,7 +1226,7 @@ def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
     """evaluate() stops at an unreadable file and names it."""
     data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"]), "all")
     (tmp_path / broken).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"cannot read .*{broken}: .*repair or remove the file"):
+    with pytest.raises(ValueError, match=f"cannot read .*{broken}: .*repair or replace the file"):
         loader = eval_loader(data, 2, 0, CPU)
         evaluate(Known(torch.zeros(3, 2)), loader, CPU, (0.0,) * 3, (1.0,) * 3)
 

@@ -430,7 +430,7 @@ def test_an_image_that_cannot_be_read_is_named():
 
     data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
     layer = LayerCounts(2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
-    with pytest.raises(ValueError, match="cannot read image 1: repair or remove"):
+    with pytest.raises(ValueError, match="cannot read image 1: repair or replace"):
         count_choices(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
 
 

@@ -159,6 +159,23 @@ def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
     assert error.startswith(expected)
 
 
+def train_apart(folder, *flags):
+    """As train_in(), but each rank in a folder of its own, as on two machines with local disks."""
+    train_in(folder / os.environ["RANK"], *flags)
+
+
+def test_processes_at_different_steps_do_not_train_together(tmp_path):
+    """Rank 0 would continue a run that rank 1 does not see: both end with status 2."""
+    flags = "--data shapes:64 --model vit_nano --batch-size 32 --workers 0 --out r".split()
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    assert finish(start(1, tmp_path / "0", *flags, "--epochs", "1")) == [0]
+    before = (tmp_path / "0" / "r" / "last.pt").read_bytes()
+    processes = forked.start(train_apart, tmp_path, *flags, "--epochs", "1", world=2)
+    assert finish(processes) != [0, 0]
+    assert (tmp_path / "0" / "r" / "last.pt").read_bytes() == before
+
+
 # ---------------------------------------------------------------- two processes against one
 
 

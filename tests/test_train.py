@@ -285,7 +285,9 @@ def test_a_warm_up_fits_into_its_run():
     train.fit_to_data(config, num_images=10_000, world=1)
     assert config.warmup_epochs == 0.5, "and not 20"
     config = resolve("--model vit_s --epochs 5 --warmup-epochs 6")
-    with pytest.raises(ValueError, match="--warmup-epochs 6 is longer than the run of 5 epochs"):
+    with pytest.raises(
+        ValueError, match="--warmup-epochs 6 is not shorter than the run of 5 epochs"
+    ):
         train.fit_to_data(config, num_images=10_000, world=1)
     for recipe in [*train.RECIPES.values(), *train.FINE_TUNING.values()]:
         assert recipe["warmup_epochs"] < recipe.get("epochs", 5)
@@ -764,7 +766,8 @@ def test_the_summary_says_what_was_scaled(capsys):
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is longer than this run)" in printed
+        "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is not shorter than this run)"
+        in printed
     )
 
 
@@ -935,6 +938,32 @@ def test_another_configuration_does_not_continue_a_run():
 
 
 @pytest.mark.training
+def test_a_smaller_rate_may_continue_a_run(capsys):
+    """As the advice after a loss that is not finite says: the change is told, and it holds."""
+    run("--epochs", "2", "--out", "r", "--lr", "0.002")
+    os.remove("r/best.pt")
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    torch.save(checkpoint | dict(epoch=1, step=3), "r/last.pt")
+    run("--epochs", "2", "--out", "r", "--lr", "0.001", "--clip-grad", "0.5")
+    err = capsys.readouterr().err
+    assert "--lr 0.002 there, 0.001 now" in err and "--clip-grad 1.0 there, 0.5 now" in err
+    config = SimpleNamespace(epochs=2, warmup_epochs=1, lr=0.001, min_lr=1e-5, decay="cosine")
+    assert read_log("r")[1]["lr"] == train.learning_rate(5, 3, config)
+
+
+@pytest.mark.training
+def test_other_validation_images_are_noticed(capsys):
+    """A run goes on without a broken one, and says that its accuracies cannot be compared."""
+    make_folder(Path("d/train"))
+    make_folder(Path("d/val"))
+    flags = "--data d --batch-size 8 --out r --epochs 1".split()
+    run(*flags)
+    os.remove("d/val/dog/3.png")
+    run(*flags)
+    assert "validation images are not those of the run in r (12 images" in capsys.readouterr().err
+
+
+@pytest.mark.training
 def test_runs_are_numbered():
     """Without --out every run gets a folder of its own."""
     run("--epochs", "1")
@@ -1048,7 +1077,27 @@ def test_a_run_that_could_not_be_saved_does_not_end_well(monkeypatch, capsys):
         run("--epochs", "1", "--out", "r")
     out, err = capsys.readouterr()
     assert stop.value.code == 1 and "no quota left" in err
-    assert "best top-1" in out and "best.pt" not in out
+    assert "best" not in out.replace("best top-1", "") and "evaluate" not in out
+
+
+@pytest.mark.training
+def test_a_best_epoch_that_could_not_be_written_is_not_the_best(monkeypatch):
+    """The second epoch's best.pt does not fit on the disk: the third, not as good, is written."""
+    write, evaluate, top1 = train.write_checkpoint, train.evaluate, iter((10.0, 90.0, 50.0))
+
+    def write_all_but_one(checkpoint, path):
+        if path.endswith("best.pt") and checkpoint["epoch"] == 2:
+            raise ValueError("no quota left")
+        write(checkpoint, path)
+
+    def evaluate_as_told(*arguments, **options):
+        return evaluate(*arguments, **options) | dict(top1=next(top1))
+
+    monkeypatch.setattr(train, "write_checkpoint", write_all_but_one)
+    monkeypatch.setattr(train, "evaluate", evaluate_as_told)
+    run("--epochs", "3", "--out", "r")
+    best = torch.load("r/best.pt", weights_only=True)
+    assert best["best"] == dict(top1=50.0, epoch=3) and best["epoch"] == 3
 
 
 # ---------------------------------------------------------------- nothing is lost
@@ -1277,9 +1326,11 @@ def test_output_goes_on_when_nobody_reads_it(tmp_path):
 
 @pytest.mark.training
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
-    """The message names step, lr and the last good checkpoint, and the weights are still finite."""
+    """The message names step, lr and what to try, and no checkpoint is written."""
     monkeypatch.setattr(train, "normalize", lambda images, mean, std: images.float() * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"not finite at step 0 .* lr .*r/last.pt"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 0 .* lr .* try a smaller --lr"
+    ):
         run("--epochs", "1", "--out", "r")
     assert not os.path.exists("r/last.pt")
 
@@ -1538,6 +1589,9 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
         == []
     )
     assert torch.equal(model.head.weight, weights["classifier.2.weight"])
+    args = SimpleNamespace(init_from="torchvision", model="convnext_t")
+    fresh = train.start_from(model, args, [f"bird {i}" for i in range(1000)])
+    assert fresh == ["head.weight", "head.bias"], "as many classes, but others"
 
 
 @pytest.mark.training
