@@ -413,7 +413,7 @@ class SoftMoE(nn.Module):
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
-    """Return the layer that router names, for images of `tokens` tokens. options: MoE's others."""
+    """Return the layer that router names: x (B, ..., D) -> y, Routing. options: others of MoE."""
     if router == "expert_choice":
         return ExpertChoice(dim, hidden, num_experts, k)
     if router == "soft":

@@ -292,7 +292,7 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 )
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
-    config = dict(model="vit_nano", num_classes=16, moe_layers="last2", router=router)
+    config = dict(model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router)
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
         config=config,
         model=evaluation.build_model(config).state_dict(),

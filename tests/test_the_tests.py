@@ -281,8 +281,8 @@ MUTANTS = [
     ),  # the same rate everywhere
     (
         "convnext.py",
-        "MoE(dim, int(expert_ratio * dim)",
-        "MoE(dim, int(mlp_ratio * dim)",
+        "make_moe(dim, int(expert_ratio * dim)",
+        "make_moe(dim, int(mlp_ratio * dim)",
         "building",
     ),
     ("vit.py", "q, k, v = qkv", "k, v, q = qkv", "vit"),
@@ -329,8 +329,8 @@ MUTANTS = [
     ("eval.py", "for e in range(layer.k)]", "for e in range(layer.num_experts)]", "costs"),
     (
         "moe.py",
-        "answers * gates.permute(2, 0, 1)",
-        "answers * gates.permute(2, 0, 1) ** 0",
+        "answers * gates.permute(2, 0, 1).reshape(-1, 1)",
+        "answers",
         "expert_choice",
     ),
     ("moe.py", "gates, chosen = probs.topk(", "gates, chosen = logits.topk(", "expert_choice"),
@@ -355,7 +355,7 @@ MUTANTS = [
     ("eval.py", 'files[:fifth] if split == "val" else files[fifth:]', "files[fifth:]", "folders"),
     ("eval.py", 'file.partition("/")[2])', "file)", "folders"),  # the class folder counts
     ("eval.py", 'warn(f"{folder} leads', 'str(f"{folder} leads', "folders"),  # without a word
-    ("eval.py", "met.add(folder.resolve())", "pass", "folders"),  # in two classes
+    ("eval.py", "met.add(real)", "pass", "folders"),  # in two classes
     ("eval.py", "ImageOps.exif_transpose(image)", "image", "folders"),
     ("eval.py", "apply_exif_orientation=True", "apply_exif_orientation=False", "folders"),
     ("eval.py", "2**bits - 1", "65535", "folders"),  # 12 bits turn black
@@ -454,7 +454,7 @@ MUTANTS = [
     ),  # permuted moments
     (
         "train.py",
-        "SystemExit(128 + stop)",
+        "SystemExit(1 if run.unsaved else 128 + stop)",
         "SystemExit(1)",
         "training",
     ),  # a scheduler would not requeue it
