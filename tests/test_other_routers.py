@@ -103,6 +103,19 @@ def test_expert_choice_against_a_loop():
     torch.testing.assert_close(layer(x)[0], expected)
 
 
+@pytest.mark.expert_choice
+def test_the_expert_of_a_token_is_one_that_took_it():
+    """Expert 0 is the most probable for token 2, but takes the others: expert 1 has it."""
+    layer = ExpertChoice(dim=2, hidden=4, num_experts=2, k=1)
+    layer.router = nn.Identity()  # the tokens are their logits
+    x = torch.tensor([[[5.0, 0.0], [4.0, 0.0], [1.0, 0.9], [0.0, -9.0]]])  # C = 2
+    layer.experts = nn.ModuleList([Times(1.0), Times(1.0)])
+    _, routing = layer(x)
+    # Expert 0 takes tokens 3 and 0 (nearly 1 and 0.993), expert 1 tokens 2 (0.475) and 1 (0.018).
+    assert routing.experts.flatten().tolist() == [0, 1, 1, 0]
+    assert routing.kept.all() and routing.probs[2].argmax() == 0
+
+
 @pytest.mark.soft
 def test_soft_moe_against_a_loop():
     """Slot by slot: mix the tokens, ask the slot's expert, hand its answer back."""
