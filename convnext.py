@@ -157,9 +157,9 @@ class ConvNeXt(nn.Module):
             stage = nn.ModuleList()
             for _ in range(depth):
                 if index in self.moe_blocks:
-                    mlp = make_moe(dim, int(expert_ratio * dim), num_experts, k, router,
-                                   tokens=side * side, capacity_factor=capacity_factor,
-                                   router_noise=router_noise)
+                    hidden, tokens = int(expert_ratio * dim), side * side
+                    mlp = make_moe(dim, hidden, num_experts, k, router, tokens,
+                                   capacity_factor=capacity_factor, router_noise=router_noise)
                     self.grids.append((0, side, side))
                 else:
                     mlp = MLP(dim, int(mlp_ratio * dim))

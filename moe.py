@@ -24,6 +24,7 @@ Tokens 0 and 1 both ask for expert 0. Token 1 gets the slot, because its gate is
 sorts the tokens by expert: row 0 is token 1, row 1 is token 2, the dropped token comes last.
 combine() multiplies each answer by its gate. A dropped token gets y = 0: the block's residual
 connection carries it on. MoE.forward() names these steps, and they follow in the order of the call.
+The last section has two other ways to route: experts choose tokens, and Soft MoE.
 """
 
 import math
@@ -281,8 +282,12 @@ class Experts(nn.ModuleList):
         counts = counts.tolist()  # the CPU waits for them
         counts.append(len(rows) - sum(counts))  # the dropped rows
         *groups, dropped = rows.split(counts)  # a group per expert
-        answers = [expert(group) for expert, group in zip(self, groups)]
+        answers = self.each(groups)
         return torch.cat([*answers, torch.zeros_like(dropped, dtype=answers[0].dtype)])
+
+    def each(self, groups):
+        """Call expert e on groups[e] (..., D), for every e. Return the answers, a list."""
+        return [expert(group) for expert, group in zip(self, groups)]
 
     def grouped(self, rows, counts):
         """Call all experts in one kernel per linear layer, without a wait for the counts."""
@@ -332,8 +337,7 @@ def combine(rows, weights, order):
 
 
 # ---------------------------------------------------------------- two other ways to route
-# Here experts choose tokens, or answer mixtures of all tokens: of one image at a time, so that a
-# prediction never depends on the batch. All experts get equally many rows: nothing is to balance.
+# Both see one image at a time: a prediction never depends on its batch. Nothing is to balance.
 
 class ExpertChoice(nn.Module):
     """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
@@ -357,13 +361,12 @@ class ExpertChoice(nn.Module):
         B, N, D = tokens.shape
         logits = self.router(tokens)  # (B, N, E)
         probs = logits.softmax(-1)
-        gates, chosen = probs.topk(expert_capacity(N, self.k, self.num_experts, 1.0), dim=1)
-
+        capacity = expert_capacity(N, self.k, self.num_experts, 1.0)
+        gates, chosen = probs.topk(capacity, dim=1)  # (B, C, E)
         first = N * torch.arange(B, device=x.device).view(B, 1, 1)  # an image's place in B*N tokens
         places = (first + chosen).permute(2, 0, 1).flatten()  # (B, C, E) -> (E*B*C,)
         rows = tokens.flatten(0, 1).index_select(0, places)  # (E*B*C, D), expert by expert
-        groups = rows.chunk(self.num_experts)
-        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)])
+        answers = torch.cat(self.experts.each(rows.chunk(self.num_experts)))
         answers = answers * gates.permute(2, 0, 1).reshape(-1, 1)  # (B, C, E) -> (E*B*C, 1)
         y = answers.new_zeros(B * N, D).index_add(0, places, answers)
 
@@ -371,8 +374,8 @@ class ExpertChoice(nn.Module):
         taken, probs = taken.flatten(0, 1), probs.flatten(0, 1)  # (T, E)
         kept = taken.amax(1, keepdim=True) > 0  # (T, 1)
         best = torch.where(kept, taken, probs).argmax(1, keepdim=True)
-        routing = Routing(logits.flatten(0, 1), probs, best, taken.gather(1, best), kept,
-                          logits.new_zeros(()))
+        gates, loss = taken.gather(1, best), probs.new_zeros(())
+        routing = Routing(logits.flatten(0, 1), probs, best, gates, kept, loss)
         return y.to(x.dtype).reshape(x.shape), routing
 
 
@@ -380,9 +383,8 @@ class SoftMoE(nn.Module):
     """Let each expert answer S mixtures of an image's tokens: x (B, ..., D) -> y, and a Routing.
 
     Puigcerver et al. 2024, section 2, normalized as in 2.3. Each of the E * S slots has a code. A
-    softmax over the tokens says what a slot is made of: a weighted mean of the tokens. A softmax
-    over the slots says what a token's y is made of: a weighted mean of the answers.
-    With S = ceil(N k / E) the experts cost what k experts per token do.
+    softmax over the tokens makes a slot, a weighted mean of the tokens. A softmax over the slots
+    makes a token's y, a weighted mean of the answers. S = ceil(N k / E) costs as much as top k.
     In the Routing K is 1: probs are the experts' shares in a token's y, and the largest is chosen.
     """
 
@@ -397,18 +399,17 @@ class SoftMoE(nn.Module):
         tokens = x.flatten(1, -2)  # (B, ..., D) -> (B, N, D)
         codes = self.scale * F.normalize(self.codes, dim=-1)
         scores = F.linear(F.normalize(tokens, dim=-1), codes)  # (B, N, E*S)
-
         mixtures = scores.softmax(1).transpose(1, 2) @ tokens  # (B, E*S, D)
         groups = mixtures.unflatten(1, (self.num_experts, -1)).unbind(1)  # E times (B, S, D)
-        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)], dim=1)
+        answers = torch.cat(self.experts.each(groups), dim=1)  # (B, E*S, D)
         y = scores.softmax(2) @ answers  # (B, N, D)
 
         # The softmax of these logits is the sum of the weights of an expert's slots.
-        logits = scores.unflatten(2, (self.num_experts, -1)).logsumexp(3).flatten(0, 1)  # (T, E)
-        probs = logits.float().softmax(-1)
+        logits = scores.float().unflatten(2, (self.num_experts, -1)).logsumexp(3).flatten(0, 1)
+        probs = logits.softmax(-1)  # (T, E)
         gates, best = top_k_gates(probs, 1)
-        kept = torch.ones_like(best, dtype=torch.bool)
-        routing = Routing(logits.float(), probs, best, gates, kept, probs.new_zeros(()))
+        kept, loss = torch.ones_like(best, dtype=torch.bool), probs.new_zeros(())
+        routing = Routing(logits, probs, best, gates, kept, loss)
         return y.to(x.dtype).reshape(x.shape), routing
 
 

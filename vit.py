@@ -128,9 +128,9 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(depth):
             if i in self.moe_blocks:
-                mlp = make_moe(dim, int(expert_ratio * dim), num_experts, k, router,
-                               tokens=1 + side * side, capacity_factor=capacity_factor,
-                               router_noise=router_noise)
+                hidden, tokens = int(expert_ratio * dim), 1 + side * side
+                mlp = make_moe(dim, hidden, num_experts, k, router, tokens,
+                               capacity_factor=capacity_factor, router_noise=router_noise)
             else:
                 mlp = MLP(dim, int(mlp_ratio * dim))
             self.blocks.append(Block(dim, heads, mlp, drop_path * i / max(1, depth - 1)))

@@ -62,7 +62,7 @@ CONCEPTS = (
     ),
     Concept(
         "experts",
-        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop",
+        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop moe.Experts.each",
         "",
         "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing "
         "one.",

@@ -281,8 +281,8 @@ MUTANTS = [
     ),  # the same rate everywhere
     (
         "convnext.py",
-        "make_moe(dim, int(expert_ratio * dim)",
-        "make_moe(dim, int(mlp_ratio * dim)",
+        "hidden, tokens = int(expert_ratio * dim)",
+        "hidden, tokens = int(mlp_ratio * dim)",
         "building",
     ),
     ("vit.py", "q, k, v = qkv", "k, v, q = qkv", "vit"),
