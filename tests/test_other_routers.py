@@ -109,7 +109,7 @@ def test_the_expert_of_a_token_is_one_that_took_it():
     layer = ExpertChoice(dim=2, hidden=4, num_experts=2, k=1)
     layer.router = nn.Identity()  # the tokens are their logits
     x = torch.tensor([[[5.0, 0.0], [4.0, 0.0], [1.0, 0.9], [0.0, -9.0]]])  # C = 2
-    layer.experts = nn.ModuleList([Times(1.0), Times(1.0)])
+    layer.experts[0], layer.experts[1] = Times(1.0), Times(1.0)
     _, routing = layer(x)
     # Expert 0 takes tokens 3 and 0 (nearly 1 and 0.993), expert 1 tokens 2 (0.475) and 1 (0.018).
     assert routing.experts.flatten().tolist() == [0, 1, 1, 0]
