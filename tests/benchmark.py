@@ -1,10 +1,11 @@
-"""What does sparse cost? `python tests/benchmark.py` prints two tables.
+"""What does sparse cost? `python tests/benchmark.py` prints three tables.
 
 1. Parameters and multiply-adds of our models beside the paper's Table 1.
 2. The time of a whole MoE layer (router, dispatch, experts, combine, losses) beside that of a dense
    MLP on as many rows as the experts see, T * K: the same multiply-adds. Forward + backward,
    float32 on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the
    same moods of the machine.
+3. The same for the other ways to route: experts that choose tokens, and Soft MoE.
 """
 
 import statistics
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convnext  # noqa: E402, after the path is set
 import vit  # noqa: E402
 from eval import clock, count_flops  # noqa: E402
-from moe import MLP, MoE, count_parameters  # noqa: E402
+from moe import MLP, MoE, count_parameters, make_moe  # noqa: E402
 
 SHAPES = (  # name, T tokens on a CPU, D, H, E, K
     ("ViT-S", 6272, 384, 1536, 8, 2),
@@ -73,11 +74,16 @@ def compare(T, dim, hidden, num_experts, k, device, rounds):
         "loop": (sparse(layer.experts.loop), tokens),
         "grouped_mm": (sparse(layer.experts.grouped), tokens),
     }
+    return take_turns(candidates, [layer, dense], device, rounds)
+
+
+def take_turns(candidates, modules, device, rounds):
+    """Return the median seconds of each of the candidates, {name: (run, x)}. modules: all layers."""
     seconds = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, (run, x) in candidates.items():
-            layer.zero_grad()
-            dense.zero_grad()
+            for module in modules:
+                module.zero_grad()
             seconds[name].append(training_step(run, x, device))
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}  # 1st: warm-up
 
@@ -97,7 +103,33 @@ def print_layer_times():
               f"{ms['grouped_mm']:>12.1f}{ms['grouped_mm'] / ms['dense']:>7.2f}")
 
 
+def print_router_times():
+    """Print the time of each way to route over that of a dense MLP, on images of 196 tokens."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds, B = (31, 256) if device == "cuda" else (11, 32)
+    N, D, H, E, K = 196, 384, 1536, 8, 2
+    dense = MLP(D, H).to(device)
+    images = torch.randn(B, N, D, device=device, requires_grad=True)
+    rows = torch.randn(B * N * K, D, device=device, requires_grad=True)
+    candidates, modules = {"dense": (lambda x: (dense(x), 0), rows)}, [dense]
+    for router in ("linear", "expert_choice", "soft"):
+        layer = make_moe(D, H, E, K, router, N).to(device)
+
+        def run(x, layer=layer):
+            y, routing = layer(x)
+            return y, 0.005 * routing.balance_loss
+
+        candidates[router] = (run, images)
+        modules.append(layer)
+    seconds = take_turns(candidates, modules, device, rounds)
+    print(f"{B} images of {N} tokens, {D} -> {H}, E {E}, k {K}: time over dense, n = {rounds}")
+    for router in ("linear", "expert_choice", "soft"):
+        print(f"  --router {router:<14}{seconds[router] / seconds['dense']:.2f}")
+
+
 if __name__ == "__main__":
     print_paper_table()
     print()
     print_layer_times()
+    print()
+    print_router_times()
