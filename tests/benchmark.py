@@ -78,7 +78,7 @@ def compare(T, dim, hidden, num_experts, k, device, rounds):
 
 
 def take_turns(candidates, modules, device, rounds):
-    """Return the median seconds of each of the candidates, {name: (run, x)}. modules: all layers."""
+    """Return the median seconds of each candidate, {name: (run, x)}. modules: all layers."""
     seconds = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, (run, x) in candidates.items():
