@@ -13,7 +13,7 @@ import inspect_experts
 import train
 from convnext import convnext_nano
 from eval import change_routing, count_flops, load_checkpoint
-from moe import MLP, ExpertChoice, MoE, SoftMoE, count_parameters, make_moe
+from moe import MLP, ExpertChoice, SoftMoE, count_parameters, make_moe
 from vit import vit_nano
 
 BOTH = [
