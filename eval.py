@@ -20,7 +20,9 @@ A data set spec is
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
-- a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>.
+- a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>;
+- your own pictures, whose classes nobody knows: one image file, or a folder of them. They are not
+  counted, but the five best classes of each are printed.
 """
 
 import argparse
@@ -143,6 +145,27 @@ def one_line(text):
 def first_line(error):
     """Return the first line of what an error says, or its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Output:
+    """A stream to print to, line by line.
+
+    If nobody reads it any more (`| head`), or its disk is full, the program goes on in silence.
+    """
+
+    def __init__(self, stream):
+        # backslashes: for names that the stream cannot encode
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def number(interval, kind=float):
@@ -415,12 +438,61 @@ class FolderImages:
                 break
         else:
             raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
-        try:
-            image = self.transform(image) if self.transform else image
-        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
-            told = f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels"
-            raise ValueError(f"{told}: {first_line(error)}") from error
+        image = prepare_image(image, self.transform, self.path(i))
         return image, self.labels[i], -1 if i == index else index
+
+
+class Pictures:
+    """Image files whose classes nobody knows: classes is empty, and every label is -1.
+
+    A black picture stands for an unreadable one, with the index of the file as `unreadable`.
+    """
+
+    def __init__(self, files, transform=None):
+        self.files = files
+        self.transform = transform
+        self.classes = []
+
+    def __len__(self):
+        return len(self.files)
+
+    def path(self, index):
+        """Return the file of the item at an index, a str."""
+        return self.files[index]
+
+    def __getitem__(self, index):
+        image = read_image(self.path(index))
+        unreadable = index if image is None else -1
+        if image is None:
+            image = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return prepare_image(image, self.transform, self.path(index)), -1, unreadable
+
+
+def open_pictures(spec, transform=None):
+    """Open an image file, or a folder in which images lie directly and none in class folders.
+
+    Return a Pictures, sorted by name, or None for every other spec: open_dataset() may know it.
+    """
+    if os.path.isfile(spec):
+        return Pictures([spec], transform)
+    if not os.path.isdir(spec):
+        return None
+    files = [os.path.join(spec, name) for name in list_folder(spec)[1] if is_image(name)]
+    if not files or any(map(is_image, list_files(spec))):
+        return None
+    return Pictures(files, transform)
+
+
+def prepare_image(image, transform, path):
+    """Return transform(image), or the image (3, H, W) itself if there is no transform.
+
+    path: of its file, for the error. Raise ValueError if the transform fails.
+    """
+    try:
+        return transform(image) if transform else image
+    except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
+        told = f"cannot prepare {path}, {tuple(image.shape[1:])} pixels"
+        raise ValueError(f"{told}: {first_line(error)}") from error
 
 
 def split_folder(root, split):
@@ -667,7 +739,7 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
 
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
-             loss="softmax", stop=lambda: False):
+             loss="softmax", confusion=False, stop=lambda: False):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5, loss).
 
     top1 and top5 are in percent; with fewer than 5 classes top5 is 100. loss is the mean of
@@ -676,6 +748,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     columns: the columns of the logits among which the prediction is made; labels are indices into
     them. None: all. dtype: bfloat16 for autocast. progress: the name of the progress bar; none if
     empty. stop: a function, asked before each batch whether to end and return None.
+    confusion: also return the counts (true class, predicted class), int64, under this name. This
+    is for at most some thousand classes: the table for 21,000 would take 3.5 GB.
     Under torchrun each process counts its share, and all return the sums. The model is left in the
     mode it came in. Raise ValueError, see together(), if an image cannot be read: an accuracy
     without it would not be comparable.
@@ -684,6 +758,10 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     model.eval()
     if columns is not None:
         columns = torch.tensor(columns, device=device)
+    table = None
+    if confusion:
+        C = len(loader.dataset.classes if columns is None else columns)
+        table = torch.zeros(C, C, dtype=torch.int64, device=device)
     totals = Counter()
     broken = -1
     hidden = None if progress else True  # None: shown on a terminal only
@@ -699,7 +777,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         if columns is not None:
             logits = logits[:, columns]
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
-        totals.update(count_batch(logits, answers, loss))  # adds
+        totals.update(count_batch(logits, answers, loss, table))  # adds
     model.train(was_training)
     with together():
         if broken >= 0:
@@ -711,24 +789,31 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        if confusion:
+            dist.all_reduce(table)
     if stopped:
         return None
     n, correct1, correct5, total = sums.tolist()
     counts = dict(images=int(n), correct1=int(correct1), correct5=int(correct5))
-    return counts | dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
+    counts |= dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
+    return counts | dict(confusion=table.cpu()) if confusion else counts
 
 
-def count_batch(logits, answers, loss):
+def count_batch(logits, answers, loss, confusion=None):
     """Count one batch: dict(images, correct1, correct5, loss), sums that evaluate() adds up.
 
     Parameters: as in image_losses(). correct1: the best guess is one of the answers. correct5: one
-    of the best five is.
+    of the best five is. confusion: a table (true class, predicted class) int64, or None. Each image
+    with its first answer and its best guess is added to it.
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     # (B, 5, 1) and (B, 1, L) -> (B, 5): is this guess one of the answers?
     hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)
     correct1, correct5 = hits[:, 0].sum(), hits.any(1).sum()
     total = image_losses(logits, answers, loss).double().sum()
+    if confusion is not None:  # in place: a batch changes few of a million places
+        one = torch.ones_like(best[:, 0])
+        confusion.index_put_((answers[:, 0], best[:, 0]), one, accumulate=True)
     return dict(images=len(logits), correct1=correct1, correct5=correct5, loss=total)
 
 
@@ -747,6 +832,37 @@ def image_losses(logits, answers, loss):
         return losses.sum(1)
     log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0))  # (B, L)
     return -log_probs.masked_fill(answers < 0, -math.inf).logsumexp(1)
+
+
+def class_probabilities(logits, loss):
+    """Return the probability of each class, as trained with a loss: (B, classes) -> (B, classes).
+
+    They sum to 1 for "softmax". For "sigmoid" each class is a yes or no of its own.
+    """
+    return logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)
+
+
+def accuracy_per_class(confusion):
+    """Return the accuracy of each class in percent, (C,) float64: NaN for one without images.
+
+    confusion: counts (C true classes, C predicted classes) of evaluate(). The images of a class
+    are the sum of its row.
+    """
+    return 100 * confusion.diagonal().double() / confusion.sum(1)
+
+
+def worst_pairs(confusion, n=None):
+    """List the n most frequent mistakes, [[true class, predicted class, images], ...], or all.
+
+    confusion: counts (C, C), see accuracy_per_class(). The most frequent come first, and equally
+    frequent ones in the order of the classes.
+    """
+    true, predicted = confusion.nonzero().T
+    wrong = true != predicted
+    true, predicted = true[wrong], predicted[wrong]
+    images = confusion[true, predicted]
+    order = images.argsort(descending=True, stable=True)[:n]
+    return torch.stack([true, predicted, images], dim=1)[order].tolist()
 
 
 # ---------------------------------------------------------------- the drawn data: shapes
