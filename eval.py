@@ -21,8 +21,8 @@ A data set spec is
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
 - a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>;
-- your own pictures, whose classes nobody knows: one image file, or a folder of them. They are not
-  counted, but the five best classes of each are printed.
+- own pictures without classes, but not for training: an image file, or a folder of them. Nothing
+  is counted. The five best classes of each are printed.
 """
 
 import argparse
@@ -1155,6 +1155,8 @@ def match_pictures(pictures, classes, real=None):
     if real:
         raise ValueError("--real scores ImageNet's validation images, not pictures without classes")
     note = f"{len(pictures)} pictures without classes"
+    if len(pictures) == 1:
+        note = "1 picture without a class"
     columns = list(range(len(classes)))
     return Matched(copy.copy(pictures), columns, classes, list(range(len(pictures))), note)
 
