@@ -1376,7 +1376,7 @@ def measure(model, row, matched, args, device, world, progress):
         data = found.dataset
         workers = auto_workers(data, world) if args.workers is None else args.workers
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
-        inputs = model, loader, device, row["mean"], row["std"]
+        inputs = (model, loader, device, row["mean"], row["std"])
         options = dict(dtype=dtype, loss=row["args"].get("loss", "softmax"))
         options |= dict(progress=progress and f"{spec} {part}")
         if isinstance(data, Pictures):

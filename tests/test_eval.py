@@ -970,7 +970,7 @@ def test_pictures_that_cannot_be_used(tmp_path):
     """An unreadable picture is a black one with its index; one too large to prepare is named."""
     root = make_folder(tmp_path / "d", ["a.png", "b.png"])
     (tmp_path / "d" / "a.png").write_bytes(b"no picture")
-    image, label, unreadable = open_pictures(root, eval_transform(32, 1.0))[0]
+    image, label, unreadable = open_pictures(root, v2.Resize((32, 32)))[0]
     assert torch.equal(image, torch.zeros(3, 32, 32, dtype=torch.uint8))
     assert (label, unreadable) == (-1, 0)
 
