@@ -3,6 +3,7 @@
     python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes --data shapes-noise
     python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-a --json result.json
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
+    python eval.py best.pt --data photo.jpg
 
 The way of an image: find_images() finds its file and its class, and match_dataset() the same class
 in the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a tensor
@@ -11,8 +12,8 @@ model and counts right answers, and print_results() prints them in percent, one 
 as in Videau et al., TMLR 2025.
 
 The first half is what all programs share: processes, checkpoints, data sets, counting, and the
-drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, changed
-routing, cost, results, command line.
+drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, own
+pictures and mistakes, changed routing, cost, results, command line.
 
 A data set spec is
 - `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same
@@ -737,6 +738,12 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
     return DataLoader(dataset, **sampling, **loading, worker_init_fn=leave_signals)
 
 
+def show_progress(loader, name):
+    """Iterate over the batches of a loader, with a progress bar on a terminal if it has a name."""
+    hidden = None if name else True  # None: shown on a terminal only
+    return tqdm(start_loader(loader), name, len(loader), leave=False, disable=hidden)
+
+
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
              loss="softmax", confusion=False, stop=lambda: False):
@@ -764,9 +771,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         table = torch.zeros(C, C, dtype=torch.int64, device=device)
     totals = Counter()
     broken = -1
-    hidden = None if progress else True  # None: shown on a terminal only
-    batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
-    for images, labels, unreadable in batches:
+    for images, labels, unreadable in show_progress(loader, progress):
         broken = int(unreadable.max())
         if broken >= 0 or stop():
             break
@@ -1173,9 +1178,7 @@ def classify(model, loader, device, mean, std, names, dtype=torch.float32, loss=
     the logits are not finite.
     """
     best = []  # of each picture of this process: [probabilities], [columns], unreadable
-    hidden = None if progress else True  # None: shown on a terminal only
-    batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
-    for images, _, unreadable in batches:
+    for images, _, unreadable in show_progress(loader, progress):
         with autocast(device, dtype):
             logits = model(normalize(images.to(device), mean, std)).float()  # (B, classes)
         values, columns = class_probabilities(logits, loss).topk(min(5, len(names)))  # (B, 5)

@@ -158,9 +158,9 @@ CONCEPTS = (
     Concept(
         "counting",
         "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-        "eval.eval_loader eval.start_loader eval.together eval.count_batch eval.image_losses "
-        "eval.evaluate eval.class_probabilities eval.accuracy_per_class eval.worst_pairs "
-        "eval.Output.write",
+        "eval.eval_loader eval.start_loader eval.show_progress eval.together eval.count_batch "
+        "eval.image_losses eval.evaluate eval.class_probabilities eval.accuracy_per_class "
+        "eval.worst_pairs eval.Output.write",
         "folders",
         "Each image counts once, at any batch size and any number of processes.",
     ),
