@@ -796,7 +796,8 @@ def result_of(path, top1, **args):
     size = dict(params=1, active=1, multiply_adds=1, images_per_s=1.0)
     result = dict(top1=top1, top5=100.0, classes=16)
     errors = dict(corruptions={}, mean_error=1.0, mce=1.0)
-    return size | dict(checkpoint=path, args=args, data={"shapes": result, "c": errors}, pictures=[])
+    size |= dict(checkpoint=path, args=args, pictures=[])
+    return size | dict(data={"shapes": result, "c": errors})
 
 
 @pytest.mark.evaluator
