@@ -3,6 +3,7 @@
     python eval.py runs/convnext_nano-shapes-1/best.pt --data shapes --data shapes-noise
     python eval.py a/best.pt b/best.pt --data /imagenet --data /imagenet-a --json result.json
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
+    python eval.py best.pt --data photo.jpg
 
 The way of an image: find_images() finds its file and its class, and match_dataset() the same class
 in the checkpoint. eval_loader() asks for it in a batch: read_image() makes the file a tensor
@@ -11,8 +12,8 @@ model and counts right answers, and print_results() prints them in percent, one 
 as in Videau et al., TMLR 2025.
 
 The first half is what all programs share: processes, checkpoints, data sets, counting, and the
-drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, changed
-routing, cost, results, command line.
+drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, own
+pictures and mistakes, changed routing, cost, results, command line.
 
 A data set spec is
 - `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same
@@ -20,7 +21,9 @@ A data set spec is
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
-- a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>.
+- a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>;
+- own pictures without classes, but not for training: an image file, or a folder of them. Nothing
+  is counted. The five best classes of each are printed.
 """
 
 import argparse
@@ -143,6 +146,27 @@ def one_line(text):
 def first_line(error):
     """Return the first line of what an error says, or its name if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Output:
+    """A stream to print to, line by line.
+
+    If nobody reads it any more (`| head`), or its disk is full, the program goes on in silence.
+    """
+
+    def __init__(self, stream):
+        # backslashes: for names that the stream cannot encode
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def number(interval, kind=float):
@@ -415,12 +439,61 @@ class FolderImages:
                 break
         else:
             raise ValueError(f"100 images in a row cannot be read, from {self.path(index)} on")
-        try:
-            image = self.transform(image) if self.transform else image
-        except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
-            told = f"cannot prepare {self.path(i)}, {tuple(image.shape[1:])} pixels"
-            raise ValueError(f"{told}: {first_line(error)}") from error
+        image = prepare_image(image, self.transform, self.path(i))
         return image, self.labels[i], -1 if i == index else index
+
+
+class Pictures:
+    """Image files whose classes nobody knows: classes is empty, and every label is -1.
+
+    A black picture stands for an unreadable one, with the index of the file as `unreadable`.
+    """
+
+    def __init__(self, files, transform=None):
+        self.files = files
+        self.transform = transform
+        self.classes = []
+
+    def __len__(self):
+        return len(self.files)
+
+    def path(self, index):
+        """Return the file of the item at an index, a str."""
+        return self.files[index]
+
+    def __getitem__(self, index):
+        image = read_image(self.path(index))
+        unreadable = index if image is None else -1
+        if image is None:
+            image = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return prepare_image(image, self.transform, self.path(index)), -1, unreadable
+
+
+def open_pictures(spec, transform=None):
+    """Open an image file, or a folder in which images lie directly and none in class folders.
+
+    Return a Pictures, sorted by name, or None for every other spec: open_dataset() may know it.
+    """
+    if os.path.isfile(spec):
+        return Pictures([spec], transform)
+    if not os.path.isdir(spec):
+        return None
+    files = [os.path.join(spec, name) for name in list_folder(spec)[1] if is_image(name)]
+    if not files or any(map(is_image, list_files(spec))):
+        return None
+    return Pictures(files, transform)
+
+
+def prepare_image(image, transform, path):
+    """Return transform(image), or the image (3, H, W) itself if there is no transform.
+
+    path: of its file, for the error. Raise ValueError if the transform fails.
+    """
+    try:
+        return transform(image) if transform else image
+    except (RuntimeError, MemoryError) as error:  # 1 x 20,000 pixels take gigabytes
+        told = f"cannot prepare {path}, {tuple(image.shape[1:])} pixels"
+        raise ValueError(f"{told}: {first_line(error)}") from error
 
 
 def split_folder(root, split):
@@ -665,9 +738,15 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
     return DataLoader(dataset, **sampling, **loading, worker_init_fn=leave_signals)
 
 
+def show_progress(loader, name):
+    """Iterate over the batches of a loader, with a progress bar on a terminal if it has a name."""
+    hidden = None if name else True  # None: shown on a terminal only
+    return tqdm(start_loader(loader), name, len(loader), leave=False, disable=hidden)
+
+
 @torch.no_grad()
 def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32, progress="",
-             loss="softmax", stop=lambda: False):
+             loss="softmax", confusion=False, stop=lambda: False):
     """Count over a loader of eval_loader(): dict(images, correct1, correct5, top1, top5, loss).
 
     top1 and top5 are in percent; with fewer than 5 classes top5 is 100. loss is the mean of
@@ -676,6 +755,8 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     columns: the columns of the logits among which the prediction is made; labels are indices into
     them. None: all. dtype: bfloat16 for autocast. progress: the name of the progress bar; none if
     empty. stop: a function, asked before each batch whether to end and return None.
+    confusion: also return the counts (true class, predicted class), int64, under this name. This
+    is for at most some thousand classes: the table for 21,000 would take 3.5 GB.
     Under torchrun each process counts its share, and all return the sums. The model is left in the
     mode it came in. Raise ValueError, see together(), if an image cannot be read: an accuracy
     without it would not be comparable.
@@ -684,11 +765,13 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     model.eval()
     if columns is not None:
         columns = torch.tensor(columns, device=device)
+    table = None
+    if confusion:
+        C = len(loader.dataset.classes if columns is None else columns)
+        table = torch.zeros(C, C, dtype=torch.int64, device=device)
     totals = Counter()
     broken = -1
-    hidden = None if progress else True  # None: shown on a terminal only
-    batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
-    for images, labels, unreadable in batches:
+    for images, labels, unreadable in show_progress(loader, progress):
         broken = int(unreadable.max())
         if broken >= 0 or stop():
             break
@@ -699,7 +782,7 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
         if columns is not None:
             logits = logits[:, columns]
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
-        totals.update(count_batch(logits, answers, loss))  # adds
+        totals.update(count_batch(logits, answers, loss, table))  # adds
     model.train(was_training)
     with together():
         if broken >= 0:
@@ -711,24 +794,31 @@ def evaluate(model, loader, device, mean, std, columns=None, dtype=torch.float32
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        if confusion:
+            dist.all_reduce(table)
     if stopped:
         return None
     n, correct1, correct5, total = sums.tolist()
     counts = dict(images=int(n), correct1=int(correct1), correct5=int(correct5))
-    return counts | dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
+    counts |= dict(top1=100 * correct1 / n, top5=100 * correct5 / n, loss=total / n)
+    return counts | dict(confusion=table.cpu()) if confusion else counts
 
 
-def count_batch(logits, answers, loss):
+def count_batch(logits, answers, loss, confusion=None):
     """Count one batch: dict(images, correct1, correct5, loss), sums that evaluate() adds up.
 
     Parameters: as in image_losses(). correct1: the best guess is one of the answers. correct5: one
-    of the best five is.
+    of the best five is. confusion: a table (true class, predicted class) int64, or None. Each image
+    with its first answer and its best guess is added to it.
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     # (B, 5, 1) and (B, 1, L) -> (B, 5): is this guess one of the answers?
     hits = (best.unsqueeze(2) == answers.unsqueeze(1)).any(2)
     correct1, correct5 = hits[:, 0].sum(), hits.any(1).sum()
     total = image_losses(logits, answers, loss).double().sum()
+    if confusion is not None:  # in place: a batch changes few of a million places
+        one = torch.ones_like(best[:, 0])
+        confusion.index_put_((answers[:, 0], best[:, 0]), one, accumulate=True)
     return dict(images=len(logits), correct1=correct1, correct5=correct5, loss=total)
 
 
@@ -747,6 +837,37 @@ def image_losses(logits, answers, loss):
         return losses.sum(1)
     log_probs = logits.log_softmax(1).gather(1, answers.clamp(min=0))  # (B, L)
     return -log_probs.masked_fill(answers < 0, -math.inf).logsumexp(1)
+
+
+def class_probabilities(logits, loss):
+    """Return the probability of each class, as trained with a loss: (B, classes) -> (B, classes).
+
+    They sum to 1 for "softmax". For "sigmoid" each class is a yes or no of its own.
+    """
+    return logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)
+
+
+def accuracy_per_class(confusion):
+    """Return the accuracy of each class in percent, (C,) float64: NaN for one without images.
+
+    confusion: counts (C true classes, C predicted classes) of evaluate(). The images of a class
+    are the sum of its row.
+    """
+    return 100 * confusion.diagonal().double() / confusion.sum(1)
+
+
+def worst_pairs(confusion, n=None):
+    """List the n most frequent mistakes, [[true class, predicted class, images], ...], or all.
+
+    confusion: counts (C, C), see accuracy_per_class(). The most frequent come first, and equally
+    frequent ones in the order of the classes.
+    """
+    true, predicted = confusion.nonzero().T
+    wrong = true != predicted
+    true, predicted = true[wrong], predicted[wrong]
+    images = confusion[true, predicted]
+    order = images.argsort(descending=True, stable=True)[:n]
+    return torch.stack([true, predicted, images], dim=1)[order].tolist()
 
 
 # ---------------------------------------------------------------- the drawn data: shapes
@@ -897,6 +1018,7 @@ class Matched:
 
     dataset: FolderImages | TensorImages  # labels (N, L): right answers, indices into columns
     columns: list  # of the logits that take part
+    names: list  # of the classes of these columns
     indices: list  # of the images that have an answer
     note: str  # what was done, in words
 
@@ -951,7 +1073,8 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
         f"{len(dataset) - len(indices)} images skipped": len(indices) < len(dataset),
     }
     note = ", ".join(text for text, holds in notes.items() if holds)
-    return Matched(dataset, columns, indices, note)
+    names = [classes[column] for column in columns]
+    return Matched(dataset, columns, names, indices, note)
 
 
 def read_real(path, dataset, num_classes):
@@ -992,11 +1115,12 @@ PARTS = [f"{corruption}/{severity}" for corruption in ALEXNET for severity in "1
 def open_parts(spec, split):
     """Open a spec: {"": data set}, or for a folder of ImageNet-C's shape {"fog/1": data set, ...}.
 
+    Own pictures come as {"": Pictures}.
     Raise ValueError if one of its 75 folders is missing or has other classes.
     """
     missing = [part for part in PARTS if not os.path.isdir(os.path.join(spec, part))]
     if missing == PARTS:
-        return {"": open_dataset(spec, split)}
+        return {"": open_pictures(spec) or open_dataset(spec, split)}
     if missing:
         told = f"{len(missing)} of 75 folders are missing ({missing[0]}, ...)"
         expected = "expected 15 corruptions with severities 1 to 5"
@@ -1023,6 +1147,74 @@ def corruption_errors(results):
     mean_error = statistics.mean(row[5] for row in table.values())
     mce = statistics.mean(row[6] for row in table.values())
     return dict(corruptions=table, mean_error=mean_error, mce=mce)
+
+
+# ---------------------------------------------------------------- own pictures, and mistakes
+
+
+def match_pictures(pictures, classes, real=None):
+    """Return Pictures as a checkpoint with these classes classifies them: a Matched.
+
+    Raise ValueError if there is a file of ReaL labels: pictures without classes are not counted.
+    """
+    if real:
+        raise ValueError("--real scores ImageNet's validation images, not pictures without classes")
+    note = f"{len(pictures)} pictures without classes"
+    if len(pictures) == 1:
+        note = "1 picture without a class"
+    columns = list(range(len(classes)))
+    return Matched(copy.copy(pictures), columns, classes, list(range(len(pictures))), note)
+
+
+@torch.no_grad()
+def classify(model, loader, device, mean, std, names, dtype=torch.float32, loss="softmax",
+             progress=""):
+    """Classify the Pictures of an eval_loader(): [dict(file, classes, probabilities), ...].
+
+    classes: names of the five best, or of all if there are fewer, the best first. probabilities:
+    theirs, as floats. Both are empty if a picture cannot be read.
+    names: of all classes. For the other parameters see evaluate(). Under torchrun each process
+    classifies its share, and all return the whole, in the order of the files. Raise ValueError if
+    the logits are not finite.
+    """
+    best = []  # of each picture of this process: [probabilities], [columns], unreadable
+    for images, _, unreadable in show_progress(loader, progress):
+        with autocast(device, dtype):
+            logits = model(normalize(images.to(device), mean, std)).float()  # (B, classes)
+        values, columns = class_probabilities(logits, loss).topk(min(5, len(names)))  # (B, 5)
+        best += zip(values.tolist(), columns.tolist(), unreadable.tolist())
+    shares = [best]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, best)
+    found = []
+    for i in range(len(loader.dataset)):
+        values, columns, unreadable = shares[i % len(shares)][i // len(shares)]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"the logits of {loader.dataset.path(i)} are not finite")
+        classes = [names[column] for column in columns]
+        if unreadable >= 0:
+            classes, values = [], []
+        found.append(dict(file=loader.dataset.path(i), classes=classes, probabilities=values))
+    return found
+
+
+def name_mistakes(confusion, names):
+    """Put a confusion matrix (C, C) of evaluate() into words: dict(per_class, confusions).
+
+    names: of the C classes. per_class: {name: dict(top1, images)}, in percent, of the classes with
+    images. confusions: [[true name, predicted name, images], ...], all of them, the most frequent
+    first.
+    """
+    per_class = {}
+    accuracies, counts = accuracy_per_class(confusion).tolist(), confusion.sum(1).tolist()
+    for name, accuracy, images in zip(names, accuracies, counts):
+        if images:
+            per_class[name] = dict(top1=accuracy, images=images)
+    confusions = []
+    for true, predicted, images in worst_pairs(confusion):
+        confusions.append([names[true], names[predicted], images])
+    return dict(per_class=per_class, confusions=confusions)
 
 
 # ---------------------------------------------------------------- changed routing, and the cost
@@ -1134,7 +1326,8 @@ def prepare(path, data, args):
     """Find what can be wrong before anything is computed: return (model, row, {key: Matched}).
 
     path: of a checkpoint. row: a dict of its results so far. data: {key: data set}; a key is
-    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise.
+    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise. Among the
+    data sets may be Pictures.
     """
     model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
     weights = "raw" if args.raw or not checkpoint["ema"] else "EMA"
@@ -1146,7 +1339,11 @@ def prepare(path, data, args):
     row["multiply_adds"] = count_flops(model, row["image_size"])
     matched = {}
     for (spec, part), dataset in data.items():
-        found = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
+        classes = checkpoint["classes"]
+        if isinstance(dataset, Pictures):
+            found = match_pictures(dataset, classes, args.real)
+        else:
+            found = match_dataset(dataset, classes, args.ignore_unmatched, args.real)
         whole = args.split == "all" and getattr(dataset, "flat", False)
         if whole and was_trained_on(row, spec):
             found.note += ", those of the training among them: --split val leaves them out"
@@ -1167,34 +1364,51 @@ def was_trained_on(row, spec):
 
 
 def measure(model, row, matched, args, device, world, progress):
-    """Add to a row the model's speed and its counts on each data set; see prepare()."""
+    """Add to a row the model's speed and counts on each data set, and what it says of pictures.
+
+    See prepare(). The speed is measured only if there is a data set.
+    """
     model.to(device)
     dtype = best_dtype(device)
-    first = next(iter(matched.values()))
-    indices = itertools.islice(itertools.cycle(first.indices), args.batch_size)
-    images = torch.stack([first.dataset[i][0] for i in indices])  # a whole batch of any set
-    images = normalize(images.to(device), row["mean"], row["std"])
-    row["images_per_s"] = images_per_second(model, images, device, dtype)
+    counted = [found for found in matched.values() if not isinstance(found.dataset, Pictures)]
+    if counted:
+        row["images_per_s"] = speed_on(counted[0], model, row, args, device, dtype)
+    row["data"], row["pictures"] = {}, []
     results = defaultdict(dict)  # {spec: {part: counts}}
     for (spec, part), found in matched.items():
         data = found.dataset
         workers = auto_workers(data, world) if args.workers is None else args.workers
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
-        options = dict(columns=found.columns, dtype=dtype)
+        inputs = (model, loader, device, row["mean"], row["std"])
+        options = dict(dtype=dtype, loss=row["args"].get("loss", "softmax"))
         options |= dict(progress=progress and f"{spec} {part}")
-        options |= dict(loss=row["args"].get("loss", "softmax"))
-        counts = evaluate(model, loader, device, row["mean"], row["std"], **options)
+        if isinstance(data, Pictures):
+            row["pictures"] += classify(*inputs, found.names, **options)
+            continue
+        # Not for 75 parts, not for several right answers, not for a table that fills the memory.
+        confusion = not part and not args.real and len(found.columns) <= 1000
+        counts = evaluate(*inputs, columns=found.columns, confusion=confusion, **options)
         if not math.isfinite(counts["loss"]):
             raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
+        if confusion:
+            counts |= name_mistakes(counts.pop("confusion"), found.names)
         transform = " ".join(str(data.transform).split())
-        results[spec][part] = counts | dict(protocol=found.note, transform=transform)
-    row["data"] = {}
+        counts |= dict(protocol=found.note, transform=transform, classes=len(found.columns))
+        results[spec][part] = counts
     for spec, parts in results.items():
         if "" in parts:
             row["data"][spec] = parts[""]
         else:
             row["data"][spec] = corruption_errors(parts) | dict(parts=parts)
     model.cpu()
+
+
+def speed_on(matched, model, row, args, device, dtype):
+    """Return images_per_second() for a whole batch of a Matched, whose images may come twice."""
+    indices = itertools.islice(itertools.cycle(matched.indices), args.batch_size)
+    images = torch.stack([matched.dataset[i][0] for i in indices])
+    images = normalize(images.to(device), row["mean"], row["std"])
+    return images_per_second(model, images, device, dtype)
 
 
 def over_seeds(rows):
@@ -1234,28 +1448,83 @@ def print_table(rows):
 
 
 def print_results(rows):
-    """Print a line per checkpoint, one per group of seeds, and one per corruption of ImageNet-C."""
+    """Print the accuracies of all checkpoints, then what each has besides.
+
+    That is a line per corruption of ImageNet-C, the five best classes of each picture, and, of a
+    single checkpoint, its mistakes: of many they would be too long to read.
+    """
+    if rows[0]["data"]:
+        print_accuracies(rows)
+    for row in rows:
+        for spec, result in row["data"].items():
+            if "mce" in result:
+                print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
+                print_corruptions(result)
+            if result.get("confusions") and len(rows) == 1:
+                print(f"\n{row['checkpoint']} on {spec}")
+                print_mistakes(result)
+        if row["pictures"]:
+            print(f"\n{row['checkpoint']}, the best classes and their probabilities in %")
+            print_pictures(row["pictures"])
+
+
+def print_accuracies(rows):
+    """Print a line per checkpoint, and one per group of seeds.
+
+    top-5 is left out where no checkpoint chooses among more than five classes: it would be 100 %.
+    """
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
-    names = [name for spec in specs for name in (spec, "")]  # each above two columns
-    header = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
-    table = [[""] * len(header) + names, header + ["top-1 %", "top-5 %"] * len(specs)]
+    titles = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
+    above = [""] * len(titles)
+    scores = []  # (spec, "top1" or "top5"), in the order of the columns
+    for spec in specs:
+        scores.append((spec, "top1"))
+        above.append(spec)
+        titles.append("top-1 %")
+        if max(row["data"][spec]["classes"] for row in rows) > 5:
+            scores.append((spec, "top5"))
+            above.append("")
+            titles.append("top-5 %")
+    table = [above, titles]
     for row in rows:
         cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6]
         cells += [f"{row['multiply_adds'] / 1e9:.3g}", round(row["images_per_s"])]
-        for spec in specs:
-            cells += [row["data"][spec]["top1"], row["data"][spec]["top5"]]
+        cells += [row["data"][spec][score] for spec, score in scores]
         table.append(cells)
     print()
     print_table(table)
     groups = over_seeds(rows)
     if groups:
         print("\ntop-1 %, mean and standard deviation over seeds")
+        names = [name for spec in specs for name in (spec, "")]  # each above two columns
         print_table([["", "n", *names], *(seed_cells(group, specs) for group in groups)])
-    for row in rows:
-        for spec, result in row["data"].items():
-            if "mce" in result:
-                print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
-                print_corruptions(result)
+
+
+def print_mistakes(result):
+    """Print the five classes of lowest accuracy, and the five most frequent confusions."""
+    table = [["lowest accuracy", "top-1 %", "images"]]
+    for name, found in sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]:
+        if found["top1"] < 100:
+            table.append([name, found["top1"], found["images"]])
+    print_table(table)
+    table = [["most frequent confusions", "images"]]
+    for true, predicted, images in result["confusions"][:5]:
+        table.append([f"{true} -> {predicted}", images])
+    print_table(table)
+
+
+def print_pictures(pictures):
+    """Print what classify() returned, a line per picture."""
+    table = []
+    columns = max(len(picture["classes"]) for picture in pictures)
+    for picture in pictures:
+        cells = ["cannot be read"]
+        if picture["classes"]:
+            best = zip(picture["classes"], picture["probabilities"])
+            cells = [f"{name} {100 * probability:.1f}" for name, probability in best]
+        empty = [""] * (columns - len(cells))
+        table.append([one_line(picture["file"]), *cells, *empty])
+    print_table(table)
 
 
 def seed_cells(group, specs):
@@ -1290,7 +1559,7 @@ def parse_args(argv=None):
     count = number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True, action="append",
-         help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
+         help="shapes, cifar10, a folder, a picture, ... (top of eval.py); repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or what training holds out (default: all)")
     flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
@@ -1304,7 +1573,8 @@ def parse_args(argv=None):
     flag("--batch-size", type=count, default=128, help="in each process (default: 128)")
     flag("--workers", type=number("[0, inf)", int),
          help="processes that load images (default: 0 if in memory, else up to 12)")
-    flag("--json", metavar="FILE", help="also write the results there")
+    flag("--json", metavar="FILE",
+         help="also write the results there, with accuracy per class and all confusions")
     return parser.parse_args(argv)
 
 
@@ -1324,7 +1594,10 @@ def check(args):
 
 
 def main(args):
-    """Check everything, evaluate each checkpoint on each data set, print and write the results."""
+    """Check everything, evaluate each checkpoint on each data set, print and write the results.
+
+    The status is 1 if a picture could not be read.
+    """
     rank, world, device = setup_processes()
     with together():
         check(args)
@@ -1347,10 +1620,12 @@ def main(args):
         Path(args.json).write_text(json.dumps(run, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if not all(picture["classes"] for picture in rows[0]["pictures"]):
+        raise SystemExit(1)  # a picture could not be read
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without a character
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
