@@ -32,6 +32,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -166,17 +167,16 @@ def read_log(checkpoint):
     return log
 
 
-def curve(log, *keys):
-    """Return log[epoch][key][key]... of epochs 1 to the last, None where there is no number."""
-    values = []
-    for epoch in range(1, max(log, default=0) + 1):
-        value = log.get(epoch)
+def points_of(log, *keys):
+    """List (epoch, log[epoch][key][key]...) for the epochs that have a number there."""
+    points = []
+    for epoch, value in sorted(log.items()):
         with suppress(LookupError, TypeError):
             for key in keys:
                 value = value[key]
-        good = isinstance(value, (int, float)) and math.isfinite(value)
-        values.append(value if good else None)
-    return values
+            if math.isfinite(value):
+                points.append((epoch, value))
+    return points
 
 
 # ---------------------------------------------------------------- 2. one pass over the images
@@ -311,9 +311,9 @@ def known_factors(dataset, chosen, grid):
     """Return what is known about the chosen images: {factor: (levels, L)}, levels in 0 .. L - 1.
 
     Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
-    the classes, but of own pictures nothing is known. `shapes` also knows which patches show the object (more than half of the patch)
-    and, for these, its shape, texture and colour. On the background these three are -1, which
-    counts nowhere.
+    the classes, but of own pictures nothing is known. `shapes` also knows which patches show
+    the object (more than half of the patch) and, for these, its shape, texture and colour. On the
+    background these three are -1, which counts nowhere.
     """
     if not dataset.classes:
         return {}
@@ -642,8 +642,8 @@ def tiles(title, pictures, labels, per_row):
 def heat_map(title, values, rows, columns, left, height, top=1):
     """Draw a table of numbers in 0..1 as tinted cells, with the numbers if they have room.
 
-    values (rows, columns): `top` and more has the full colour. left: pixels for the labels of the rows.
-    height: pixels of a cell.
+    values (rows, columns): `top` and more has the full colour. left: pixels for the labels of the
+    rows. height: pixels of a cell.
     """
     width = (WIDTH - left) / len(columns)
     cells = tint((values / top).clamp(max=1), BLUE)
@@ -659,34 +659,34 @@ def heat_map(title, values, rows, columns, left, height, top=1):
     return Panel(title, 20 + len(rows) * height, marks)
 
 
-def plot(title, curves, colours, ticks, x_title, names=()):
-    """Draw curves over 1, 2, ..., N: lists of N numbers, of which None is left out. [] is no curve.
+def plot(title, curves, colours, x_title, middle=None, names=()):
+    """Draw curves: lists of points (x, y), x = 1, 2, ..., y from 0 up. An empty one is not drawn.
 
-    ticks: the heights of the grey lines, from 0 to the top of the plot. names: of the curves, for
-    a legend.
+    middle: height of the grey line between those at 0 and at the top; None for half of the top.
+    names: of the curves, for a legend.
     """
-    N = max(len(curve) for curve in curves)
+    xs, ys = zip(*itertools.chain.from_iterable(curves))
+    N, top = max(xs), max(ys) or 1
 
-    def at(n, value):
-        x = 40 + 268 * (n - 1) / max(1, N - 1)
-        return x, 150 - 144 * value / (ticks[-1] or 1)
+    def at(x, y):
+        return 40 + 268 * (x - 1) / max(1, N - 1), 150 - 144 * y / top
 
     marks = [text(WIDTH / 2, 180, x_title, "middle")]
     for n in {1, math.ceil(N / 2), N}:
         x, y = at(n, 0)
         marks.append(text(x, y + 15, n, "middle"))
-    free = math.inf  # above this height there is room for a number
-    for tick in ticks:
+    lowest = math.inf  # what is not above it has no room
+    for tick in (0, middle or top / 2, top):
         x, y = at(1, tick)
         marks.append(line([(x, y), at(N, tick)], GREY, 1))
-        if y <= free:
+        if y < lowest:
             marks.append(text(x - 5, y + 4, f"{tick:.3g}", "end"))
-            free = y - 12
-    shown = torch.linspace(1, N, min(N, 150)).round().int().tolist()  # about one per 2 pixels
-    for curve, colour in zip(curves, colours):
-        points = [at(n, curve[n - 1]) for n in shown if curve and curve[n - 1] is not None]
-        if points:
-            marks.append(line([*points, points[-1]], colour))  # twice: one point becomes a dot
+            lowest = y - 12
+    for points, colour in zip(curves, colours):
+        step = math.ceil(len(points) / 150)  # one per 2 pixels
+        shown = [at(x, y) for x, y in points[::step or 1] + points[-1:]]  # one twice is a dot
+        if shown:
+            marks.append(line(shown, colour))
     for i, (name, colour) in enumerate(zip(names, colours)):
         x = i * WIDTH / 3
         marks += [rect(x, 192, 10, 10, colour), text(x + 14, 201, name)]
@@ -700,7 +700,7 @@ def ranking(title, rows):
         y = 24 * i
         marks.append(text(0, y + 12, label))
         marks.append(text(WIDTH, y + 12, note, "end"))
-        marks.append(rect(0, y + 16, max(1, WIDTH * share), 4, BLUE))
+        marks.append(rect(0, y + 17, max(1, WIDTH * share), 4, BLUE))
     return Panel(title, 24 * len(rows), marks)
 
 
@@ -721,7 +721,7 @@ def legend(num_experts):
 
 
 CURVES = {  # panel -> its curves: name -> field of log.jsonl
-    "loss": {"train": "train_loss", "val": "val_loss", "val, EMA": "ema_val_loss"},
+    "loss": {"val": "val_loss", "val, EMA": "ema_val_loss", "train": "train_loss"},
     "top-1, %": {"weights": "top1", "EMA": "ema_top1"},
     "learning rate": {"rate": "lr"},
 }
@@ -735,16 +735,12 @@ def draw_curves(run):
     usually the higher one.
     """
     for title, fields in CURVES.items():
-        curves, names = [], []
-        for name, field in fields.items():
-            values = curve(run.log, field)
-            known = [value for value in values if value is not None]
-            if known:
-                curves.append(values)
-                names.append(f"{name} {known[-1]:.3g}")
-        if curves:
-            top = highest(curves)
-            yield plot(title, curves, [BLUE, *PALETTE], (0, top / 2, top), "epoch", names)
+        curves = [points_of(run.log, field) for field in fields.values()]
+        names = []
+        for name, points in zip(fields, curves):
+            names.append(f"{name} {points[-1][1]:.3g}" if points else f"{name}: none")
+        if any(curves):
+            yield plot(title, curves, (BLUE, *PALETTE[::2]), "epoch", names=names)
 
 
 def draw_balance(run):
@@ -755,24 +751,12 @@ def draw_balance(run):
     training images.
     """
     E = run.config["num_experts"]
-    panels = []
     for layer in run.layers:
-        curves = [curve(run.log, "load", layer["layer"], e) for e in range(E)]
-        top = highest(curves)
-        if top > 0:
-            title = f"block {layer['block']}"
-            panels.append(plot(title, curves, palette(E), (0, 1 / E, max(top, 1 / E)), "epoch"))
-    if panels:
+        curves = [points_of(run.log, "load", layer["layer"], e) for e in range(E)]
+        if any(curves):
+            yield plot(f"block {layer['block']}", curves, palette(E), "epoch", 1 / E)
+    if run.log:
         yield legend(E)
-        yield from panels
-
-
-def highest(curves):
-    """Return the highest number of some curves, or 0 if there is none."""
-    top = 0
-    for values in curves:
-        top = max([top] + [value for value in values if value is not None])
-    return top
 
 
 def draw_mistakes(run):
@@ -843,7 +827,7 @@ def draw_examples(run):
         pictures += [overlay(example.image, experts, colours) for experts in example.maps]
         title = short(os.path.basename(example.title) if own else example.title, 45)
         panel = tiles(title, pictures, labels, per_row)
-        marks, y = panel.marks, panel.height
+        marks, y = panel.marks, panel.height + 8
         for name, probability in example.answers if own else example.answers[:1]:
             right = "right" if name == example.title else "wrong"
             verdict = "" if own else f"{right}: "
@@ -877,9 +861,9 @@ def draw_cumulative(run):
     colours = palette(run.config["num_experts"])
     yield legend(len(colours))
     for layer in run.layers:
-        curves = [curve or [] for curve in layer["patches_per_image_cdf"]]
-        x_title = "patches of the image, at most"
-        yield plot(f"block {layer['block']}", curves, colours, (0, 0.5, 1), x_title)
+        curves = [list(enumerate(shares or [], 1)) for shares in layer["patches_per_image_cdf"]]
+        title = f"block {layer['block']}"
+        yield plot(title, curves, colours, "patches of the image, at most")
 
 
 def draw_classes(run):
@@ -1036,7 +1020,7 @@ def file_svg(panels, per_row=4):
 
 
 def key_numbers(run):
-    """Return the head of a run in the report: its name, config, accuracy and a row per MoE layer."""
+    """Return the head of a run in the report: name, config, accuracy and a row per MoE layer."""
     config = " ".join(f"{key}={value}" for key, value in run.config.items())
     head = f"<h3>{escape(run.name)}</h3><p>{escape(config)}</p>"
     if run.confusion is not None:
@@ -1155,11 +1139,12 @@ def make_files(runs, args):
     for run, suffix in zip(runs, SUFFIXES):
         if run.class_tables:
             files[f"routing{suffix}.csv"] = "\ufeff" + routing_csv(run)  # the mark is for Excel
-    counted = "all its experts" if args.all_choices else "its first choice"
-    about = (f"{runs[0].images} images of {args.data}. Every patch counts for {counted}, and the "
-             f"class token of a ViT is left out. Made with torch {torch.__version__}, after "
-             f"Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet "
-             f"Spot?” (2025), section 5.6.")
+    about = f"Images of {args.data}, made with torch {torch.__version__}."
+    if any(run.layers for run in runs):
+        counted = "all its experts" if args.all_choices else "its first choice"
+        about += (f" Every patch counts for {counted}, and the class token of a ViT is left out. "
+                  f"After Videau et al., “Mixture of Experts for Image Classification: What’s the "
+                  f"Sweet Spot?” (2025), section 5.6.")
     for router in sorted({run.config.get("router") for run in runs} & set(OTHER_ROUTERS)):
         about += f" {OTHER_ROUTERS[router]}"
     files["report.html"] = report_html(runs, figures, about)
@@ -1260,7 +1245,8 @@ def print_layers(run):
     """Print a line per MoE layer: experts per image, what the experts follow, and the load."""
     factors = list(run.layers[0]["information"])
     head = "".join(f"{name:>10}" for name in factors)
-    print("what the expert of a patch says about its class and so on: normalised mutual information")
+    print("what the expert of a patch says about its class and so on: normalised mutual "
+          "information")
     print(f"{'block':>5}{'experts per image':>19}{head}   share of patches per expert, %")
     for layer in run.layers:
         cells = ["{block:>5}{experts_per_image:>19.2f}".format(**layer)]
