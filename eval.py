@@ -21,8 +21,8 @@ A data set spec is
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
 - a folder of ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>;
-- your own pictures, whose classes nobody knows: one image file, or a folder of them. They are not
-  counted, but the five best classes of each are printed.
+- own pictures without classes, but not for training: an image file, or a folder of them. Nothing
+  is counted. The five best classes of each are printed.
 """
 
 import argparse
@@ -1013,6 +1013,7 @@ class Matched:
 
     dataset: FolderImages | TensorImages  # labels (N, L): right answers, indices into columns
     columns: list  # of the logits that take part
+    names: list  # of the classes of these columns
     indices: list  # of the images that have an answer
     note: str  # what was done, in words
 
@@ -1067,7 +1068,8 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
         f"{len(dataset) - len(indices)} images skipped": len(indices) < len(dataset),
     }
     note = ", ".join(text for text, holds in notes.items() if holds)
-    return Matched(dataset, columns, indices, note)
+    names = [classes[column] for column in columns]
+    return Matched(dataset, columns, names, indices, note)
 
 
 def read_real(path, dataset, num_classes):
@@ -1108,11 +1110,12 @@ PARTS = [f"{corruption}/{severity}" for corruption in ALEXNET for severity in "1
 def open_parts(spec, split):
     """Open a spec: {"": data set}, or for a folder of ImageNet-C's shape {"fog/1": data set, ...}.
 
+    Own pictures come as {"": Pictures}.
     Raise ValueError if one of its 75 folders is missing or has other classes.
     """
     missing = [part for part in PARTS if not os.path.isdir(os.path.join(spec, part))]
     if missing == PARTS:
-        return {"": open_dataset(spec, split)}
+        return {"": open_pictures(spec) or open_dataset(spec, split)}
     if missing:
         told = f"{len(missing)} of 75 folders are missing ({missing[0]}, ...)"
         expected = "expected 15 corruptions with severities 1 to 5"
@@ -1139,6 +1142,76 @@ def corruption_errors(results):
     mean_error = statistics.mean(row[5] for row in table.values())
     mce = statistics.mean(row[6] for row in table.values())
     return dict(corruptions=table, mean_error=mean_error, mce=mce)
+
+
+# ---------------------------------------------------------------- own pictures, and mistakes
+
+
+def match_pictures(pictures, classes, real=None):
+    """Return Pictures as a checkpoint with these classes classifies them: a Matched.
+
+    Raise ValueError if there is a file of ReaL labels: pictures without classes are not counted.
+    """
+    if real:
+        raise ValueError("--real scores ImageNet's validation images, not pictures without classes")
+    note = f"{len(pictures)} pictures without classes"
+    if len(pictures) == 1:
+        note = "1 picture without a class"
+    columns = list(range(len(classes)))
+    return Matched(copy.copy(pictures), columns, classes, list(range(len(pictures))), note)
+
+
+@torch.no_grad()
+def classify(model, loader, device, mean, std, names, dtype=torch.float32, loss="softmax",
+             progress=""):
+    """Classify the Pictures of an eval_loader(): [dict(file, classes, probabilities), ...].
+
+    classes: names of the five best, or of all if there are fewer, the best first. probabilities:
+    theirs, as floats. Both are empty if a picture cannot be read.
+    names: of all classes. For the other parameters see evaluate(). Under torchrun each process
+    classifies its share, and all return the whole, in the order of the files. Raise ValueError if
+    the logits are not finite.
+    """
+    best = []  # of each picture of this process: [probabilities], [columns], unreadable
+    hidden = None if progress else True  # None: shown on a terminal only
+    batches = tqdm(start_loader(loader), progress, len(loader), leave=False, disable=hidden)
+    for images, _, unreadable in batches:
+        with autocast(device, dtype):
+            logits = model(normalize(images.to(device), mean, std)).float()  # (B, classes)
+        values, columns = class_probabilities(logits, loss).topk(min(5, len(names)))  # (B, 5)
+        best += zip(values.tolist(), columns.tolist(), unreadable.tolist())
+    shares = [best]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, best)
+    found = []
+    for i in range(len(loader.dataset)):
+        values, columns, unreadable = shares[i % len(shares)][i // len(shares)]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"the logits of {loader.dataset.path(i)} are not finite")
+        classes = [names[column] for column in columns]
+        if unreadable >= 0:
+            classes, values = [], []
+        found.append(dict(file=loader.dataset.path(i), classes=classes, probabilities=values))
+    return found
+
+
+def name_mistakes(confusion, names):
+    """Put a confusion matrix (C, C) of evaluate() into words: dict(per_class, confusions).
+
+    names: of the C classes. per_class: {name: dict(top1, images)}, in percent, of the classes with
+    images. confusions: [[true name, predicted name, images], ...], all of them, the most frequent
+    first.
+    """
+    per_class = {}
+    accuracies, counts = accuracy_per_class(confusion).tolist(), confusion.sum(1).tolist()
+    for name, accuracy, images in zip(names, accuracies, counts):
+        if images:
+            per_class[name] = dict(top1=accuracy, images=images)
+    confusions = []
+    for true, predicted, images in worst_pairs(confusion):
+        confusions.append([names[true], names[predicted], images])
+    return dict(per_class=per_class, confusions=confusions)
 
 
 # ---------------------------------------------------------------- changed routing, and the cost
@@ -1250,7 +1323,8 @@ def prepare(path, data, args):
     """Find what can be wrong before anything is computed: return (model, row, {key: Matched}).
 
     path: of a checkpoint. row: a dict of its results so far. data: {key: data set}; a key is
-    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise.
+    (spec, part), where part is "fog/1" or the like for ImageNet-C, and "" otherwise. Among the
+    data sets may be Pictures.
     """
     model, checkpoint = load_checkpoint(path, torch.device("cpu"), args.raw)
     weights = "raw" if args.raw or not checkpoint["ema"] else "EMA"
@@ -1262,7 +1336,11 @@ def prepare(path, data, args):
     row["multiply_adds"] = count_flops(model, row["image_size"])
     matched = {}
     for (spec, part), dataset in data.items():
-        found = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
+        classes = checkpoint["classes"]
+        if isinstance(dataset, Pictures):
+            found = match_pictures(dataset, classes, args.real)
+        else:
+            found = match_dataset(dataset, classes, args.ignore_unmatched, args.real)
         whole = args.split == "all" and getattr(dataset, "flat", False)
         if whole and was_trained_on(row, spec):
             found.note += ", those of the training among them: --split val leaves them out"
@@ -1283,34 +1361,51 @@ def was_trained_on(row, spec):
 
 
 def measure(model, row, matched, args, device, world, progress):
-    """Add to a row the model's speed and its counts on each data set; see prepare()."""
+    """Add to a row the model's speed and counts on each data set, and what it says of pictures.
+
+    See prepare(). The speed is measured only if there is a data set.
+    """
     model.to(device)
     dtype = best_dtype(device)
-    first = next(iter(matched.values()))
-    indices = itertools.islice(itertools.cycle(first.indices), args.batch_size)
-    images = torch.stack([first.dataset[i][0] for i in indices])  # a whole batch of any set
-    images = normalize(images.to(device), row["mean"], row["std"])
-    row["images_per_s"] = images_per_second(model, images, device, dtype)
+    counted = [found for found in matched.values() if not isinstance(found.dataset, Pictures)]
+    if counted:
+        row["images_per_s"] = speed_on(counted[0], model, row, args, device, dtype)
+    row["data"], row["pictures"] = {}, []
     results = defaultdict(dict)  # {spec: {part: counts}}
     for (spec, part), found in matched.items():
         data = found.dataset
         workers = auto_workers(data, world) if args.workers is None else args.workers
         loader = eval_loader(data, args.batch_size, workers, device, found.indices)
-        options = dict(columns=found.columns, dtype=dtype)
+        inputs = model, loader, device, row["mean"], row["std"]
+        options = dict(dtype=dtype, loss=row["args"].get("loss", "softmax"))
         options |= dict(progress=progress and f"{spec} {part}")
-        options |= dict(loss=row["args"].get("loss", "softmax"))
-        counts = evaluate(model, loader, device, row["mean"], row["std"], **options)
+        if isinstance(data, Pictures):
+            row["pictures"] += classify(*inputs, found.names, **options)
+            continue
+        # Not for 75 parts, not for several right answers, not for a table that fills the memory.
+        confusion = not part and not args.real and len(found.columns) <= 1000
+        counts = evaluate(*inputs, columns=found.columns, confusion=confusion, **options)
         if not math.isfinite(counts["loss"]):
             raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
+        if confusion:
+            counts |= name_mistakes(counts.pop("confusion"), found.names)
         transform = " ".join(str(data.transform).split())
-        results[spec][part] = counts | dict(protocol=found.note, transform=transform)
-    row["data"] = {}
+        counts |= dict(protocol=found.note, transform=transform, classes=len(found.columns))
+        results[spec][part] = counts
     for spec, parts in results.items():
         if "" in parts:
             row["data"][spec] = parts[""]
         else:
             row["data"][spec] = corruption_errors(parts) | dict(parts=parts)
     model.cpu()
+
+
+def speed_on(matched, model, row, args, device, dtype):
+    """Return images_per_second() for a whole batch of a Matched, whose images may come twice."""
+    indices = itertools.islice(itertools.cycle(matched.indices), args.batch_size)
+    images = torch.stack([matched.dataset[i][0] for i in indices])
+    images = normalize(images.to(device), row["mean"], row["std"])
+    return images_per_second(model, images, device, dtype)
 
 
 def over_seeds(rows):
@@ -1350,28 +1445,83 @@ def print_table(rows):
 
 
 def print_results(rows):
-    """Print a line per checkpoint, one per group of seeds, and one per corruption of ImageNet-C."""
+    """Print the accuracies of all checkpoints, then what each has besides.
+
+    That is a line per corruption of ImageNet-C, the five best classes of each picture, and, of a
+    single checkpoint, its mistakes: of many they would be too long to read.
+    """
+    if rows[0]["data"]:
+        print_accuracies(rows)
+    for row in rows:
+        for spec, result in row["data"].items():
+            if "mce" in result:
+                print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
+                print_corruptions(result)
+            if result.get("confusions") and len(rows) == 1:
+                print(f"\n{row['checkpoint']} on {spec}")
+                print_mistakes(result)
+        if row["pictures"]:
+            print(f"\n{row['checkpoint']}, the best classes and their probabilities in %")
+            print_pictures(row["pictures"])
+
+
+def print_accuracies(rows):
+    """Print a line per checkpoint, and one per group of seeds.
+
+    top-5 is left out where no checkpoint chooses among more than five classes: it would be 100 %.
+    """
     specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
-    names = [name for spec in specs for name in (spec, "")]  # each above two columns
-    header = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
-    table = [[""] * len(header) + names, header + ["top-1 %", "top-5 %"] * len(specs)]
+    titles = ["checkpoint", "params M", "active M", "GFLOPs", "images/s"]
+    above = [""] * len(titles)
+    scores = []  # (spec, "top1" or "top5"), in the order of the columns
+    for spec in specs:
+        scores.append((spec, "top1"))
+        above.append(spec)
+        titles.append("top-1 %")
+        if max(row["data"][spec]["classes"] for row in rows) > 5:
+            scores.append((spec, "top5"))
+            above.append("")
+            titles.append("top-5 %")
+    table = [above, titles]
     for row in rows:
         cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6]
         cells += [f"{row['multiply_adds'] / 1e9:.3g}", round(row["images_per_s"])]
-        for spec in specs:
-            cells += [row["data"][spec]["top1"], row["data"][spec]["top5"]]
+        cells += [row["data"][spec][score] for spec, score in scores]
         table.append(cells)
     print()
     print_table(table)
     groups = over_seeds(rows)
     if groups:
         print("\ntop-1 %, mean and standard deviation over seeds")
+        names = [name for spec in specs for name in (spec, "")]  # each above two columns
         print_table([["", "n", *names], *(seed_cells(group, specs) for group in groups)])
-    for row in rows:
-        for spec, result in row["data"].items():
-            if "mce" in result:
-                print(f"\n{row['checkpoint']} on {spec}, error in % per severity")
-                print_corruptions(result)
+
+
+def print_mistakes(result):
+    """Print the five classes of lowest accuracy, and the five most frequent confusions."""
+    table = [["lowest accuracy", "top-1 %", "images"]]
+    for name, found in sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]:
+        if found["top1"] < 100:
+            table.append([name, found["top1"], found["images"]])
+    print_table(table)
+    table = [["most frequent confusions", "images"]]
+    for true, predicted, images in result["confusions"][:5]:
+        table.append([f"{true} -> {predicted}", images])
+    print_table(table)
+
+
+def print_pictures(pictures):
+    """Print what classify() returned, a line per picture."""
+    table = []
+    columns = max(len(picture["classes"]) for picture in pictures)
+    for picture in pictures:
+        cells = ["cannot be read"]
+        if picture["classes"]:
+            best = zip(picture["classes"], picture["probabilities"])
+            cells = [f"{name} {100 * probability:.1f}" for name, probability in best]
+        empty = [""] * (columns - len(cells))
+        table.append([one_line(picture["file"]), *cells, *empty])
+    print_table(table)
 
 
 def seed_cells(group, specs):
@@ -1406,7 +1556,7 @@ def parse_args(argv=None):
     count = number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True, action="append",
-         help="shapes, cifar10, a folder, ... (top of eval.py); repeatable")
+         help="shapes, cifar10, a folder, a picture, ... (top of eval.py); repeatable")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or what training holds out (default: all)")
     flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
@@ -1420,7 +1570,8 @@ def parse_args(argv=None):
     flag("--batch-size", type=count, default=128, help="in each process (default: 128)")
     flag("--workers", type=number("[0, inf)", int),
          help="processes that load images (default: 0 if in memory, else up to 12)")
-    flag("--json", metavar="FILE", help="also write the results there")
+    flag("--json", metavar="FILE",
+         help="also write the results there, with accuracy per class and all confusions")
     return parser.parse_args(argv)
 
 
@@ -1440,7 +1591,10 @@ def check(args):
 
 
 def main(args):
-    """Check everything, evaluate each checkpoint on each data set, print and write the results."""
+    """Check everything, evaluate each checkpoint on each data set, print and write the results.
+
+    The status is 1 if a picture could not be read.
+    """
     rank, world, device = setup_processes()
     with together():
         check(args)
@@ -1463,10 +1617,12 @@ def main(args):
         Path(args.json).write_text(json.dumps(run, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if not all(picture["classes"] for picture in rows[0]["pictures"]):
+        raise SystemExit(1)  # a picture could not be read
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without a character
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
     except (ValueError, OSError) as error:

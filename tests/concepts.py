@@ -150,7 +150,8 @@ CONCEPTS = (
         "folders",
         "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
         "eval.split_folder eval.list_folder eval.list_files eval.find_images eval.hold_out "
-        "eval.read_image eval.read_jpeg eval.read_other eval.fingerprint eval.open_cifar",
+        "eval.read_image eval.read_jpeg eval.read_other eval.fingerprint eval.open_cifar "
+        "eval.Pictures.path eval.Pictures.__getitem__ eval.open_pictures eval.prepare_image",
         "shapes",
         "A million files, odd names, broken images: what is on disk is read, or named.",
     ),
@@ -158,7 +159,8 @@ CONCEPTS = (
         "counting",
         "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
         "eval.eval_loader eval.start_loader eval.together eval.count_batch eval.image_losses "
-        "eval.evaluate",
+        "eval.evaluate eval.class_probabilities eval.accuracy_per_class eval.worst_pairs "
+        "eval.Output.write",
         "folders",
         "Each image counts once, at any batch size and any number of processes.",
     ),
@@ -177,8 +179,10 @@ CONCEPTS = (
     Concept(
         "evaluator",
         "eval.change_routing eval.mute eval.images_per_second eval.open_parts "
-        "eval.corruption_errors eval.over_seeds eval.check eval.prepare eval.measure "
-        "eval.print_plan eval.print_table eval.print_results eval.main",
+        "eval.corruption_errors eval.match_pictures eval.classify eval.name_mistakes "
+        "eval.over_seeds eval.check eval.prepare eval.measure eval.speed_on eval.print_plan "
+        "eval.print_table eval.print_results eval.print_accuracies eval.print_mistakes "
+        "eval.print_pictures eval.main",
         "checkpoints classes costs expert_choice soft",
         "One table, several checkpoints and test sets; whatever deviates from training is "
         "printed.",

@@ -30,10 +30,12 @@ from eval import (
     PALETTE,
     Shapes,
     TensorImages,
+    accuracy_per_class,
     auto_workers,
     autocast,
     best_dtype,
     build_model,
+    class_probabilities,
     eval_loader,
     eval_transform,
     evaluate,
@@ -44,8 +46,10 @@ from eval import (
     normalize,
     number,
     open_dataset,
+    open_pictures,
     read_image,
     shapes_size,
+    worst_pairs,
 )
 
 CPU = torch.device("cpu")
@@ -935,6 +939,59 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path):
 
 
 @pytest.mark.folders
+def test_pictures_without_classes(tmp_path):
+    """A file is one picture, a folder all that lie in it, sorted: items have the label -1."""
+    root = make_folder(tmp_path / "d", ["b.png", "a.png", ".hidden.png"])
+    (tmp_path / "d" / "notes.txt").write_text("no picture")
+    (tmp_path / "d" / "sub").mkdir()
+    (tmp_path / "d" / "sub" / "notes.txt").write_text("nor is this a class")
+    data = open_pictures(root, lambda image: image + 10)
+    assert [data.path(i) for i in range(len(data))] == [f"{root}/a.png", f"{root}/b.png"]
+    assert data.classes == []
+    items = [(int(image[0, 0, 0]), label, unreadable) for image, label, unreadable in map(
+        data.__getitem__, range(2))]
+    assert items == [(11, -1, -1), (10, -1, -1)], "(transformed grey level, label, unreadable)"
+    one = open_pictures(f"{root}/b.png")
+    assert len(one) == 1 and one.path(0) == f"{root}/b.png" and one[0][0].shape == (3, 5, 6)
+
+
+@pytest.mark.folders
+def test_what_is_not_pictures_without_classes(tmp_path):
+    """None is what open_dataset() may know, or nobody: with a class folder a folder has classes."""
+    classes = make_folder(tmp_path / "c", ["a/0.png", "b/1.png"])
+    both = make_folder(tmp_path / "both", ["0.png", "a/1.png"])
+    (tmp_path / "empty").mkdir()
+    for spec in (classes, both, str(tmp_path / "empty"), str(tmp_path / "no"), "shapes", "cifar10"):
+        assert open_pictures(spec) is None, spec
+
+
+@pytest.mark.folders
+def test_pictures_that_cannot_be_used(tmp_path):
+    """An unreadable picture is a black one with its index; one too large to prepare is named."""
+    root = make_folder(tmp_path / "d", ["a.png", "b.png"])
+    (tmp_path / "d" / "a.png").write_bytes(b"no picture")
+    image, label, unreadable = open_pictures(root, eval_transform(32, 1.0))[0]
+    assert torch.equal(image, torch.zeros(3, 32, 32, dtype=torch.uint8))
+    assert (label, unreadable) == (-1, 0)
+
+    def too_large(image):
+        raise MemoryError("of 9 GB")
+
+    with pytest.raises(ValueError, match=r"cannot prepare .*b.png, \(5, 6\) pixels: of 9 GB"):
+        open_pictures(root, too_large)[1]
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("spec, expected", [("d/a.png", "no data at"), ("d", "no class folders")])
+def test_pictures_without_classes_are_nothing_to_learn(tmp_path, monkeypatch, spec, expected):
+    """For training they are one line, which says what is expected."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "d", ["a.png", "b.png"])
+    with pytest.raises(ValueError, match=f"{expected} .*{spec}.* expected .*FOLDER"):
+        open_dataset(spec, "train")
+
+
+@pytest.mark.folders
 def test_a_fingerprint_is_of_names(tmp_path):
     """A data set in another place has the same fingerprint; one image less, renamed or of another
     class changes it."""
@@ -1101,11 +1158,12 @@ class Known(nn.Module):
         return self.table[(images[:, 0, 0, 0] * 255).round().long()]
 
 
-def count(table, labels, columns=None, batch_size=2, model=None):
+def count(table, labels, columns=None, batch_size=2, model=None, **options):
     """evaluate() for images of grey levels 0, 1, 2, ..., with the logits in the table."""
     levels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    loader = eval_loader(TensorImages(levels, torch.tensor(labels), ["-"]), batch_size, 0, CPU)
-    return evaluate(model or Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, columns)
+    names = [f"class {i}" for i in range(12)]
+    loader = eval_loader(TensorImages(levels, torch.tensor(labels), names), batch_size, 0, CPU)
+    return evaluate(model or Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3, columns, **options)
 
 
 @pytest.mark.counting
@@ -1154,6 +1212,77 @@ def test_counting_against_a_loop(batch_size):
     expected |= dict(top1=100 * top1 / 23, top5=100 * top5 / 23)
     found = count(table, labels, batch_size=batch_size)
     assert found == pytest.approx(expected), "a mean of means of unequal batches?"
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("columns", [None, [4, 0, 7]])
+def test_the_confusion_matrix_against_a_loop(batch_size, columns):
+    """It counts each image at (true class, predicted class), at any size of the batches."""
+    C = len(columns or range(12))
+    table, labels = torch.randn(23, 12), torch.randint(0, C, (23,)).tolist()
+    expected = torch.zeros(C, C, dtype=torch.int64)
+    for logits, label in zip(table, labels):
+        taking_part = [float(logits[column]) for column in columns or range(12)]
+        expected[label, taking_part.index(max(taking_part))] += 1
+    result = count(table, labels, columns, batch_size, confusion=True)
+    found = result.pop("confusion")
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected), "transposed?" if torch.equal(found, expected.T) else ""
+    assert found.sum() == 23 and found.trace() == result["correct1"]
+    assert result == count(table, labels, columns, batch_size), "only when asked"
+
+
+@pytest.mark.counting
+def test_accuracy_per_class_against_a_loop():
+    """Of the images of a class, so many percent are right: no number for a class without any."""
+    confusion = torch.randint(0, 9, (6, 6))
+    confusion[2] = 0
+    for i, accuracy in enumerate(accuracy_per_class(confusion).tolist()):
+        images = sum(int(confusion[i, j]) for j in range(6))
+        expected = 100 * int(confusion[i, i]) / images if images else math.nan
+        assert accuracy == pytest.approx(expected, nan_ok=True), "of the images predicted so?"
+
+
+@pytest.mark.counting
+def test_the_worst_pairs_against_a_loop():
+    """The most frequent first, equal ones in the order of the classes, nothing that is right."""
+    confusion = torch.randint(0, 4, (6, 6))
+    pairs = []
+    for true in range(6):
+        for predicted in range(6):
+            if true != predicted and confusion[true, predicted] > 0:
+                pairs.append([true, predicted, int(confusion[true, predicted])])
+    pairs.sort(key=lambda pair: -pair[2])
+    assert worst_pairs(confusion) == pairs
+    assert worst_pairs(confusion, 3) == pairs[:3]
+    assert worst_pairs(confusion, 99) == pairs
+    assert worst_pairs(torch.eye(3, dtype=torch.int64), 5) == []
+
+
+@pytest.mark.counting
+def test_class_probabilities_against_a_loop():
+    """softmax shares 1 among the classes; sigmoid asks each on its own, as V-MoE's loss does."""
+    logits = torch.randn(3, 4)
+    softmax = class_probabilities(logits, "softmax").tolist()
+    sigmoid = class_probabilities(logits, "sigmoid").tolist()
+    for i, row in enumerate(logits.tolist()):
+        total = sum(math.exp(logit) for logit in row)
+        assert softmax[i] == pytest.approx([math.exp(logit) / total for logit in row])
+        assert sigmoid[i] == pytest.approx([1 / (1 + math.exp(-logit)) for logit in row])
+
+
+@pytest.mark.counting
+def test_output_goes_on_when_nobody_reads_it(tmp_path):
+    """Lines arrive at once, also with names that the encoding lacks; a closed pipe ends nothing."""
+    with open(tmp_path / "log", "w", encoding="ascii") as log:
+        print("caf\u00e9 \udce9", file=evaluation.Output(log))
+        assert (tmp_path / "log").read_text() == "caf\\xe9 \\udce9\n"
+    reader, writer = os.pipe()
+    out = evaluation.Output(open(writer, "w"))
+    os.close(reader)
+    for _ in range(3):
+        print("a line", file=out, flush=True)
 
 
 @pytest.mark.counting
@@ -1257,7 +1386,8 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
     add = lambda sums, op=None: op or sums.add_(2**24)
     monkeypatch.setattr(evaluation.dist, "all_reduce", add)
     table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    result = count(table, [0, 1, 1])  # two of three are right
+    result = count(table, [0, 1, 1], columns=[0, 1], confusion=True)  # two of three are right
+    assert result["confusion"].tolist() == [[2**24 + 1, 2**24], [2**24 + 1, 2**24 + 1]]
     assert result["images"] == 2**24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
     assert result["top1"] == pytest.approx(100 * (2**24 + 2) / (2**24 + 3), rel=1e-12)
 
@@ -1488,6 +1618,11 @@ def run(monkeypatch, *arguments):
     evaluation.main(evaluation.parse_args())
 
 
+def table_row(lines, checkpoint):
+    """Return the cells of a checkpoint's row in the printed table."""
+    return next(line for line in lines if line.startswith(f"{checkpoint} ")).split()
+
+
 @pytest.mark.evaluator
 @pytest.mark.parametrize(
     "flag, interval, right, wrong",
@@ -1518,7 +1653,10 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
 
 @pytest.mark.evaluator
 def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, capsys):
-    """The command prints a row per checkpoint, with top-1 and top-5 per data set, and JSON."""
+    """The command prints a row per checkpoint, with top-1 per data set, and writes JSON.
+
+    With three classes top-5 would always be 100: it is not printed.
+    """
     model, folder = saved_model
     # Classes b and c, which the model knows as 1 and 2, and never a. Raw weights say "b", averaged
     # ones say "c".
@@ -1543,15 +1681,16 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     *_, names, header, first, second = capsys.readouterr().out.splitlines()
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
+    assert "top-5" not in header
     params = sum(p.numel() for p in model.parameters())
     # width 16, hidden 64: 2 of the 8 experts of one layer work
     active = params - 6 * (2 * 4 * 16 * 16 + 4 * 16 + 16)
     size = [f"{params / 1e6:.2f}", f"{active / 1e6:.2f}"]
     # "c": 2 of 5, and 2 of 4
     for line, path, numbers in [
-        (first, both, ["40.00", "100.00", "50.00", "100.00"]),
+        (first, both, ["40.00", "50.00"]),
         # "b": 3 of 5, and 1 of 4
-        (second, plain, ["60.00", "100.00", "25.00", "100.00"]),
+        (second, plain, ["60.00", "25.00"]),
     ]:
         cells = line.split()
         assert cells[:3] == [str(path), *size] and cells[5:] == numbers
@@ -1582,7 +1721,7 @@ def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
             f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
             f"  {data}: 4 images, 2 of 3 classes, logits restricted",
         ]
-        assert lines[-1].split()[5] == top1
+        assert table_row(lines, folder / "both.pt")[5] == top1
 
 
 @pytest.mark.evaluator
@@ -1621,7 +1760,7 @@ def test_split_chooses_among_the_images_of_a_flat_folder(
     lines = capsys.readouterr().out.splitlines()
     # "c" is half
     assert lines[1].startswith(f"  {data}: {images} images")
-    assert lines[-1].split()[5] == "50.00"
+    assert table_row(lines, folder / "both.pt")[5] == "50.00"
 
 
 @pytest.mark.evaluator

@@ -5,6 +5,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -603,15 +605,198 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
     assert usual["multiply_adds"] - row["multiply_adds"] == 17 * 2 * 16 * 64
 
 
+# ---------------------------------------------------------------- mistakes, and own pictures
+
+
+def make_noise(root, files):
+    """Write images of 32 x 32 random pixels, and return {file: pixels (3, 32, 32)}."""
+    made = {}
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        made[str(root / name)] = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+        v2.functional.to_pil_image(made[str(root / name)]).save(root / name)
+    return made
+
+
+@pytest.fixture
+def opinions(tmp_path):
+    """Return a random model and its checkpoint, which sees images of 32 x 32 pixels as they are."""
+    model = sparse_model()
+    nn.init.normal_(model.head.weight)
+    path = write_checkpoint(tmp_path / "opinions.pt", model, crop_ratio=1.0)
+    return model, path
+
+
+@pytest.mark.evaluator
+def test_mistakes_against_a_loop(opinions, tmp_path, monkeypatch, capsys):
+    """Accuracy per class and confusions are what a loop over the images counts, by name."""
+    model, path = opinions
+    used = CLASSES[:2] + CLASSES[4:9]  # seven of twelve: columns 0, 1, 4, 5, 6, 7 and 8
+    files = [f"{name}/{i}.png" for name in used for i in range(6)]
+    right, pairs = dict.fromkeys(used, 0), {}
+    for file, pixels in make_noise(tmp_path / "d", files).items():
+        logits = model(pixels.unsqueeze(0) / 255)[0].tolist()
+        taking_part = {name: logits[CLASSES.index(name)] for name in used}
+        predicted, true = max(taking_part, key=taking_part.get), Path(file).parent.name
+        right[true] += predicted == true
+        if predicted != true:
+            pairs[true, predicted] = pairs.get((true, predicted), 0) + 1
+    assert 0 < sum(right.values()) < 42, "a test that cannot fail"
+    data = str(tmp_path / "d")
+    [row] = run(monkeypatch, tmp_path, path, "--data", data, "--batch-size", 4)
+    expected = {name: dict(top1=pytest.approx(100 * right[name] / 6), images=6) for name in used}
+    assert row["data"][data]["per_class"] == expected
+    confusions = sorted(([*pair, n] for pair, n in pairs.items()), key=lambda p: (-p[2], p[:2]))
+    assert row["data"][data]["confusions"] == confusions
+
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("lowest accuracy  top-1 %  images")
+    names = sorted(used, key=lambda name: right[name])[:5]
+    assert [line.split() for line in lines[start + 1:start + 6]] == [
+        [name, f"{100 * right[name] / 6:.2f}", "6"] for name in names if right[name] < 6]
+    start = next(i for i, line in enumerate(lines) if line.startswith("most frequent confusions"))
+    assert [line.split() for line in lines[start + 1:]] == [
+        [true, "->", predicted, str(n)] for true, predicted, n in confusions[:5]]
+
+
+@pytest.mark.evaluator
+def test_no_mistakes_are_printed_where_there_are_none(always, tmp_path, monkeypatch, capsys):
+    """Nothing is printed if all is right, for several checkpoints, for ReaL labels."""
+    right = make_folder(tmp_path / "right", ["n02/0.png", "n02/1.png"])  # it always says n02
+    wrong = make_folder(tmp_path / "wrong", ["n02/0.png", "n03/1.png"])
+    name = "ILSVRC2012_val_00000001.png"
+    real = make_folder(tmp_path / "real", [f"n02/{name}"])
+    (tmp_path / "real.json").write_text("[[0]]")
+    for flags in ([always, "--data", right], [always, always, "--data", wrong],
+                  [always, "--data", real, "--real", tmp_path / "real.json"]):
+        rows = run(monkeypatch, tmp_path, *flags)
+        out = capsys.readouterr().out
+        assert "lowest accuracy" not in out and "confusions" not in out
+        for row in rows:  # the JSON has the mistakes of each checkpoint
+            [result] = row["data"].values()
+            expected = [["n03", "n02", 1]] if "wrong" in str(flags) else []
+            assert result.get("confusions", []) == expected
+    run(monkeypatch, tmp_path, always, "--data", wrong)
+    assert capsys.readouterr().out.endswith("most frequent confusions  images\n"
+                                            "n03 -> n02                     1\n")
+
+
+@pytest.mark.evaluator
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_own_pictures_against_a_loop(opinions, tmp_path, monkeypatch, capsys, loss):
+    """Of each picture the five best of twelve classes, in % on its line, and in the JSON."""
+    model, _ = opinions
+    path = write_checkpoint(tmp_path / "o.pt", model, crop_ratio=1.0, args=dict(loss=loss))
+    made = make_noise(tmp_path / "d", ["b.png", "c.png", "a.png"])
+    [row] = run(monkeypatch, tmp_path, path, "--data", tmp_path / "d", "--batch-size", 2)
+    *_, heading, first, second, third = capsys.readouterr().out.splitlines()
+    assert heading == f"{path}, the best classes and their probabilities in %"
+    assert row["data"] == {} and "images_per_s" not in row, "nothing to count, nothing to time"
+    for line, found, file in zip((first, second, third), row["pictures"], sorted(made)):
+        logits = model(made[file].unsqueeze(0) / 255)[0].tolist()
+        total = sum(math.exp(logit) for logit in logits)
+        best = sorted(range(12), key=lambda i: -logits[i])[:5]
+        expected = [math.exp(logits[i]) / total for i in best]
+        if loss == "sigmoid":
+            expected = [1 / (1 + math.exp(-logits[i])) for i in best]
+        assert found["file"] == file and found["classes"] == [CLASSES[i] for i in best]
+        assert found["probabilities"] == pytest.approx(expected, rel=1e-4)
+        cells = zip(found["classes"], found["probabilities"])
+        texts = [text for name, p in cells for text in (name, f"{100 * p:.1f}")]
+        assert line.split() == [file, *texts]
+
+
+@pytest.mark.evaluator
+def test_one_picture_of_two_classes(tmp_path, monkeypatch, capsys):
+    """With two classes both are printed, averaged weights (EMA) first, for --raw the raw ones."""
+    config = CONFIG | dict(num_classes=2)
+    model = build_model(config)
+    nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([math.log(3), 0.0])  # 3/4 and 1/4
+    ema = model.state_dict() | {"head.bias": torch.tensor([0.0, math.log(9)])}  # 1/10 and 9/10
+    path = write_checkpoint(
+        tmp_path / "two.pt", model, config=config, classes=["cat", "dog"], ema=ema)
+    file = make_folder(tmp_path, ["x.png"]) + "/x.png"
+    for flags, cells in (((), "dog 90.0 cat 10.0"), (("--raw",), "cat 75.0 dog 25.0"),
+                         (("--k", 1), "dog 90.0 cat 10.0")):
+        run(monkeypatch, tmp_path, path, "--data", file, *flags)
+        out = capsys.readouterr().out
+        assert f"  {file}: 1 picture without a class\n" in out
+        assert out.splitlines()[-1].split() == [file, *cells.split()]
+        assert ("deviates from training: k = 1 instead of 2" in out) == ("--k" in flags)
+
+
+@pytest.mark.evaluator
+def test_pictures_are_grouped_by_checkpoint(always, opinions, tmp_path, monkeypatch, capsys):
+    """Each checkpoint has its lines, beside the table of a data set with classes."""
+    one = make_folder(tmp_path / "one", ["x.png"]) + "/x.png"
+    two = make_folder(tmp_path / "two", ["y.png", "z.png"])
+    data = make_folder(tmp_path / "data", ["n02/0.png", "n03/1.png"])
+    rows = run(
+        monkeypatch, tmp_path, always, opinions[1], "--data", one, "--data", data, "--data", two)
+    lines = capsys.readouterr().out.splitlines()
+    files = [one, f"{two}/y.png", f"{two}/z.png"]
+    assert len(rows) == 2 and rows[0]["data"][data]["top1"] == 50.0
+    for row, path in zip(rows, (always, opinions[1])):
+        assert [picture["file"] for picture in row["pictures"]] == files
+        start = lines.index(f"{path}, the best classes and their probabilities in %")
+        assert [line.split()[0] for line in lines[start + 1:start + 4]] == files
+    assert rows[0]["pictures"][0]["classes"] == ["n02", "n10", "n00", "n07", "n05"], "BEST_FIRST"
+
+
+@pytest.mark.evaluator
+@pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"]])
+def test_an_unreadable_picture_is_a_line(always, tmp_path, monkeypatch, capsys, names):
+    """It says so, the others are classified, the JSON is written, and the status is 1."""
+    data = make_folder(tmp_path / "d", names)
+    (tmp_path / "d" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, tmp_path, always, "--data", data)
+    [row] = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["pictures"][0] == dict(file=f"{data}/a.png", classes=[], probabilities=[])
+    assert [len(picture["classes"]) for picture in row["pictures"][1:]] == [5] * (len(names) - 1)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "a.png" in line]
+    assert line.split() == [f"{data}/a.png", "cannot", "be", "read"]
+
+
+@pytest.mark.evaluator
+def test_pictures_that_cannot_be_classified(always, tmp_path, monkeypatch):
+    """ReaL labels are of other images; a model that computes nonsense has no probabilities."""
+    file = make_folder(tmp_path, ["x.png"]) + "/x.png"
+    with pytest.raises(ValueError, match="--real scores ImageNet's .* not pictures"):
+        run(monkeypatch, tmp_path, always, "--data", file, "--real", "real.json")
+    model = build_model(CONFIG)
+    model.head.bias.data[3] = math.nan
+    path = write_checkpoint(tmp_path / "nan.pt", model)
+    with pytest.raises(ValueError, match="the logits of .*x.png are not finite"):
+        run(monkeypatch, tmp_path, path, "--data", file)
+
+
+@pytest.mark.evaluator
+@pytest.mark.slow
+@forked.needs_fork
+def test_head_ends_the_output_in_silence(always, tmp_path):
+    """`python eval.py ... | head -1` prints no traceback, and the JSON is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = make_folder(tmp_path, ["x.png"]) + "/x.png"
+    arguments = [always, "--data", file, "--workers", "0", "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, str(ROOT / "eval.py"), *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out.json").exists()
+
+
 # ---------------------------------------------------------------- several seeds
 
 
 def result_of(path, top1, **args):
     """Return a row of the results, with the top-1 accuracy on `shapes`, and an mCE."""
     size = dict(params=1, active=1, multiply_adds=1, images_per_s=1.0)
-    result = dict(top1=top1, top5=100.0)
+    result = dict(top1=top1, top5=100.0, classes=16)
     errors = dict(corruptions={}, mean_error=1.0, mce=1.0)
-    return size | dict(checkpoint=path, args=args, data={"shapes": result, "c": errors})
+    return size | dict(checkpoint=path, args=args, data={"shapes": result, "c": errors}, pictures=[])
 
 
 @pytest.mark.evaluator
@@ -691,17 +876,22 @@ def test_a_model_that_computes_nonsense(tmp_path, monkeypatch):
 @pytest.mark.slow
 @forked.needs_fork
 def test_two_processes_count_the_same(tmp_path):
-    """Two processes count each of 23 images once, and only one of the two prints."""
+    """Two processes count each of 23 images once, and only one of the two prints.
+
+    Their confusions are summed, and the five pictures come in order.
+    """
     model = sparse_model()
     nn.init.normal_(model.head.weight)
     checkpoint = write_checkpoint(tmp_path / "random.pt", model, crop_ratio=1.0)
+    make_noise(tmp_path / "own", [f"{i}.png" for i in range(5)])
     draw = random.Random(1)
     for i in range(23):
         folder = tmp_path / "data" / draw.choice(CLASSES)
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
         v2.functional.to_pil_image(pixels).save(folder / f"{i}.png")
-    flags = ["--data", str(tmp_path / "data"), "--batch-size", "4", "--workers", "1", "--json"]
+    flags = ["--data", str(tmp_path / "data"), "--data", str(tmp_path / "own")]
+    flags += ["--batch-size", "4", "--workers", "1", "--json"]
     for world in (1, 2):
         arguments = [checkpoint, *flags, str(tmp_path / f"{world}.json")]
         run = forked.start(
@@ -713,3 +903,11 @@ def test_two_processes_count_the_same(tmp_path):
     rows = [result["results"][0]["data"][str(tmp_path / "data")] for result in written]
     assert rows[0].pop("loss") == pytest.approx(rows[1].pop("loss"), rel=1e-6)
     assert rows[0] == rows[1] and rows[0]["images"] == 23 and 0 < rows[0]["correct5"] < 23
+    right = sum(found["top1"] * found["images"] / 100 for found in rows[0]["per_class"].values())
+    wrong = sum(n for _, _, n in rows[0]["confusions"])
+    assert round(right) + wrong == 23 and round(right) == rows[0]["correct1"]
+    alone, together = [result["results"][0]["pictures"] for result in written]
+    for i, (one, two) in enumerate(zip(alone, together, strict=True)):
+        assert one["file"] == two["file"] == str(tmp_path / "own" / f"{i}.png")
+        assert one["classes"] == two["classes"]
+        assert one["probabilities"] == pytest.approx(two["probabilities"], rel=1e-5)
