@@ -53,10 +53,9 @@ from PIL import Image, ImageColor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (PALETTE, accuracy_per_class, auto_workers, autocast, best_dtype,
-                  class_probabilities, eval_loader, eval_transform, fail, load_checkpoint,
-                  match_classes, normalize, number, one_line, open_dataset, open_pictures,
-                  start_loader, warn, worst_pairs)
+from eval import (PALETTE, auto_workers, autocast, best_dtype, class_probabilities, eval_loader,
+                  eval_transform, fail, load_checkpoint, match_classes, name_mistakes, normalize,
+                  number, one_line, open_dataset, open_pictures, start_loader, warn)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -751,12 +750,12 @@ def draw_balance(run):
     training images.
     """
     E = run.config["num_experts"]
+    panels = []
     for layer in run.layers:
         curves = [points_of(run.log, "load", layer["layer"], e) for e in range(E)]
         if any(curves):
-            yield plot(f"block {layer['block']}", curves, palette(E), "epoch", 1 / E)
-    if run.log:
-        yield legend(E)
+            panels.append(plot(f"block {layer['block']}", curves, palette(E), "epoch", 1 / E))
+    return [legend(E), *panels] if panels else []
 
 
 def draw_mistakes(run):
@@ -774,21 +773,20 @@ def draw_mistakes(run):
         labels = [f"{c} {name}" for c, name in enumerate(run.classes)]
         title = f"true and predicted, full colour: {100 * top:.0f}%"
         yield heat_map(title, shares, labels, range(C), 110, 18, top)
-    totals = run.confusion.sum(1).tolist()
-    pairs = []
-    for true, predicted, images in worst_pairs(run.confusion, 20):
-        names = [isolated(run.classes[c], 18) for c in (true, predicted)]
-        share = images / totals[true]
-        pairs.append((" taken for ".join(names), share, f"{images} of {totals[true]}"))
-    if pairs:
-        yield ranking("the most frequent confusions", pairs)
-    classes = []
-    for c, accuracy in enumerate(accuracy_per_class(run.confusion).tolist()):
-        if totals[c]:
-            note = f"{accuracy:.1f}% of {totals[c]}"
-            classes.append((isolated(run.classes[c], 36), accuracy / 100, note))
-    classes.sort(key=lambda row: row[1])
-    yield ranking("accuracy per class, the lowest first", classes[:40])
+    mistakes = name_mistakes(run.confusion, run.classes)
+    per_class = mistakes["per_class"]
+    rows = []
+    for true, predicted, images in mistakes["confusions"][:20]:
+        total = per_class[true]["images"]
+        label = f"{isolated(true, 18)} taken for {isolated(predicted, 18)}"
+        rows.append((label, images / total, f"{images} of {total}"))
+    if rows:
+        yield ranking("the most frequent confusions", rows)
+    rows = []
+    for name, found in sorted(per_class.items(), key=lambda item: item[1]["top1"])[:40]:
+        note = "{top1:.1f}% of {images}".format(**found)
+        rows.append((isolated(name, 36), found["top1"] / 100, note))
+    yield ranking("accuracy per class, the lowest first", rows)
 
 
 def draw_load(run):
@@ -1109,14 +1107,7 @@ def describe(run, args):
         about["pictures"] = [describe_picture(example) for example in run.examples]
         return about
     about["top1"] = top1(run)
-    about["per_class"], about["confusions"] = {}, []
-    totals = run.confusion.sum(1).tolist()
-    for c, accuracy in enumerate(accuracy_per_class(run.confusion).tolist()):
-        if totals[c]:
-            about["per_class"][run.classes[c]] = dict(top1=accuracy, images=totals[c])
-    for true, predicted, images in worst_pairs(run.confusion):
-        about["confusions"].append([run.classes[true], run.classes[predicted], images])
-    return about
+    return about | name_mistakes(run.confusion, run.classes)
 
 
 def describe_picture(example):

@@ -27,8 +27,8 @@ from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
                              cumulative, cut_out, escape, file_svg, heat_map, inspect,
                              known_factors, make_files, mutual_information, overlay, palette,
-                             panel_svg, picture, plot, routing_csv, row_shares, short, similarity,
-                             text, tiles, tint, top_classes)
+                             panel_svg, picture, plot, points_of, ranking, read_log, routing_csv,
+                             row_shares, short, similarity, text, tiles, tint, top_classes)
 from moe import Routing
 
 CPU = torch.device("cpu")
@@ -50,7 +50,8 @@ def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, 
             **options):
     """The LayerCounts of one hand-made layer, fed `batch` images at a time (None: all at once)."""
     labels = torch.tensor(labels or [0] * len(choices))
-    layer = LayerCounts(num_experts, grid, {"class": (labels, num_classes)}, **options)
+    factors = {"class": (labels, num_classes)}
+    layer = LayerCounts(len(labels), num_experts, grid, factors, **options)
     batch, tokens = batch or len(choices), len(choices[0])
     for i in range(0, len(choices), batch):
         part = None if probs is None else probs[i * tokens:(i + batch) * tokens]
@@ -333,8 +334,9 @@ class RedDecides(nn.Module):
     A second layer takes the mean of 2 x 2 pixels.
     """
 
-    def __init__(self, side, num_experts, grids=1):
+    def __init__(self, side, num_experts, num_classes, grids=1):
         super().__init__()
+        self.num_classes = num_classes
         self.grids = [(0, side >> i, side >> i) for i in range(grids)]
         self.moe_blocks = list(range(1, 1 + grids))
         self.num_experts = num_experts
@@ -345,7 +347,12 @@ class RedDecides(nn.Module):
         for i in range(len(self.grids)):
             level = nn.functional.avg_pool2d(red, 1 << i).round().long().flatten(1)
             routings.append(routing(level.tolist(), self.num_experts))
-        return None, routings
+        return self.logits(red), routings
+
+    def logits(self, red):
+        """The first pixel decides the class: logits 3 for it, and 0 for the others."""
+        first = red[:, 0, 0].round().long() % self.num_classes
+        return 3.0 * nn.functional.one_hot(first, self.num_classes)
 
 
 def red_images(values, side=2):
@@ -355,15 +362,20 @@ def red_images(values, side=2):
     return images
 
 
-def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
+def stub(config, classes):
+    """What inspect() reads of a checkpoint's dict."""
+    return dict(config=config, classes=list(classes), mean=MEAN, std=STD, args={})
+
+
+def red_run(values, num_experts, labels, classes, side=2, grids=1, path="stub.pt", **options):
     """inspect() on such images: its Findings, and its arguments."""
     usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
                  data="red", split="all")
     args = SimpleNamespace(**usual | options)
     data = TensorImages(red_images(values, side), torch.tensor(labels), classes)
-    checkpoint = dict(config=dict(model="stub", num_experts=num_experts), mean=MEAN, std=STD)
-    model = RedDecides(side, num_experts, grids)
-    return inspect("stub.pt", model, checkpoint, data, args, CPU), args
+    config = dict(model="stub", num_experts=num_experts)
+    model = RedDecides(side, num_experts, len(classes), grids)
+    return inspect(path, model, stub(config, classes), data, args, CPU), args
 
 
 @pytest.mark.statistics
@@ -399,17 +411,17 @@ def test_examples_show_their_own_routing():
     values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
     # The middles of the two halves are images 1 and 4.
     run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)
-    assert [label for label, _, _ in run.examples] == [1, 0]
-    for (_, image, maps), i in zip(run.examples, (1, 4)):
-        assert torch.equal(image, red_images(values)[i])
-        assert maps[0].flatten().tolist() == values[i]
+    assert [example.title for example in run.examples] == ["b", "a"]
+    for example, i in zip(run.examples, (1, 4)):
+        assert torch.equal(example.image, red_images(values)[i])
+        assert example.maps[0].flatten().tolist() == values[i]
 
 
 @pytest.mark.statistics
 def test_examples_are_spread_over_the_data():
     """Eight examples of fifteen images: every second one, up to the last class."""
     run, _ = red_run([[i] * 4 for i in range(15)], 15, [0] * 15, ["a"], examples=8)
-    shown = [maps[0].flatten()[0].item() for _, _, maps in run.examples]
+    shown = [example.maps[0].flatten()[0].item() for example in run.examples]
     assert shown == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
@@ -429,9 +441,10 @@ def test_an_image_that_cannot_be_read_is_named():
             return self.images[indices], self.labels[indices], unreadable
 
     data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
-    layer = LayerCounts(2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
+    layer = LayerCounts(3, 2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
+    loader = eval_loader(data, 2, 0, CPU)
     with pytest.raises(ValueError, match="cannot read image 1: repair or replace"):
-        count_choices(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
+        count_choices(RedDecides(2, 2, 1), loader, [layer], [0], stub({}, ["a"]), CPU)
 
 
 @pytest.mark.statistics
@@ -439,14 +452,14 @@ def test_a_router_that_computes_nan_is_refused():
     """A checkpoint with broken weights gets no report with NaN in it."""
     class Broken(RedDecides):
         def forward(self, images, return_routing):
-            _, (good,) = super().forward(images, return_routing)
-            return None, [good._replace(probs=good.probs * math.nan)]
+            logits, (good,) = super().forward(images, return_routing)
+            return logits, [good._replace(probs=good.probs * math.nan)]
 
     data = TensorImages(red_images([[0, 1, 1, 1]]), torch.tensor([0]), ["a"])
-    checkpoint = dict(config=dict(num_experts=2), mean=MEAN, std=STD)
+    checkpoint = stub(dict(num_experts=2), ["a"])
     args = SimpleNamespace(max_images=None, batch_size=2, workers=0, all_choices=False, examples=0)
     with pytest.raises(ValueError, match="a.pt: the router of block 1 computes .* not finite"):
-        inspect("a.pt", Broken(2, 2), checkpoint, data, args, CPU)
+        inspect("a.pt", Broken(2, 2, 1), checkpoint, data, args, CPU)
 
 
 @pytest.mark.statistics
@@ -471,7 +484,7 @@ def test_experts_that_follow_the_object_are_found():
     """Experts for background and object have an information of 1 with `object`, 0 with shape."""
     data = Shapes(200, seed=2, transform=lambda images: images)
     factors = known_factors(data, torch.arange(200), (0, 8, 8))
-    layer = LayerCounts(2, (0, 8, 8), factors)
+    layer = LayerCounts(200, 2, (0, 8, 8), factors)
     layer.add(routing(factors["object"][0].tolist(), 2))
     found = layer.summary(data.classes)["information"]
     assert_close(found["object"]["normalized"], 1.0)
@@ -590,14 +603,54 @@ def test_labels_have_room(count):
 
 @pytest.mark.report
 def test_a_curve_by_hand():
-    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. None has none."""
-    marks, texts = parse(plot("", [[0, 0.5, 1], None], [(1, 2, 3), (4, 5, 6)], 3))
+    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. [] has none."""
+    marks, texts = parse(plot("", [[(1, 0), (2, 0.5), (3, 1)], []], [(1, 2, 3), (4, 5, 6)], "time"))
     *axis, curve = marks["polyline"]
-    assert curve["points"] == "34.0,150.0 171.0,78.0 308.0,6.0"
+    assert curve["points"].split()[:3] == ["40.0,150.0", "174.0,78.0", "308.0,6.0"]
     assert curve["stroke"] == "rgb(1, 2, 3)"
     assert len(axis) == 3 and {line["stroke"] for line in axis} == {"rgb(136, 136, 136)"}
-    ticks = {(34, 165): "1", (171, 165): "2", (308, 165): "3"}
-    assert ticks.items() <= texts.items()
+    ticks = {(40, 165): "1", (174, 165): "2", (308, 165): "3", (160, 180): "time"}
+    heights = {(35, 154): "0", (35, 82): "0.5", (35, 10): "1"}
+    assert (ticks | heights).items() <= texts.items()
+
+
+@pytest.mark.report
+def test_a_curve_with_gaps_and_one_of_a_single_point():
+    """A missing epoch is bridged. One point is drawn twice in its place: SVG makes that a dot."""
+    panel = plot("", [[(1, 8), (4, 2)], [(2, 4)]], [(1, 2, 3), (4, 5, 6)], "", 2, ["a", "b"])
+    marks, texts = parse(panel)
+    _, middle, _, gap, dot = [line["points"].split() for line in marks["polyline"]]
+    # Epoch 2 is a third of 268 pixels to the right of 40. 8 is the top, 144 pixels high.
+    assert gap[:2] == ["40.0,6.0", "308.0,114.0"] and dot == ["129.3,78.0"] * 2
+    assert middle == ["40.0,114.0", "308.0,114.0"]
+    assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 320 / 3]
+    assert texts[14, 201] == "a" and texts[35, 118] == "2"
+
+
+@pytest.mark.report
+def test_numbers_of_an_axis_have_room():
+    """A middle line close to the top one, or to 0, keeps its line but gets no number."""
+    for middle, shown in ((7.9, "8"), (0.1, "0")):
+        marks, texts = parse(plot("", [[(1, 8), (2, 1)]], [(1, 2, 3)], "", middle))
+        numbers = [name for (x, _), name in texts.items() if x == 35]
+        assert len(marks["polyline"]) == 4 and f"{middle}" not in numbers[:0] and "0" in numbers
+        assert len(numbers) == 2, shown
+
+
+@pytest.mark.report
+def test_a_thousand_epochs_are_few_points():
+    """A curve has about a point per two pixels, the last one among them."""
+    marks, _ = parse(plot("", [[(n, n) for n in range(1, 1001)]], [(1, 2, 3)], ""))
+    points = marks["polyline"][-1]["points"].split()
+    assert 100 <= len(points) <= 160 and points[-1] == "308.0,6.0"
+
+
+@pytest.mark.report
+def test_ranking_by_hand():
+    """Each row has its label on the left, its note on the right and a bar of its share below."""
+    marks, texts = parse(ranking("", [("a", 0.5, "1 of 2"), ("b", 0, "0 of 9")]))
+    assert [place(bar) for bar in marks["rect"]] == [[0, 17, 160, 4], [0, 41, 1, 4]]
+    assert texts == {(0, 12): "a", (320, 12): "1 of 2", (0, 36): "b", (320, 36): "0 of 9"}
 
 
 @pytest.mark.report
