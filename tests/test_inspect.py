@@ -23,9 +23,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader
+from eval import (MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader,
+                  eval_transform, load_checkpoint, normalize, read_image)
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
-                             cumulative, cut_out, escape, file_svg, heat_map, inspect,
+                             cumulative, cut_out, draw_balance, draw_curves, draw_examples,
+                             draw_mistakes, escape, file_svg, heat_map, inspect,
                              known_factors, make_files, mutual_information, overlay, palette,
                              panel_svg, picture, plot, points_of, ranking, read_log, routing_csv,
                              row_shares, short, similarity, text, tiles, tint, top_classes)
@@ -623,18 +625,18 @@ def test_a_curve_with_gaps_and_one_of_a_single_point():
     # Epoch 2 is a third of 268 pixels to the right of 40. 8 is the top, 144 pixels high.
     assert gap[:2] == ["40.0,6.0", "308.0,114.0"] and dot == ["129.3,78.0"] * 2
     assert middle == ["40.0,114.0", "308.0,114.0"]
-    assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 320 / 3]
+    assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 106.67]
     assert texts[14, 201] == "a" and texts[35, 118] == "2"
 
 
 @pytest.mark.report
-def test_numbers_of_an_axis_have_room():
-    """A middle line close to the top one, or to 0, keeps its line but gets no number."""
-    for middle, shown in ((7.9, "8"), (0.1, "0")):
-        marks, texts = parse(plot("", [[(1, 8), (2, 1)]], [(1, 2, 3)], "", middle))
-        numbers = [name for (x, _), name in texts.items() if x == 35]
-        assert len(marks["polyline"]) == 4 and f"{middle}" not in numbers[:0] and "0" in numbers
-        assert len(numbers) == 2, shown
+@pytest.mark.parametrize("middle", [7.9, 0.1])
+def test_numbers_of_an_axis_have_room(middle):
+    """A line close to the one below it is drawn without a number."""
+    marks, texts = parse(plot("", [[(1, 8), (2, 1)]], [(1, 2, 3)], "", middle))
+    numbers = {name for (x, _), name in texts.items() if x == 35}
+    assert len(marks["polyline"]) == 4
+    assert numbers == ({"0", "7.9"} if middle == 7.9 else {"0", "8"})
 
 
 @pytest.mark.report
@@ -799,7 +801,11 @@ def test_the_report_has_a_picture_per_layer(case):
     layers, examples = len(run.layers), len(run.examples)
     # Per layer: load, map, classes, similarity, patches and curves. Then one per example, two
     # legends, depth, and factors measured and by chance.
-    assert page.open == [] and page.tags.count("svg") == 6 * layers + examples + 2 + 1 + 2
+    panels = 6 * layers + examples + 2 + 1 + 2
+    # Accuracy per class, the matrix of up to 40 classes, and the confusions if there are any.
+    wrong = run.confusion.sum() > run.confusion.trace()
+    panels += 1 + (len(run.classes) <= 40) + int(wrong)
+    assert page.open == [] and page.tags.count("svg") == panels
 
 
 @pytest.mark.report
@@ -809,7 +815,7 @@ def test_every_figure_is_also_an_svg_file(case):
     *values, options = EXTREMES[case]
     run, args = red_run(*values, **options)
     files = make_files([run], args)
-    names = {f"{figure}.svg" for figure in FIGURES}
+    names = {f"{figure}.svg" for figure in FIGURES.keys() - {"curves", "balance"}}  # without a log
     assert set(files) == {"summary.json", "routing.csv", "report.html"} | names
     panels = 0
     for name in names:
@@ -824,6 +830,7 @@ def test_every_figure_is_also_an_svg_file(case):
 def test_the_caption_of_a_figure_is_its_docstring():
     """The report says above each figure what its function's docstring says."""
     run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    run = run._replace(log={1: dict(epoch=1, lr=1, load=[[0.5, 0.5]])})
     page = Page(make_files([run], args)["report.html"])
     said = " ".join(page.text.split())
     for draw in FIGURES.values():
@@ -959,7 +966,8 @@ def test_one_command_writes_everything(checkpoint, monkeypatch):
     run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40",
              "--all-choices", "--out", "deep/out")
     expected = ["summary.json", "report.html"]
-    for name in ("routing.csv", *(f"{figure}.svg" for figure in FIGURES)):
+    figures = FIGURES.keys() - {"curves", "balance"}  # there is no log
+    for name in ("routing.csv", *(f"{figure}.svg" for figure in figures)):
         expected += [name, name.replace(".", "_compare.")]
     assert sorted(os.listdir("deep/out")) == sorted(expected)
     summary = json.loads(Path("deep/out/summary.json").read_text())
@@ -1015,8 +1023,6 @@ def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
 
 @pytest.mark.report
 @pytest.mark.parametrize("argv, message", [
-    (["dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
-    (["sparse.pt", "--compare", "dense.pt"], "dense.pt is a dense model, it has no experts"),
     (["sparse.pt", "--out", "sparse.pt"], "--out sparse.pt cannot be a folder"),
     (["sparse.pt", "--out", "/proc/out"], "--out /proc/out cannot be a folder"),
     (["missing.pt"], "no checkpoint at missing.pt")])
@@ -1057,3 +1063,216 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left.*make room or choose another --out"):
         inspect_experts.write_files(str(tmp_path), {"summary.json": "new"})
     assert (tmp_path / "summary.json").read_text() == "old"
+
+
+# ---------------------------------------------------------------- how it went, and what is wrong
+
+
+@pytest.mark.statistics
+def test_broken_lines_of_a_log_are_left_out(tmp_path):
+    """Half a line, an empty one, and what is no object are skipped; a later line replaces one."""
+    lines = ['{"epoch": 1, "lr": 1}', '{"epoch": 2, "l', "", "[1]", '{"lr": 5}', '{"epoch": "3"}',
+             '{"epoch": 4, "lr": 4, }', '{"epoch": 5, "lr": 5}', '{"epoch": 5, "lr": 6}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\x00")
+    log = read_log(str(tmp_path / "best.pt"))
+    assert log == {1: dict(epoch=1, lr=1), 5: dict(epoch=5, lr=6)}
+
+
+@pytest.mark.statistics
+def test_without_a_log_there_is_none(tmp_path):
+    """A checkpoint that was copied elsewhere has no log beside it."""
+    assert read_log(str(tmp_path / "best.pt")) == {}
+
+
+@pytest.mark.statistics
+def test_points_of_a_log_by_hand():
+    """Epochs without the number are left out: missing, of another kind, or not finite."""
+    log = {3: dict(lr=0.5, load=[[1, 2], [3, 4]]), 1: dict(lr=1), 2: {}, 4: dict(lr="high"),
+           5: dict(lr=math.nan, load=[[5]]), 6: dict(lr=None, load=7)}
+    assert points_of(log, "lr") == [(1, 1), (3, 0.5)]
+    assert points_of(log, "load", 1, 0) == [(3, 3)]
+    assert points_of(log, "load", 0, 1) == [(3, 2)]
+    assert points_of({}, "lr") == []
+
+
+def write_log(folder, lines):
+    """A log.jsonl in a folder, for a checkpoint there."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (Path(folder) / "log.jsonl").write_text(text + '{"epoch": 9, "tr')
+
+
+@pytest.mark.report
+def test_curves_show_the_log(tmp_path):
+    """Every point of the curves is the number of its epoch, as high as its share of the top."""
+    lines = [dict(epoch=1, lr=0.25, val_loss=4.0, top1=10, load=[[0.75, 0.25]], train_loss=2.0),
+             dict(epoch=2, lr=0.5, val_loss=1.0, top1=40),  # trained before an interruption
+             dict(epoch=3, lr=0.125, val_loss=2.0, top1=20, load=[[0.5, 0.5]], train_loss=1.0)]
+    write_log(tmp_path, lines)
+    run, _ = red_run([[0, 1, 1, 1]], 2, [0], ["a"], path=str(tmp_path / "best.pt"))
+
+    def expected(values, top):
+        points = [f"{40 + 134 * (epoch - 1):.1f},{150 - 144 * value / top:.1f}"
+                  for epoch, value in values]
+        return points + points[-1:]
+
+    drawn = []
+    for panel in [*draw_curves(run), *draw_balance(run)]:
+        marks, texts = parse(panel)
+        drawn += [line["points"].split() for line in marks["polyline"]
+                  if line["stroke"] != "rgb(136, 136, 136)"]
+    each = [("val_loss", 4), ("train_loss", 4), ("top1", 40), ("lr", 0.5)]
+    wanted = []
+    for field, top in each:
+        wanted.append(expected([(l["epoch"], l[field]) for l in lines if field in l], top))
+    for e in range(2):
+        wanted.append(expected([(l["epoch"], l["load"][0][e]) for l in lines if "load" in l], 0.75))
+    assert drawn == wanted
+
+
+@pytest.mark.report
+def test_mistakes_by_a_loop():
+    """Matrix, confusions and accuracies are what a loop over the images counts."""
+    values = torch.randint(0, 4, (60, 4)).tolist()
+    labels = torch.randint(0, 4, (60,)).tolist()
+    names = ["ant", "bee", "cat", "dog"]
+    run, args = red_run(values, 4, labels, names)
+    counts = {}
+    for label, pixels_of_image in zip(labels, values):
+        pair = (label, pixels_of_image[0])  # the stub predicts the first pixel
+        counts[pair] = counts.get(pair, 0) + 1
+    for true in range(4):
+        for predicted in range(4):
+            assert run.confusion[true, predicted] == counts.get((true, predicted), 0)
+    summary = json.loads(make_files([run], args)["summary.json"])
+    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
+    assert_close(summary["top1"], 100 * right / 60)
+    for c, name in enumerate(names):
+        total = labels.count(c)
+        expected = dict(top1=100 * counts.get((c, c), 0) / total, images=total)
+        assert_close(summary["per_class"][name], expected)
+    wrong = {(names[a], names[b]): n for (a, b), n in counts.items() if a != b}
+    assert {(a, b): n for a, b, n in summary["confusions"]} == wrong
+    matrix, pairs, classes = draw_mistakes(run)
+    _, texts = parse(matrix)
+    for true in range(4):
+        for predicted in range(4):
+            share = counts.get((true, predicted), 0) / labels.count(true)
+            shown = texts[110 + (predicted + 0.5) * 52.5, 20 + (true + 0.5) * 18]
+            assert abs(float(shown) - share) <= 0.005001
+    _, texts = parse(pairs)
+    a, b, n = summary["confusions"][0]
+    assert texts[0, 12] == f"\u2068{a}\u2069 taken for \u2068{b}\u2069"
+    assert texts[320, 12] == f"{n} of {labels.count(names.index(a))}"
+    _, texts = parse(classes)
+    lowest = min(found["top1"] for found in summary["per_class"].values())
+    assert texts[320, 12].startswith(f"{lowest:.1f}% of")
+
+
+@pytest.mark.report
+def test_many_classes_have_no_matrix():
+    """Above 40 classes the lists say what a matrix could not show."""
+    names = [f"class {i}" for i in range(50)]
+    run, _ = red_run([[0, 1, 1, 1]] * 50, 2, list(range(50)), names)
+    titles = [panel.title for panel in draw_mistakes(run)]
+    assert titles == ["the most frequent confusions", "accuracy per class, the lowest first"]
+
+
+@pytest.mark.report
+def test_examples_say_what_was_predicted():
+    """Above an example is its class, and below it the predicted one with its probability."""
+    run, _ = red_run([[0, 1, 1, 1], [0, 1, 1, 1]], 2, [0, 1], ["ant", "bee"])
+    _, right, wrong = draw_examples(run)
+    probability = 100 / (1 + math.exp(-3))  # logits of 3 and 0
+    for panel, title, verdict in ((right, "ant", "right"), (wrong, "bee", "wrong")):
+        assert panel.title == title
+        _, texts = parse(panel)
+        assert f"{verdict}: \u2068ant\u2069 {probability:.1f}%" in texts.values()
+
+
+@pytest.mark.report
+def test_a_dense_checkpoint_has_a_report(checkpoint, monkeypatch, capsys):
+    """Curves, mistakes and pictures: what a model without experts has. A sentence says so."""
+    path = checkpoint("dense.pt")
+    write_log(".", [dict(epoch=1, lr=1, val_loss=1, top1=3)])
+    run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
+    expected = ["curves.svg", "fig6.svg", "mistakes.svg", "report.html", "summary.json"]
+    assert sorted(os.listdir("out")) == expected
+    page = Page(Path("out/report.html").read_text())
+    assert page.open == [] and "it has no experts, so their figures are left out" in page.text
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert f"top-1 {summary['top1']:.2f}%; a dense model" in capsys.readouterr().out
+
+
+@pytest.mark.report
+def test_a_dense_model_beside_a_sparse_one(checkpoint, monkeypatch):
+    """With --compare each has the figures that it can have."""
+    dense, sparse = checkpoint("dense.pt"), checkpoint("sparse.pt", moe_layers="last2")
+    run_main(monkeypatch, sparse, "--compare", dense, "--data", "shapes", "--out", "out")
+    files = set(os.listdir("out"))
+    assert {"fig5.svg", "mistakes.svg", "mistakes_compare.svg", "routing.csv"} <= files
+    assert not {"fig5_compare.svg", "routing_compare.csv"} & files
+
+
+def save_pictures(count):
+    """Pictures without classes, and one's own file names."""
+    os.makedirs("own")
+    for i in range(count):
+        Image.new("RGB", (40, 36), (4 * i, 100, 50)).save(f"own/photo {i:02}.png")
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("options", [dict(moe_layers="last2"), {}])
+@pytest.mark.parametrize("data", ["own", "own/photo 01.png"])
+def test_own_pictures(checkpoint, monkeypatch, capsys, options, data):
+    """No classes: the five best ones with their probabilities, and the routing of each layer."""
+    save_pictures(3)
+    path = checkpoint("a.pt", **options)
+    run_main(monkeypatch, path, "--data", data, "--workers", "0", "--out", "out")
+    assert sorted(os.listdir("out")) == ["fig6.svg", "report.html", "summary.json"]
+    found = json.loads(Path("out/summary.json").read_text())["pictures"]
+    files = [f"own/photo {i:02}.png" for i in range(3)] if data == "own" else [data]
+    assert [picture["file"] for picture in found] == files
+    model, saved = load_checkpoint(path, CPU)
+    page, printed = Path("out/report.html").read_text(), capsys.readouterr().out
+    for shown in found:
+        pixels = read_image(shown["file"])
+        inputs = normalize(eval_transform(32, 1.0)(pixels).unsqueeze(0), MEAN, STD)
+        with torch.no_grad():
+            logits, routings = model(inputs, return_routing=True)
+        probs = dict(zip(saved["classes"], logits.softmax(1)[0].tolist()))
+        best = sorted(probs, key=probs.get, reverse=True)[:5]
+        assert shown["classes"] == best
+        assert_close(shown["probabilities"], [probs[name] for name in best])
+        for experts, routing in zip(shown["experts"], routings, strict=True):
+            assert sum(experts, []) == routing.experts[:, 0].tolist()
+        assert os.path.basename(shown["file"]) in page and f"{shown['file']}: " in printed
+        assert f"\u2068{best[0]}\u2069 {100 * probs[best[0]]:.1f}%" in page
+
+
+@pytest.mark.report
+def test_at_most_fifty_pictures(checkpoint, monkeypatch, capsys):
+    """More than 50 pictures would be a page that nobody reads: a warning says so."""
+    save_pictures(52)
+    path = checkpoint("a.pt", moe_layers="last2")
+    run_main(monkeypatch, path, "--data", "own", "--workers", "0", "--out", "out")
+    found = json.loads(Path("out/summary.json").read_text())["pictures"]
+    assert len(found) == 50 and found[49]["file"] == "own/photo 49.png"
+    assert "52 pictures in own: the first 50 are shown" in capsys.readouterr().err
+
+
+@pytest.mark.report
+def test_a_broken_picture_is_named(checkpoint, monkeypatch):
+    """A file that is no picture ends in one line with its name."""
+    Path("photo.jpg").write_bytes(b"no picture")
+    path = checkpoint("a.pt", moe_layers="last2")
+    with pytest.raises(ValueError, match="cannot read photo.jpg: repair or replace"):
+        run_main(monkeypatch, path, "--data", "photo.jpg", "--workers", "0", "--out", "out")
+
+
+@pytest.mark.report
+def test_headings_of_the_table_are_explained():
+    """Below the first table stands what each of its columns means."""
+    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    said = Page(make_files([run], args)["report.html"]).text
+    for title, (_, meaning) in inspect_experts.KEY_NUMBERS.items():
+        assert f"{title}: {meaning}" in said
