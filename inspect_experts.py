@@ -662,7 +662,7 @@ def plot(title, curves, colours, x_title, middle=None, names=()):
     """Draw curves: lists of points (x, y), x = 1, 2, ..., y from 0 up. An empty one is not drawn.
 
     middle: height of the grey line between those at 0 and at the top; None for half of the top.
-    names: of the curves, for a legend.
+    names: of the curves, for a legend; "" for one that is not drawn.
     """
     xs, ys = zip(*itertools.chain.from_iterable(curves))
     N, top = max(xs), max(ys) or 1
@@ -688,7 +688,8 @@ def plot(title, curves, colours, x_title, middle=None, names=()):
             marks.append(line(shown, colour))
     for i, (name, colour) in enumerate(zip(names, colours)):
         x = i * WIDTH / 3
-        marks += [rect(x, 192, 10, 10, colour), text(x + 14, 201, name)]
+        if name:
+            marks += [rect(x, 192, 10, 10, colour), text(x + 14, 201, name)]
     return Panel(title, 210 if names else 190, marks)
 
 
@@ -737,7 +738,7 @@ def draw_curves(run):
         curves = [points_of(run.log, field) for field in fields.values()]
         names = []
         for name, points in zip(fields, curves):
-            names.append(f"{name} {points[-1][1]:.3g}" if points else f"{name}: none")
+            names.append(f"{name} {points[-1][1]:.3g}" if points else "")
         if any(curves):
             yield plot(title, curves, (BLUE, *PALETTE[::2]), "epoch", names=names)
 
@@ -778,7 +779,7 @@ def draw_mistakes(run):
     rows = []
     for true, predicted, images in mistakes["confusions"][:20]:
         total = per_class[true]["images"]
-        label = f"{isolated(true, 18)} taken for {isolated(predicted, 18)}"
+        label = f"{isolated(true, 15)} taken for {isolated(predicted, 15)}"
         rows.append((label, images / total, f"{images} of {total}"))
     if rows:
         yield ranking("the most frequent confusions", rows)
@@ -827,9 +828,10 @@ def draw_examples(run):
         panel = tiles(title, pictures, labels, per_row)
         marks, y = panel.marks, panel.height + 8
         for name, probability in example.answers if own else example.answers[:1]:
-            right = "right" if name == example.title else "wrong"
-            verdict = "" if own else f"{right}: "
-            marks.append(text(0, y, f"{verdict}{isolated(name, 36)} {100 * probability:.1f}%"))
+            answer = f"{isolated(name, 36)} {100 * probability:.1f}%"
+            if not own:
+                answer = ("right: " if name == example.title else "wrong: ") + answer
+            marks.append(text(0, y, answer))
             y += 16
         yield Panel(title, y, marks)
 
@@ -1069,10 +1071,11 @@ def report_html(runs, figures, about):
 
     figures: see draw_all(). about: a sentence for the head.
     """
+    title = "What the experts do" if runs[0].layers else "What the model does"
     heads = "".join(key_numbers(run) for run in runs)
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
-            "<meta name=viewport content='width=device-width'><title>What the experts do</title>"
-            f"<style>{STYLE}</style><h1>What the experts do</h1><p>{escape(about)}</p>"
+            "<meta name=viewport content='width=device-width'>"
+            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{escape(about)}</p>"
             f"<div class=panels>{heads}</div>{figures}</html>\n")
 
 
