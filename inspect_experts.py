@@ -1,6 +1,7 @@
 """Show what each expert of a sparse checkpoint does: numbers to cite and figures to look at.
 
     python inspect_experts.py runs/convnext_nano-shapes-1/best.pt --data shapes --out inspect
+    python inspect_experts.py runs/convnext_nano-shapes-1/best.pt --data photo.jpg --out photo
 
 This is the model inspection of "Mixture of Experts for Image Classification: What's the Sweet
 Spot?" (Videau et al., TMLR 2025), section 5.6, Figures 5 to 10. It adds what the paper could not
@@ -11,6 +12,10 @@ The way of a routing, from the layer to the report:
    of its layer.
 2. After the last image, LayerCounts.summary() turns the sums into the numbers of summary.json.
 3. Each figure draws the numbers once, as SVG, which goes into report.html and into a file.
+
+The report begins with how the training went (log.jsonl beside the checkpoint) and what the model
+gets wrong. A dense checkpoint has these two only. Own pictures, one file or a folder of them, need
+no classes: the report shows the answer and the routing of each.
 
 DIR then holds report.html (one file, opens from disk), summary.json (all numbers), routing.csv
 (patches per layer, class and expert, as UTF-8 with a byte order mark) and one SVG file per figure.
@@ -27,6 +32,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -36,6 +42,8 @@ import sys
 import tempfile
 import unicodedata
 from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,8 +53,9 @@ from PIL import Image, ImageColor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (PALETTE, auto_workers, autocast, best_dtype, eval_loader, eval_transform, fail,
-                  load_checkpoint, match_classes, normalize, number, open_dataset, start_loader)
+from eval import (PALETTE, auto_workers, autocast, best_dtype, class_probabilities, eval_loader,
+                  eval_transform, fail, load_checkpoint, match_classes, name_mistakes, normalize,
+                  number, one_line, open_dataset, open_pictures, start_loader, warn)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -141,6 +150,34 @@ def top_classes(table, classes, count=5):
     return found
 
 
+def read_log(checkpoint):
+    """Read the log.jsonl beside a checkpoint, the path: {epoch: dict}, empty if there is none.
+
+    A line that train.py did not write whole is left out.
+    """
+    log = {}
+    with suppress(OSError):
+        lines = Path(checkpoint).with_name("log.jsonl").read_text(errors="replace")
+        for line in lines.splitlines():
+            whole = re.fullmatch(r'{"epoch": (\d{1,6}),.*}', line)
+            with suppress(ValueError):
+                if whole:
+                    log[int(whole[1])] = json.loads(line)
+    return log
+
+
+def points_of(log, *keys):
+    """List (epoch, log[epoch][key][key]...) for the epochs that have a number there."""
+    points = []
+    for epoch, value in sorted(log.items()):
+        with suppress(LookupError, TypeError):
+            for key in keys:
+                value = value[key]
+            if math.isfinite(value):
+                points.append((epoch, value))
+    return points
+
+
 # ---------------------------------------------------------------- 2. one pass over the images
 
 
@@ -152,6 +189,7 @@ class LayerCounts:
     images per class, or if a factor is tied to the position, as objects are to the centre.
 
     Args:
+        num_images: M.
         num_experts: E.
         grid: (class tokens, rows, columns) of the layer's tokens.
         factors: {name: (levels, L)} of the M images, from known_factors().
@@ -159,14 +197,13 @@ class LayerCounts:
         keep: number of patches to keep per expert, those with the highest probability.
     """
 
-    def __init__(self, num_experts, grid, factors, all_choices=False, keep=6):
+    def __init__(self, num_images, num_experts, grid, factors, all_choices=False, keep=6):
         self.num_experts = num_experts
         self.grid = grid
         self.factors = factors
         self.all_choices = all_choices
-        labels, _ = factors["class"]
         seed = torch.Generator().manual_seed(0)
-        self.shuffled = torch.randperm(len(labels), generator=seed)  # image m by chance
+        self.shuffled = torch.randperm(num_images, generator=seed)  # image m by chance
         self.images = 0
         self.class_token = 0  # becomes (E,)
         self.histogram = 0  # (E, 1 + N), the images that send an expert 0, 1, ..., N patches
@@ -253,7 +290,8 @@ class LayerCounts:
         numbers["router_entropy_bits"] = nats.item() / math.log(2)
         numbers["information"] = self.information()
         numbers["similarity"] = similarity(self.shared, patches).tolist()
-        numbers["top_classes"] = top_classes(self.tables["class"], classes)
+        if "class" in self.tables:
+            numbers["top_classes"] = top_classes(self.tables["class"], classes)
         numbers["spatial"] = maps.view(-1, rows, columns).tolist()
         numbers["patches_per_image_cdf"] = cumulative(self.histogram)
         return numbers
@@ -272,10 +310,12 @@ def known_factors(dataset, chosen, grid):
     """Return what is known about the chosen images: {factor: (levels, L)}, levels in 0 .. L - 1.
 
     Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
-    the classes. `shapes` also knows which patches show the object (more than half of the patch)
-    and, for these, its shape, texture and colour. On the background these three are -1, which
-    counts nowhere.
+    the classes, but of own pictures nothing is known. `shapes` also knows which patches show
+    the object (more than half of the patch) and, for these, its shape, texture and colour. On the
+    background these three are -1, which counts nowhere.
     """
+    if not dataset.classes:
+        return {}
     factors = {"class": (dataset.labels[chosen].long(), len(dataset.classes))}
     if not hasattr(dataset, "factors"):
         return factors
@@ -290,32 +330,38 @@ def known_factors(dataset, chosen, grid):
 
 
 @torch.no_grad()
-def count_choices(model, loader, layers, device, mean, std, examples=()):
+def count_choices(model, loader, layers, columns, checkpoint, device, examples=()):
     """Run the model once over a loader, and add each routing to its LayerCounts in `layers`.
 
-    examples: positions of images to show. Returns for each of them (label, image (3, S, S) uint8,
-    [first choices (rows, columns) per layer]). Computes in bfloat16 where eval.py does. mean, std:
-    see normalize(). Raise ValueError at the first image that cannot be read.
+    columns: those of the logits among which a class is predicted. checkpoint: its dict. examples:
+    positions of images to show. Return the predictions, (M,) int64 indices into columns, and for
+    each example (image (3, S, S) uint8, [first choices (rows, columns) per layer], probabilities
+    (len(columns),)). Compute in bfloat16 where eval.py does. Raise ValueError at the first image
+    that cannot be read.
     """
-    shown = []
+    loss = checkpoint["args"].get("loss", "softmax")
+    predicted, shown = [], []
     seen = 0
     batches = tqdm(start_loader(loader), "inspect", len(loader), unit="batch", leave=False,
                    disable=None)
-    for images, labels, unreadable in batches:
+    for images, _, unreadable in batches:
         broken = int(unreadable.max())
         if broken >= 0:
             path = loader.dataset.path(broken)
             raise ValueError(f"cannot read {path}: repair or replace the file")
         with autocast(device, best_dtype(device)):
-            inputs = normalize(images.to(device), mean, std)
-            _, routings = model(inputs, return_routing=True)
+            inputs = normalize(images.to(device), checkpoint["mean"], checkpoint["std"])
+            logits, routings = model(inputs, return_routing=True)
+        logits = logits.float()[:, columns]
+        probs = class_probabilities(logits, loss).cpu()
+        predicted.append(logits.argmax(1).cpu())
         maps = [layer.add(routing) for layer, routing in zip(layers, routings)]
         for i in range(len(images)):
             if seen + i in examples:
                 mine = [choices[i] for choices in maps]
-                shown.append((int(labels[i]), images[i], mine))
+                shown.append((images[i], mine, probs[i]))
         seen += len(images)
-    return shown
+    return torch.cat(predicted), shown
 
 
 def cut_out(image, patch, grid):
@@ -351,16 +397,28 @@ def surest_patches(dataset, chosen, layer):
     return strips
 
 
+class Example(NamedTuple):
+    title: str  # the class of the image, or the path of an own picture
+    image: torch.Tensor  # (3, S, S) uint8, what the model sees
+    maps: list  # per MoE layer: the first choices, (rows, columns)
+    answers: list  # [[class, probability], ...], the best first
+
+
 class Findings(NamedTuple):
-    """What one checkpoint did on the data: everything that the figures and files are made of."""
+    """What one checkpoint did on the data: everything that the figures and files are made of.
+
+    Own pictures have no confusion, no log and no class_tables. A dense model has no layers.
+    """
 
     name: str  # path of the checkpoint
     config: dict  # model name and options
     images: int  # how many were counted
     classes: list  # names, in the order of the labels
+    log: dict  # see read_log()
+    confusion: torch.Tensor | None  # (true classes, predicted classes) int64 images
     layers: list  # the summary() of each MoE layer, with its number and its block
     class_tables: list  # per layer: (classes, E) int64 patches
-    examples: list  # see count_choices()
+    examples: list  # of Example
     patches: list  # per layer: its surest_patches()
 
 
@@ -371,29 +429,46 @@ def inspect(path, model, checkpoint, dataset, args, device):
     ValueError if an image cannot be read or if a router computes something that is not finite.
     """
     config = checkpoint["config"]
+    labelled = bool(dataset.classes)
+    classes = dataset.classes or checkpoint["classes"]
+    columns = match_classes(classes, checkpoint["classes"])
     M = min(len(dataset), args.max_images or len(dataset))
     chosen = torch.arange(M) * len(dataset) // M  # evenly spread: folders come class by class
-    n = max(1, min(args.examples, M))
+    n = max(1, min(args.examples, M)) if labelled else M
     middles = [(2 * i + 1) * M // (2 * n) for i in range(n)]  # of n equal parts
-    examples = middles[:args.examples]  # which may be 0
+    examples = middles[:args.examples] if labelled else middles  # --examples may be 0
     workers = auto_workers(dataset) if args.workers is None else args.workers
     loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
     counts = []
     for grid in model.grids:
         factors = known_factors(dataset, chosen, grid)
-        counts.append(LayerCounts(config["num_experts"], grid, factors, args.all_choices))
-    shown = count_choices(model, loader, counts, device, checkpoint["mean"], checkpoint["std"],
-                          examples)
+        counts.append(LayerCounts(M, config["num_experts"], grid, factors, args.all_choices))
+    predicted, shown = count_choices(model, loader, counts, columns, checkpoint, device, examples)
 
     layers = []
     for i, (block, layer) in enumerate(zip(model.moe_blocks, counts)):
         if not layer.entropy.isfinite():
             raise ValueError(f"{path}: the router of block {block} computes numbers that are not "
                              f"finite: inspect another checkpoint")
-        layers.append(dict(layer=i, block=block) | layer.summary(dataset.classes))
+        layers.append(dict(layer=i, block=block) | layer.summary(classes))
+    named = []
+    for m, (image, maps, probs) in zip(examples, shown):
+        index = int(chosen[m])
+        title = classes[dataset.labels[index]] if labelled else dataset.path(index)
+        named.append(Example(title, image, maps, best_classes(probs, classes)))
+    if not labelled:
+        return Findings(path, config, M, classes, {}, None, layers, [], named, [])
+    confusion = crosstab(dataset.labels[chosen], predicted, len(classes), len(classes))
     tables = [layer.tables["class"] for layer in counts]
     patches = [surest_patches(dataset, chosen, layer) for layer in counts]
-    return Findings(path, config, M, dataset.classes, layers, tables, shown, patches)
+    return Findings(path, config, M, classes, read_log(path), confusion, layers, tables, named,
+                    patches)
+
+
+def best_classes(probs, classes):
+    """List the five most probable classes, [[name, probability], ...]. probs (classes,)."""
+    values, best = probs.topk(min(5, len(classes)))
+    return [[classes[c], value] for c, value in zip(best.tolist(), values.tolist())]
 
 
 # ---------------------------------------------------------------- 3. figures
@@ -465,7 +540,7 @@ def line(points, colour, width=2):
     """Return a line through points, [(x, y), ...], to a tenth of a pixel."""
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return element("polyline", points=points, fill="none", stroke=f"rgb{colour}",
-                   stroke_width=width)
+                   stroke_width=width, stroke_linecap="round")
 
 
 def text(x, y, words, anchor="start", size=11):
@@ -566,11 +641,11 @@ def tiles(title, pictures, labels, per_row):
 def heat_map(title, values, rows, columns, left, height, top=1):
     """Draw a table of numbers in 0..1 as tinted cells, with the numbers if they have room.
 
-    values (rows, columns): `top` has the full colour. left: pixels for the labels of the rows.
-    height: pixels of a cell.
+    values (rows, columns): `top` and more has the full colour. left: pixels for the labels of the
+    rows. height: pixels of a cell.
     """
     width = (WIDTH - left) / len(columns)
-    cells = tint(values / top, BLUE)
+    cells = tint((values / top).clamp(max=1), BLUE)
     marks = [picture(left, 16, WIDTH - left, len(rows) * height, cells)]
     marks += labels_across(columns, left, width, 11)
     for i in range(0, len(rows), math.ceil(12 / height)):
@@ -583,26 +658,55 @@ def heat_map(title, values, rows, columns, left, height, top=1):
     return Panel(title, 20 + len(rows) * height, marks)
 
 
-def plot(title, curves, colours, N):
-    """Draw curves of shares over 1, 2, ..., N patches of an image. None is no curve."""
-    def at(n, share):
-        x = 34 + 274 * (n - 1) / max(1, N - 1)
-        return x, 150 - 144 * share
+def plot(title, curves, colours, x_title, middle=None, names=()):
+    """Draw curves: lists of points (x, y), x = 1, 2, ..., y from 0 up. An empty one is not drawn.
 
-    marks = [text(WIDTH / 2, 180, "patches of the image, at most", "middle")]
+    middle: height of the grey line between those at 0 and at the top; None for half of the top.
+    names: of the curves, for a legend; "" for one that is not drawn.
+    """
+    xs, ys = zip(*itertools.chain.from_iterable(curves))
+    N, top = max(xs), max(ys) or 1
+
+    def at(x, y):
+        return 40 + 268 * (x - 1) / max(1, N - 1), 150 - 144 * y / top
+
+    marks = [text(WIDTH / 2, 180, x_title, "middle")]
     for n in {1, math.ceil(N / 2), N}:
         x, y = at(n, 0)
         marks.append(text(x, y + 15, n, "middle"))
-    for share in (0, 0.5, 1):
-        x, y = at(1, share)
-        marks.append(text(x - 5, y + 4, share, "end"))
-        marks.append(line([(x, y), at(N, share)], GREY, 1))
-    shown = torch.linspace(1, N, min(N, 150)).round().int().tolist()  # about one per 2 pixels
-    for curve, colour in zip(curves, colours):
-        if curve:
-            points = [at(n, curve[n - 1]) for n in shown]
-            marks.append(line(points, colour))
-    return Panel(title, 190, marks)
+    lowest = math.inf  # what is not above it has no room
+    for tick in (0, middle or top / 2, top):
+        x, y = at(1, tick)
+        marks.append(line([(x, y), at(N, tick)], GREY, 1))
+        if y < lowest:
+            marks.append(text(x - 5, y + 4, f"{tick:.3g}", "end"))
+            lowest = y - 12
+    for points, colour in zip(curves, colours):
+        step = math.ceil(len(points) / 150)  # one per 2 pixels
+        shown = [at(x, y) for x, y in points[::step or 1] + points[-1:]]  # one twice is a dot
+        if shown:
+            marks.append(line(shown, colour))
+    for i, (name, colour) in enumerate(zip(names, colours)):
+        x = i * WIDTH / 3
+        if name:
+            marks += [rect(x, 192, 10, 10, colour), text(x + 14, 201, name)]
+    return Panel(title, 210 if names else 190, marks)
+
+
+def ranking(title, rows):
+    """Draw a row per (label, share in 0..1, note): the two texts, and a bar below them."""
+    marks = []
+    for i, (label, share, note) in enumerate(rows):
+        y = 24 * i
+        marks.append(text(0, y + 12, label))
+        marks.append(text(WIDTH, y + 12, note, "end"))
+        marks.append(rect(0, y + 17, max(1, WIDTH * share), 4, BLUE))
+    return Panel(title, 24 * len(rows), marks)
+
+
+def isolated(name, length):
+    """Shorten a name and mark its ends, so that an Arabic one leaves its neighbours in place."""
+    return f"\u2068{short(name, length)}\u2069"
 
 
 def legend(num_experts):
@@ -614,6 +718,76 @@ def legend(num_experts):
 
 # Each figure takes the Findings of a run and yields its panels. The first line of its docstring is
 # its heading in the report, and the rest is its caption.
+
+
+CURVES = {  # panel -> its curves: name -> field of log.jsonl
+    "loss": {"val": "val_loss", "val, EMA": "ema_val_loss", "train": "train_loss"},
+    "top-1, %": {"weights": "top1", "EMA": "ema_top1"},
+    "learning rate": {"rate": "lr"},
+}
+
+
+def draw_curves(run):
+    """How it went: losses, accuracy and learning rate per epoch
+
+    Beside each name is its last value. EMA: the averaged weights. A training loss that falls while
+    the validation loss rises means overfitting. With augmentation and noise the training loss is
+    usually the higher one.
+    """
+    for title, fields in CURVES.items():
+        curves = [points_of(run.log, field) for field in fields.values()]
+        names = []
+        for name, points in zip(fields, curves):
+            names.append(f"{name} {points[-1][1]:.3g}" if points else "")
+        if any(curves):
+            yield plot(title, curves, (BLUE, *PALETTE[::2]), "epoch", names=names)
+
+
+def draw_balance(run):
+    """How balance came about: the share of the choices that each expert gets, per epoch
+
+    The middle line is the even share, 1/E. Curves that come together show the balance losses at
+    work. A curve that falls to 0 is an expert that died. All k choices of a token are counted, on
+    training images.
+    """
+    E = run.config["num_experts"]
+    panels = []
+    for layer in run.layers:
+        curves = [points_of(run.log, "load", layer["layer"], e) for e in range(E)]
+        if any(curves):
+            panels.append(plot(f"block {layer['block']}", curves, palette(E), "epoch", 1 / E))
+    return [legend(E), *panels] if panels else []
+
+
+def draw_mistakes(run):
+    """What is wrong: which classes are taken for which
+
+    The matrix has a row per true class and a column per predicted one, by their numbers. A cell is
+    the share of the row's images, so the diagonal is right and all else is wrong. The full colour
+    is that of the strongest confusion. Above 40 classes there are only the lists: the most frequent
+    confusions and the classes of lowest accuracy.
+    """
+    C = len(run.classes)
+    if C <= 40:
+        shares = row_shares(run.confusion)
+        top = max(0.01, (shares - shares.diag().diag()).max().item())
+        labels = [f"{c} {name}" for c, name in enumerate(run.classes)]
+        title = f"true and predicted, full colour: {100 * top:.0f}%"
+        yield heat_map(title, shares, labels, range(C), 110, 18, top)
+    mistakes = name_mistakes(run.confusion, run.classes)
+    per_class = mistakes["per_class"]
+    rows = []
+    for true, predicted, images in mistakes["confusions"][:20]:
+        total = per_class[true]["images"]
+        label = f"{isolated(true, 15)} taken for {isolated(predicted, 15)}"
+        rows.append((label, images / total, f"{images} of {total}"))
+    if rows:
+        yield ranking("the most frequent confusions", rows)
+    rows = []
+    for name, found in sorted(per_class.items(), key=lambda item: item[1]["top1"])[:40]:
+        note = "{top1:.1f}% of {images}".format(**found)
+        rows.append((isolated(name, 36), found["top1"] / 100, note))
+    yield ranking("accuracy per class, the lowest first", rows)
 
 
 def draw_load(run):
@@ -634,17 +808,32 @@ def draw_load(run):
 
 
 def draw_examples(run):
-    """Who sees what: every patch tinted by its expert
+    """Pictures: the answer, and every patch tinted by its expert
 
-    First the image, then one picture per MoE layer. Look for experts that keep to the object, to
-    its outline, to the background, or to a place whatever the image shows. (Paper, Figure 6.)
+    First the square that the model sees, then one picture per MoE layer, if there are any. Below:
+    the predicted class and its probability, or the five best for own pictures. Look for experts
+    that keep to the object, to its outline, to the background, or to a place whatever the image
+    shows. (Paper, Figure 6.)
     """
-    colours = palette(run.config["num_experts"])
+    own = run.confusion is None
+    colours = palette(run.config["num_experts"]) if run.layers else []
     labels = ["image"] + [f"block {layer['block']}" for layer in run.layers]
-    yield legend(len(colours))
-    for label, image, maps in run.examples:
-        pictures = [image] + [overlay(image, experts, colours) for experts in maps]
-        yield tiles(short(run.classes[label], 45), pictures, labels, min(4, len(labels)))
+    per_row = 2 if own else min(4, max(2, len(labels)))
+    if run.layers:
+        yield legend(len(colours))
+    for example in run.examples:
+        pictures = [example.image]
+        pictures += [overlay(example.image, experts, colours) for experts in example.maps]
+        title = short(os.path.basename(example.title) if own else example.title, 45)
+        panel = tiles(title, pictures, labels, per_row)
+        marks, y = panel.marks, panel.height + 8
+        for name, probability in example.answers if own else example.answers[:1]:
+            answer = f"{isolated(name, 36)} {100 * probability:.1f}%"
+            if not own:
+                answer = ("right: " if name == example.title else "wrong: ") + answer
+            marks.append(text(0, y, answer))
+            y += 16
+        yield Panel(title, y, marks)
 
 
 def draw_spatial(run):
@@ -672,8 +861,9 @@ def draw_cumulative(run):
     colours = palette(run.config["num_experts"])
     yield legend(len(colours))
     for layer in run.layers:
-        N = math.prod(layer["grid"])
-        yield plot(f"block {layer['block']}", layer["patches_per_image_cdf"], colours, N)
+        curves = [list(enumerate(shares or [], 1)) for shares in layer["patches_per_image_cdf"]]
+        title = f"block {layer['block']}"
+        yield plot(title, curves, colours, "patches of the image, at most")
 
 
 def draw_classes(run):
@@ -746,13 +936,15 @@ def draw_patches(run):
     for layer, strips in zip(run.layers, run.patches):
         labels = []
         for e, best in enumerate(layer["top_classes"]):
-            # The two marks around a name keep one in Arabic, say, from taking the number along.
-            best = [f"\u2068{short(name, 18)}\u2069 {100 * share:.0f}%" for name, share in best[:2]]
+            best = [f"{isolated(name, 18)} {100 * share:.0f}%" for name, share in best[:2]]
             labels.append(f"{e}: {', '.join(best) or 'never chosen'}")
         yield tiles(f"block {layer['block']}", strips, labels, 1)
 
 
 FIGURES = {  # file name -> what draws it
+    "curves": draw_curves,
+    "balance": draw_balance,
+    "mistakes": draw_mistakes,
     "fig5": draw_load,
     "fig6": draw_examples,
     "fig7": draw_spatial,
@@ -763,6 +955,16 @@ FIGURES = {  # file name -> what draws it
     "factors": draw_factors,
     "patches": draw_patches,
 }
+DENSE = ("curves", "mistakes", "fig6")  # what a model without experts has
+OWN = ("fig6",)  # what pictures without classes have
+
+
+def figures_of(run):
+    """Return the names of the figures that a run has. A figure may still have no panel."""
+    if run.confusion is None:
+        return OWN
+    return tuple(FIGURES) if run.layers else DENSE
+
 
 # ---------------------------------------------------------------- 4. the files
 
@@ -778,14 +980,19 @@ td, th { padding: 3px 5px; text-align: right }
 th { border-bottom: 1px solid; vertical-align: bottom; font-weight: 600 }
 """
 SUFFIXES = ("", "_compare")  # of the names of a run's files
-KEY_NUMBERS = {  # columns of the table at the top, and their cells for a layer
-    "block": "{block}",
-    "grid": "{grid[0]}×{grid[1]}",
-    "experts per image": "{experts_per_image:.2f}",
-    "load, CV": "{coefficient_of_variation:.3f}",
-    "router, bits": "{router_entropy_bits:.2f}",
-    "class, bits": "{information[class][bits]:.3f}",
-    "class, norm.": "{information[class][normalized]:.3f}",
+KEY_NUMBERS = {  # columns of the table at the top: the cells of a layer, and what they mean
+    "block": ("{block}", "which block of the network holds the MoE layer"),
+    "grid": ("{grid[0]}×{grid[1]}", "rows and columns of the patches"),
+    "experts per image": ("{experts_per_image:.2f}", "different experts that an image uses, mean"),
+    "load, CV": ("{coefficient_of_variation:.3f}",
+                 "standard deviation of the experts' shares over their mean, 0 if all are equal"),
+    "router, bits": ("{router_entropy_bits:.2f}",
+                     "mean entropy of the router's probabilities, 0 if it is always sure and "
+                     "log2 E if it never is"),
+    "class, bits": ("{information[class][bits]:.3f}",
+                    "what the expert of a patch tells about the class of its image"),
+    "class, norm.": ("{information[class][normalized]:.3f}",
+                     "the same from 0, nothing, to 1, everything"),
 }
 
 
@@ -813,13 +1020,26 @@ def file_svg(panels, per_row=4):
 
 
 def key_numbers(run):
-    """Return the head of a run in the report: its name, its config and a row per MoE layer."""
+    """Return the head of a run in the report: name, config, accuracy and a row per MoE layer."""
     config = " ".join(f"{key}={value}" for key, value in run.config.items())
-    table = "<tr><th>" + "<th>".join(KEY_NUMBERS)
-    row = "<tr><td>" + "<td>".join(KEY_NUMBERS.values())
-    for layer in run.layers:
-        table += row.format(**layer)
-    return f"<div><h3>{escape(run.name)}</h3><p>{escape(config)}</p><table>{table}</table></div>"
+    head = f"<h3>{escape(run.name)}</h3><p>{escape(config)}</p>"
+    if run.confusion is not None:
+        head += f"<p>top-1: {top1(run):.2f}% of {run.images} images.</p>"
+    if not run.layers:
+        head += "<p>A dense model: it has no experts, so their figures are left out.</p>"
+    elif run.confusion is not None:
+        table = "<tr><th>" + "<th>".join(KEY_NUMBERS)
+        row = "<tr><td>" + "<td>".join(cell for cell, _ in KEY_NUMBERS.values())
+        for layer in run.layers:
+            table += row.format(**layer)
+        meanings = "; ".join(f"{title}: {said}" for title, (_, said) in KEY_NUMBERS.items())
+        head += f"<table>{table}</table><p>{escape(meanings)}.</p>"
+    return f"<div>{head}</div>"
+
+
+def top1(run):
+    """Return the accuracy of a run in percent."""
+    return 100 * run.confusion.trace().item() / run.images
 
 
 def draw_all(runs):
@@ -827,19 +1047,23 @@ def draw_all(runs):
 
     The files of the second run, that of --compare, have a name of their own.
     """
-    parts = []
+    page = ""
     files = {}
     for figure, draw in FIGURES.items():
-        heading, caption = draw.__doc__.split("\n", 1)
-        parts.append(f"<h2>{heading}</h2><p>{caption}</p>")
+        part = ""
         for run, suffix in zip(runs, SUFFIXES):
-            panels = list(draw(run))
+            panels = list(draw(run)) if figure in figures_of(run) else []
+            if not panels:
+                continue
             files[f"{figure}{suffix}.svg"] = file_svg(panels)
             if len(runs) > 1:
-                parts.append(f"<h3>{escape(run.name)}</h3>")
+                part += f"<h3>{escape(run.name)}</h3>"
             elements = "".join(panel_svg(panel) for panel in panels)
-            parts.append(f"<div class=panels>{elements}</div>")
-    return "".join(parts), files
+            part += f"<div class=panels>{elements}</div>"
+        if part:
+            heading, caption = draw.__doc__.split("\n", 1)
+            page += f"<h2>{heading}</h2><p>{caption}</p>{part}"
+    return page, files
 
 
 def report_html(runs, figures, about):
@@ -847,10 +1071,11 @@ def report_html(runs, figures, about):
 
     figures: see draw_all(). about: a sentence for the head.
     """
+    title = "What the experts do" if runs[0].layers else "What the model does"
     heads = "".join(key_numbers(run) for run in runs)
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8>"
-            "<meta name=viewport content='width=device-width'><title>What the experts do</title>"
-            f"<style>{STYLE}</style><h1>What the experts do</h1><p>{escape(about)}</p>"
+            "<meta name=viewport content='width=device-width'>"
+            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{escape(about)}</p>"
             f"<div class=panels>{heads}</div>{figures}</html>\n")
 
 
@@ -881,7 +1106,18 @@ def describe(run, args):
     about["versions"] = dict(python=platform.python_version(), torch=torch.__version__,
                              torchvision=torchvision.__version__)
     about["layers"] = run.layers
-    return about
+    if run.confusion is None:
+        about["pictures"] = [describe_picture(example) for example in run.examples]
+        return about
+    about["top1"] = top1(run)
+    return about | name_mistakes(run.confusion, run.classes)
+
+
+def describe_picture(example):
+    """Return what summary.json says about an own picture, a dict. experts: a grid per layer."""
+    classes, probabilities = zip(*example.answers)
+    experts = [choices.tolist() for choices in example.maps]
+    return dict(file=example.title, classes=classes, probabilities=probabilities, experts=experts)
 
 
 OTHER_ROUTERS = dict(  # what counts as a patch's choice where tokens do not choose, see moe.py
@@ -895,12 +1131,14 @@ def make_files(runs, args):
     """Return all results, {file name: str}. The second of two runs is that of --compare."""
     figures, files = draw_all(runs)
     for run, suffix in zip(runs, SUFFIXES):
-        files[f"routing{suffix}.csv"] = "\ufeff" + routing_csv(run)  # the mark is for Excel
-    counted = "all its experts" if args.all_choices else "its first choice"
-    about = (f"{runs[0].images} images of {args.data}. Every patch counts for {counted}, and the "
-             f"class token of a ViT is left out. Made with torch {torch.__version__}, after "
-             f"Videau et al., “Mixture of Experts for Image Classification: What’s the Sweet "
-             f"Spot?” (2025), section 5.6.")
+        if run.class_tables:
+            files[f"routing{suffix}.csv"] = "\ufeff" + routing_csv(run)  # the mark is for Excel
+    about = f"Images of {args.data}, made with torch {torch.__version__}."
+    if any(run.layers for run in runs):
+        counted = "all its experts" if args.all_choices else "its first choice"
+        about += (f" Every patch counts for {counted}, and the class token of a ViT is left out. "
+                  f"After Videau et al., “Mixture of Experts for Image Classification: What’s the "
+                  f"Sweet Spot?” (2025), section 5.6.")
     for router in sorted({run.config.get("router") for run in runs} & set(OTHER_ROUTERS)):
         about += f" {OTHER_ROUTERS[router]}"
     files["report.html"] = report_html(runs, figures, about)
@@ -944,7 +1182,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Show what each expert of a checkpoint does.")
     flag = parser.add_argument
     flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, help="shapes, cifar10, cifar100 or a folder")
+    flag("--data", required=True,
+         help="shapes, cifar10, cifar100, a folder, a picture or a folder of pictures")
     flag("--split", choices=("train", "val", "all"), default="all",
          help="of a folder without val/: all of it, or the held-out part (default: all)")
     flag("--out", required=True, help="folder for the results")
@@ -960,27 +1199,48 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+MOST_PICTURES = 50  # of one's own, in a report
+
+
 def open_all(path, args, device):
     """Open a checkpoint and its data: (path, model, checkpoint, data set).
 
     Raise ValueError if one of them cannot be opened or if they do not fit together.
     """
     model, checkpoint = load_checkpoint(path, device)
-    if not model.moe_blocks:
-        raise ValueError(f"{path} is a dense model, it has no experts to inspect: train one with "
-                         f"--moe-layers last2")
     transform = eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"])
-    dataset = open_dataset(args.data, args.split, transform)
-    match_classes(dataset.classes, checkpoint["classes"])
-    return path, model, checkpoint, dataset
+    pictures = open_pictures(args.data, transform)
+    if pictures is None:
+        dataset = open_dataset(args.data, args.split, transform)
+        match_classes(dataset.classes, checkpoint["classes"])
+        return path, model, checkpoint, dataset
+    if len(pictures) > MOST_PICTURES:
+        warn(f"{len(pictures)} pictures in {args.data}: the first {MOST_PICTURES} are shown")
+        pictures.files = pictures.files[:MOST_PICTURES]
+    return path, model, checkpoint, pictures
+
+
+def print_run(run):
+    """Print what a run found: the answers for own pictures, else the accuracy and the layers."""
+    if run.confusion is None:
+        print(f"{run.name}, the best classes and their probabilities in %")
+        for example in run.examples:
+            best = ", ".join(f"{name} {100 * value:.1f}" for name, value in example.answers)
+            print(f"{one_line(example.title)}: {best}")
+        return
+    print(f"{run.name}, {run.images} images, top-1 {top1(run):.2f}%", end="; ")
+    if run.layers:
+        print_layers(run)
+    else:
+        print("a dense model: it has no experts, so their figures are left out")
 
 
 def print_layers(run):
     """Print a line per MoE layer: experts per image, what the experts follow, and the load."""
     factors = list(run.layers[0]["information"])
     head = "".join(f"{name:>10}" for name in factors)
-    print(f"{run.name}, {run.images} images; what the expert of a patch says about its class and "
-          f"so on: normalised mutual information")
+    print("what the expert of a patch says about its class and so on: normalised mutual "
+          "information")
     print(f"{'block':>5}{'experts per image':>19}{head}   share of patches per expert, %")
     for layer in run.layers:
         cells = ["{block:>5}{experts_per_image:>19.2f}".format(**layer)]
@@ -998,11 +1258,13 @@ def main(args):
         opened.append(open_all(args.compare, args, device))
     open_folder(args.out)
     runs = [inspect(*one, args, device) for one in opened]
-    write_files(args.out, make_files(runs, args))
+    files = make_files(runs, args)
+    write_files(args.out, files)
     for run in runs:
-        print_layers(run)
-    print(f"written to {args.out}/: report.html, summary.json, routing.csv, "
-          f"{len(FIGURES)} figures as SVG")
+        print_run(run)
+    figures = [name for name in files if name.endswith(".svg")]
+    others = sorted(files.keys() - set(figures))
+    print(f"written to {args.out}/: {', '.join(others)}, {len(figures)} figures as SVG")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader
+from eval import (MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader,
+                  eval_transform, load_checkpoint, normalize, read_image)
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
-                             cumulative, cut_out, escape, file_svg, heat_map, inspect,
+                             cumulative, cut_out, draw_balance, draw_curves, draw_examples,
+                             draw_mistakes, escape, file_svg, heat_map, inspect,
                              known_factors, make_files, mutual_information, overlay, palette,
-                             panel_svg, picture, plot, routing_csv, row_shares, short, similarity,
-                             text, tiles, tint, top_classes)
+                             panel_svg, picture, plot, points_of, ranking, read_log, routing_csv,
+                             row_shares, short, similarity, text, tiles, tint, top_classes)
 from moe import Routing
 
 CPU = torch.device("cpu")
@@ -50,7 +52,8 @@ def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, 
             **options):
     """The LayerCounts of one hand-made layer, fed `batch` images at a time (None: all at once)."""
     labels = torch.tensor(labels or [0] * len(choices))
-    layer = LayerCounts(num_experts, grid, {"class": (labels, num_classes)}, **options)
+    factors = {"class": (labels, num_classes)}
+    layer = LayerCounts(len(labels), num_experts, grid, factors, **options)
     batch, tokens = batch or len(choices), len(choices[0])
     for i in range(0, len(choices), batch):
         part = None if probs is None else probs[i * tokens:(i + batch) * tokens]
@@ -333,8 +336,9 @@ class RedDecides(nn.Module):
     A second layer takes the mean of 2 x 2 pixels.
     """
 
-    def __init__(self, side, num_experts, grids=1):
+    def __init__(self, side, num_experts, num_classes, grids=1):
         super().__init__()
+        self.num_classes = num_classes
         self.grids = [(0, side >> i, side >> i) for i in range(grids)]
         self.moe_blocks = list(range(1, 1 + grids))
         self.num_experts = num_experts
@@ -345,7 +349,12 @@ class RedDecides(nn.Module):
         for i in range(len(self.grids)):
             level = nn.functional.avg_pool2d(red, 1 << i).round().long().flatten(1)
             routings.append(routing(level.tolist(), self.num_experts))
-        return None, routings
+        return self.logits(red), routings
+
+    def logits(self, red):
+        """The first pixel decides the class: logits 3 for it, and 0 for the others."""
+        first = red[:, 0, 0].round().long() % self.num_classes
+        return 3.0 * nn.functional.one_hot(first, self.num_classes)
 
 
 def red_images(values, side=2):
@@ -355,15 +364,20 @@ def red_images(values, side=2):
     return images
 
 
-def red_run(values, num_experts, labels, classes, side=2, grids=1, **options):
+def stub(config, classes):
+    """What inspect() reads of a checkpoint's dict."""
+    return dict(config=config, classes=list(classes), mean=MEAN, std=STD, args={})
+
+
+def red_run(values, num_experts, labels, classes, side=2, grids=1, path="stub.pt", **options):
     """inspect() on such images: its Findings, and its arguments."""
     usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
                  data="red", split="all")
     args = SimpleNamespace(**usual | options)
     data = TensorImages(red_images(values, side), torch.tensor(labels), classes)
-    checkpoint = dict(config=dict(model="stub", num_experts=num_experts), mean=MEAN, std=STD)
-    model = RedDecides(side, num_experts, grids)
-    return inspect("stub.pt", model, checkpoint, data, args, CPU), args
+    config = dict(model="stub", num_experts=num_experts)
+    model = RedDecides(side, num_experts, len(classes), grids)
+    return inspect(path, model, stub(config, classes), data, args, CPU), args
 
 
 @pytest.mark.statistics
@@ -399,17 +413,17 @@ def test_examples_show_their_own_routing():
     values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
     # The middles of the two halves are images 1 and 4.
     run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)
-    assert [label for label, _, _ in run.examples] == [1, 0]
-    for (_, image, maps), i in zip(run.examples, (1, 4)):
-        assert torch.equal(image, red_images(values)[i])
-        assert maps[0].flatten().tolist() == values[i]
+    assert [example.title for example in run.examples] == ["b", "a"]
+    for example, i in zip(run.examples, (1, 4)):
+        assert torch.equal(example.image, red_images(values)[i])
+        assert example.maps[0].flatten().tolist() == values[i]
 
 
 @pytest.mark.statistics
 def test_examples_are_spread_over_the_data():
     """Eight examples of fifteen images: every second one, up to the last class."""
     run, _ = red_run([[i] * 4 for i in range(15)], 15, [0] * 15, ["a"], examples=8)
-    shown = [maps[0].flatten()[0].item() for _, _, maps in run.examples]
+    shown = [example.maps[0].flatten()[0].item() for example in run.examples]
     assert shown == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
@@ -429,9 +443,10 @@ def test_an_image_that_cannot_be_read_is_named():
             return self.images[indices], self.labels[indices], unreadable
 
     data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
-    layer = LayerCounts(2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
+    layer = LayerCounts(3, 2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
+    loader = eval_loader(data, 2, 0, CPU)
     with pytest.raises(ValueError, match="cannot read image 1: repair or replace"):
-        count_choices(RedDecides(2, 2), eval_loader(data, 2, 0, CPU), [layer], CPU, MEAN, STD)
+        count_choices(RedDecides(2, 2, 1), loader, [layer], [0], stub({}, ["a"]), CPU)
 
 
 @pytest.mark.statistics
@@ -439,14 +454,14 @@ def test_a_router_that_computes_nan_is_refused():
     """A checkpoint with broken weights gets no report with NaN in it."""
     class Broken(RedDecides):
         def forward(self, images, return_routing):
-            _, (good,) = super().forward(images, return_routing)
-            return None, [good._replace(probs=good.probs * math.nan)]
+            logits, (good,) = super().forward(images, return_routing)
+            return logits, [good._replace(probs=good.probs * math.nan)]
 
     data = TensorImages(red_images([[0, 1, 1, 1]]), torch.tensor([0]), ["a"])
-    checkpoint = dict(config=dict(num_experts=2), mean=MEAN, std=STD)
+    checkpoint = stub(dict(num_experts=2), ["a"])
     args = SimpleNamespace(max_images=None, batch_size=2, workers=0, all_choices=False, examples=0)
     with pytest.raises(ValueError, match="a.pt: the router of block 1 computes .* not finite"):
-        inspect("a.pt", Broken(2, 2), checkpoint, data, args, CPU)
+        inspect("a.pt", Broken(2, 2, 1), checkpoint, data, args, CPU)
 
 
 @pytest.mark.statistics
@@ -471,7 +486,7 @@ def test_experts_that_follow_the_object_are_found():
     """Experts for background and object have an information of 1 with `object`, 0 with shape."""
     data = Shapes(200, seed=2, transform=lambda images: images)
     factors = known_factors(data, torch.arange(200), (0, 8, 8))
-    layer = LayerCounts(2, (0, 8, 8), factors)
+    layer = LayerCounts(200, 2, (0, 8, 8), factors)
     layer.add(routing(factors["object"][0].tolist(), 2))
     found = layer.summary(data.classes)["information"]
     assert_close(found["object"]["normalized"], 1.0)
@@ -590,14 +605,54 @@ def test_labels_have_room(count):
 
 @pytest.mark.report
 def test_a_curve_by_hand():
-    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. None has none."""
-    marks, texts = parse(plot("", [[0, 0.5, 1], None], [(1, 2, 3), (4, 5, 6)], 3))
+    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. [] has none."""
+    marks, texts = parse(plot("", [[(1, 0), (2, 0.5), (3, 1)], []], [(1, 2, 3), (4, 5, 6)], "time"))
     *axis, curve = marks["polyline"]
-    assert curve["points"] == "34.0,150.0 171.0,78.0 308.0,6.0"
+    assert curve["points"].split()[:3] == ["40.0,150.0", "174.0,78.0", "308.0,6.0"]
     assert curve["stroke"] == "rgb(1, 2, 3)"
     assert len(axis) == 3 and {line["stroke"] for line in axis} == {"rgb(136, 136, 136)"}
-    ticks = {(34, 165): "1", (171, 165): "2", (308, 165): "3"}
-    assert ticks.items() <= texts.items()
+    ticks = {(40, 165): "1", (174, 165): "2", (308, 165): "3", (160, 180): "time"}
+    heights = {(35, 154): "0", (35, 82): "0.5", (35, 10): "1"}
+    assert (ticks | heights).items() <= texts.items()
+
+
+@pytest.mark.report
+def test_a_curve_with_gaps_and_one_of_a_single_point():
+    """A missing epoch is bridged. One point is drawn twice in its place: SVG makes that a dot."""
+    panel = plot("", [[(1, 8), (4, 2)], [(2, 4)]], [(1, 2, 3), (4, 5, 6)], "", 2, ["a", "b"])
+    marks, texts = parse(panel)
+    _, middle, _, gap, dot = [line["points"].split() for line in marks["polyline"]]
+    # Epoch 2 is a third of 268 pixels to the right of 40. 8 is the top, 144 pixels high.
+    assert gap[:2] == ["40.0,6.0", "308.0,114.0"] and dot == ["129.3,78.0"] * 2
+    assert middle == ["40.0,114.0", "308.0,114.0"]
+    assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 106.67]
+    assert texts[14, 201] == "a" and texts[35, 118] == "2"
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("middle", [7.9, 0.1])
+def test_numbers_of_an_axis_have_room(middle):
+    """A line close to the one below it is drawn without a number."""
+    marks, texts = parse(plot("", [[(1, 8), (2, 1)]], [(1, 2, 3)], "", middle))
+    numbers = {name for (x, _), name in texts.items() if x == 35}
+    assert len(marks["polyline"]) == 4
+    assert numbers == ({"0", "7.9"} if middle == 7.9 else {"0", "8"})
+
+
+@pytest.mark.report
+def test_a_thousand_epochs_are_few_points():
+    """A curve has about a point per two pixels, the last one among them."""
+    marks, _ = parse(plot("", [[(n, n) for n in range(1, 1001)]], [(1, 2, 3)], ""))
+    points = marks["polyline"][-1]["points"].split()
+    assert 100 <= len(points) <= 160 and points[-1] == "308.0,6.0"
+
+
+@pytest.mark.report
+def test_ranking_by_hand():
+    """Each row has its label on the left, its note on the right and a bar of its share below."""
+    marks, texts = parse(ranking("", [("a", 0.5, "1 of 2"), ("b", 0, "0 of 9")]))
+    assert [place(bar) for bar in marks["rect"]] == [[0, 17, 160, 4], [0, 41, 1, 4]]
+    assert texts == {(0, 12): "a", (320, 12): "1 of 2", (0, 36): "b", (320, 36): "0 of 9"}
 
 
 @pytest.mark.report
@@ -746,7 +801,11 @@ def test_the_report_has_a_picture_per_layer(case):
     layers, examples = len(run.layers), len(run.examples)
     # Per layer: load, map, classes, similarity, patches and curves. Then one per example, two
     # legends, depth, and factors measured and by chance.
-    assert page.open == [] and page.tags.count("svg") == 6 * layers + examples + 2 + 1 + 2
+    panels = 6 * layers + examples + 2 + 1 + 2
+    # Accuracy per class, the matrix of up to 40 classes, and the confusions if there are any.
+    wrong = run.confusion.sum() > run.confusion.trace()
+    panels += 1 + (len(run.classes) <= 40) + int(wrong)
+    assert page.open == [] and page.tags.count("svg") == panels
 
 
 @pytest.mark.report
@@ -756,7 +815,7 @@ def test_every_figure_is_also_an_svg_file(case):
     *values, options = EXTREMES[case]
     run, args = red_run(*values, **options)
     files = make_files([run], args)
-    names = {f"{figure}.svg" for figure in FIGURES}
+    names = {f"{figure}.svg" for figure in FIGURES.keys() - {"curves", "balance"}}  # without a log
     assert set(files) == {"summary.json", "routing.csv", "report.html"} | names
     panels = 0
     for name in names:
@@ -771,6 +830,7 @@ def test_every_figure_is_also_an_svg_file(case):
 def test_the_caption_of_a_figure_is_its_docstring():
     """The report says above each figure what its function's docstring says."""
     run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    run = run._replace(log={1: dict(epoch=1, lr=1, load=[[0.5, 0.5]])})
     page = Page(make_files([run], args)["report.html"])
     said = " ".join(page.text.split())
     for draw in FIGURES.values():
@@ -906,7 +966,8 @@ def test_one_command_writes_everything(checkpoint, monkeypatch):
     run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40",
              "--all-choices", "--out", "deep/out")
     expected = ["summary.json", "report.html"]
-    for name in ("routing.csv", *(f"{figure}.svg" for figure in FIGURES)):
+    figures = FIGURES.keys() - {"curves", "balance"}  # there is no log
+    for name in ("routing.csv", *(f"{figure}.svg" for figure in figures)):
         expected += [name, name.replace(".", "_compare.")]
     assert sorted(os.listdir("deep/out")) == sorted(expected)
     summary = json.loads(Path("deep/out/summary.json").read_text())
@@ -962,8 +1023,6 @@ def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
 
 @pytest.mark.report
 @pytest.mark.parametrize("argv, message", [
-    (["dense.pt"], "dense.pt is a dense model, it has no experts to inspect"),
-    (["sparse.pt", "--compare", "dense.pt"], "dense.pt is a dense model, it has no experts"),
     (["sparse.pt", "--out", "sparse.pt"], "--out sparse.pt cannot be a folder"),
     (["sparse.pt", "--out", "/proc/out"], "--out /proc/out cannot be a folder"),
     (["missing.pt"], "no checkpoint at missing.pt")])
@@ -1004,3 +1063,216 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left.*make room or choose another --out"):
         inspect_experts.write_files(str(tmp_path), {"summary.json": "new"})
     assert (tmp_path / "summary.json").read_text() == "old"
+
+
+# ---------------------------------------------------------------- how it went, and what is wrong
+
+
+@pytest.mark.statistics
+def test_broken_lines_of_a_log_are_left_out(tmp_path):
+    """Half a line, an empty one, and what is no object are skipped; a later line replaces one."""
+    lines = ['{"epoch": 1, "lr": 1}', '{"epoch": 2, "l', "", "[1]", '{"lr": 5}', '{"epoch": "3"}',
+             '{"epoch": 4, "lr": 4, }', '{"epoch": 5, "lr": 5}', '{"epoch": 5, "lr": 6}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\x00")
+    log = read_log(str(tmp_path / "best.pt"))
+    assert log == {1: dict(epoch=1, lr=1), 5: dict(epoch=5, lr=6)}
+
+
+@pytest.mark.statistics
+def test_without_a_log_there_is_none(tmp_path):
+    """A checkpoint that was copied elsewhere has no log beside it."""
+    assert read_log(str(tmp_path / "best.pt")) == {}
+
+
+@pytest.mark.statistics
+def test_points_of_a_log_by_hand():
+    """Epochs without the number are left out: missing, of another kind, or not finite."""
+    log = {3: dict(lr=0.5, load=[[1, 2], [3, 4]]), 1: dict(lr=1), 2: {}, 4: dict(lr="high"),
+           5: dict(lr=math.nan, load=[[5]]), 6: dict(lr=None, load=7)}
+    assert points_of(log, "lr") == [(1, 1), (3, 0.5)]
+    assert points_of(log, "load", 1, 0) == [(3, 3)]
+    assert points_of(log, "load", 0, 1) == [(3, 2)]
+    assert points_of({}, "lr") == []
+
+
+def write_log(folder, lines):
+    """A log.jsonl in a folder, for a checkpoint there."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (Path(folder) / "log.jsonl").write_text(text + '{"epoch": 9, "tr')
+
+
+@pytest.mark.report
+def test_curves_show_the_log(tmp_path):
+    """Every point of the curves is the number of its epoch, as high as its share of the top."""
+    lines = [dict(epoch=1, lr=0.25, val_loss=4.0, top1=10, load=[[0.75, 0.25]], train_loss=2.0),
+             dict(epoch=2, lr=0.5, val_loss=1.0, top1=40),  # trained before an interruption
+             dict(epoch=3, lr=0.125, val_loss=2.0, top1=20, load=[[0.5, 0.5]], train_loss=1.0)]
+    write_log(tmp_path, lines)
+    run, _ = red_run([[0, 1, 1, 1]], 2, [0], ["a"], path=str(tmp_path / "best.pt"))
+
+    def expected(values, top):
+        points = [f"{40 + 134 * (epoch - 1):.1f},{150 - 144 * value / top:.1f}"
+                  for epoch, value in values]
+        return points + points[-1:]
+
+    drawn = []
+    for panel in [*draw_curves(run), *draw_balance(run)]:
+        marks, texts = parse(panel)
+        drawn += [line["points"].split() for line in marks["polyline"]
+                  if line["stroke"] != "rgb(136, 136, 136)"]
+    each = [("val_loss", 4), ("train_loss", 4), ("top1", 40), ("lr", 0.5)]
+    wanted = []
+    for field, top in each:
+        wanted.append(expected([(l["epoch"], l[field]) for l in lines if field in l], top))
+    for e in range(2):
+        wanted.append(expected([(l["epoch"], l["load"][0][e]) for l in lines if "load" in l], 0.75))
+    assert drawn == wanted
+
+
+@pytest.mark.report
+def test_mistakes_by_a_loop():
+    """Matrix, confusions and accuracies are what a loop over the images counts."""
+    values = torch.randint(0, 4, (60, 4)).tolist()
+    labels = torch.randint(0, 4, (60,)).tolist()
+    names = ["ant", "bee", "cat", "dog"]
+    run, args = red_run(values, 4, labels, names)
+    counts = {}
+    for label, pixels_of_image in zip(labels, values):
+        pair = (label, pixels_of_image[0])  # the stub predicts the first pixel
+        counts[pair] = counts.get(pair, 0) + 1
+    for true in range(4):
+        for predicted in range(4):
+            assert run.confusion[true, predicted] == counts.get((true, predicted), 0)
+    summary = json.loads(make_files([run], args)["summary.json"])
+    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
+    assert_close(summary["top1"], 100 * right / 60)
+    for c, name in enumerate(names):
+        total = labels.count(c)
+        expected = dict(top1=100 * counts.get((c, c), 0) / total, images=total)
+        assert_close(summary["per_class"][name], expected)
+    wrong = {(names[a], names[b]): n for (a, b), n in counts.items() if a != b}
+    assert {(a, b): n for a, b, n in summary["confusions"]} == wrong
+    matrix, pairs, classes = draw_mistakes(run)
+    _, texts = parse(matrix)
+    for true in range(4):
+        for predicted in range(4):
+            share = counts.get((true, predicted), 0) / labels.count(true)
+            shown = texts[110 + (predicted + 0.5) * 52.5, 20 + (true + 0.5) * 18]
+            assert abs(float(shown) - share) <= 0.005001
+    _, texts = parse(pairs)
+    a, b, n = summary["confusions"][0]
+    assert texts[0, 12] == f"\u2068{a}\u2069 taken for \u2068{b}\u2069"
+    assert texts[320, 12] == f"{n} of {labels.count(names.index(a))}"
+    _, texts = parse(classes)
+    lowest = min(found["top1"] for found in summary["per_class"].values())
+    assert texts[320, 12].startswith(f"{lowest:.1f}% of")
+
+
+@pytest.mark.report
+def test_many_classes_have_no_matrix():
+    """Above 40 classes the lists say what a matrix could not show."""
+    names = [f"class {i}" for i in range(50)]
+    run, _ = red_run([[0, 1, 1, 1]] * 50, 2, list(range(50)), names)
+    titles = [panel.title for panel in draw_mistakes(run)]
+    assert titles == ["the most frequent confusions", "accuracy per class, the lowest first"]
+
+
+@pytest.mark.report
+def test_examples_say_what_was_predicted():
+    """Above an example is its class, and below it the predicted one with its probability."""
+    run, _ = red_run([[0, 1, 1, 1], [0, 1, 1, 1]], 2, [0, 1], ["ant", "bee"])
+    _, right, wrong = draw_examples(run)
+    probability = 100 / (1 + math.exp(-3))  # logits of 3 and 0
+    for panel, title, verdict in ((right, "ant", "right"), (wrong, "bee", "wrong")):
+        assert panel.title == title
+        _, texts = parse(panel)
+        assert f"{verdict}: \u2068ant\u2069 {probability:.1f}%" in texts.values()
+
+
+@pytest.mark.report
+def test_a_dense_checkpoint_has_a_report(checkpoint, monkeypatch, capsys):
+    """Curves, mistakes and pictures: what a model without experts has. A sentence says so."""
+    path = checkpoint("dense.pt")
+    write_log(".", [dict(epoch=1, lr=1, val_loss=1, top1=3)])
+    run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
+    expected = ["curves.svg", "fig6.svg", "mistakes.svg", "report.html", "summary.json"]
+    assert sorted(os.listdir("out")) == expected
+    page = Page(Path("out/report.html").read_text())
+    assert page.open == [] and "it has no experts, so their figures are left out" in page.text
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert f"top-1 {summary['top1']:.2f}%; a dense model" in capsys.readouterr().out
+
+
+@pytest.mark.report
+def test_a_dense_model_beside_a_sparse_one(checkpoint, monkeypatch):
+    """With --compare each has the figures that it can have."""
+    dense, sparse = checkpoint("dense.pt"), checkpoint("sparse.pt", moe_layers="last2")
+    run_main(monkeypatch, sparse, "--compare", dense, "--data", "shapes", "--out", "out")
+    files = set(os.listdir("out"))
+    assert {"fig5.svg", "mistakes.svg", "mistakes_compare.svg", "routing.csv"} <= files
+    assert not {"fig5_compare.svg", "routing_compare.csv"} & files
+
+
+def save_pictures(count):
+    """Pictures without classes, and one's own file names."""
+    os.makedirs("own")
+    for i in range(count):
+        Image.new("RGB", (40, 36), (4 * i, 100, 50)).save(f"own/photo {i:02}.png")
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("options", [dict(moe_layers="last2"), {}])
+@pytest.mark.parametrize("data", ["own", "own/photo 01.png"])
+def test_own_pictures(checkpoint, monkeypatch, capsys, options, data):
+    """No classes: the five best ones with their probabilities, and the routing of each layer."""
+    save_pictures(3)
+    path = checkpoint("a.pt", **options)
+    run_main(monkeypatch, path, "--data", data, "--workers", "0", "--out", "out")
+    assert sorted(os.listdir("out")) == ["fig6.svg", "report.html", "summary.json"]
+    found = json.loads(Path("out/summary.json").read_text())["pictures"]
+    files = [f"own/photo {i:02}.png" for i in range(3)] if data == "own" else [data]
+    assert [picture["file"] for picture in found] == files
+    model, saved = load_checkpoint(path, CPU)
+    page, printed = Path("out/report.html").read_text(), capsys.readouterr().out
+    for shown in found:
+        pixels = read_image(shown["file"])
+        inputs = normalize(eval_transform(32, 1.0)(pixels).unsqueeze(0), MEAN, STD)
+        with torch.no_grad():
+            logits, routings = model(inputs, return_routing=True)
+        probs = dict(zip(saved["classes"], logits.softmax(1)[0].tolist()))
+        best = sorted(probs, key=probs.get, reverse=True)[:5]
+        assert shown["classes"] == best
+        assert_close(shown["probabilities"], [probs[name] for name in best])
+        for experts, routing in zip(shown["experts"], routings, strict=True):
+            assert sum(experts, []) == routing.experts[:, 0].tolist()
+        assert os.path.basename(shown["file"]) in page and f"{shown['file']}: " in printed
+        assert f"\u2068{best[0]}\u2069 {100 * probs[best[0]]:.1f}%" in page
+
+
+@pytest.mark.report
+def test_at_most_fifty_pictures(checkpoint, monkeypatch, capsys):
+    """More than 50 pictures would be a page that nobody reads: a warning says so."""
+    save_pictures(52)
+    path = checkpoint("a.pt", moe_layers="last2")
+    run_main(monkeypatch, path, "--data", "own", "--workers", "0", "--out", "out")
+    found = json.loads(Path("out/summary.json").read_text())["pictures"]
+    assert len(found) == 50 and found[49]["file"] == "own/photo 49.png"
+    assert "52 pictures in own: the first 50 are shown" in capsys.readouterr().err
+
+
+@pytest.mark.report
+def test_a_broken_picture_is_named(checkpoint, monkeypatch):
+    """A file that is no picture ends in one line with its name."""
+    Path("photo.jpg").write_bytes(b"no picture")
+    path = checkpoint("a.pt", moe_layers="last2")
+    with pytest.raises(ValueError, match="cannot read photo.jpg: repair or replace"):
+        run_main(monkeypatch, path, "--data", "photo.jpg", "--workers", "0", "--out", "out")
+
+
+@pytest.mark.report
+def test_headings_of_the_table_are_explained():
+    """Below the first table stands what each of its columns means."""
+    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
+    said = Page(make_files([run], args)["report.html"]).text
+    for title, (_, meaning) in inspect_experts.KEY_NUMBERS.items():
+        assert f"{title}: {meaning}" in said
