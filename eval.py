@@ -501,8 +501,11 @@ def split_folder(root, split):
 
     That is root/train or root/val, under any name in TRAIN or VAL, or root if there is neither.
     """
+    if os.path.isfile(root):
+        raise ValueError(f"{root} is a file: to train, give a folder: {TREE}")
     if not os.path.isdir(root):
         specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100`"
+        specs += ", a picture to classify"
         raise ValueError(f"no data at {root!r}: expected {specs} or a folder: {TREE}")
     paths = {name.lower(): os.path.join(root, name) for name in list_folder(root)[0]}
     train = [paths[name] for name in TRAIN if name in paths]

@@ -53,9 +53,10 @@ from PIL import Image, ImageColor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval import (PALETTE, auto_workers, autocast, best_dtype, class_probabilities, eval_loader,
-                  eval_transform, fail, load_checkpoint, match_classes, name_mistakes, normalize,
-                  number, one_line, open_dataset, open_pictures, start_loader, warn)
+from eval import (
+    PALETTE, Output, auto_workers, autocast, best_dtype, class_probabilities, eval_loader,
+    eval_transform, fail, load_checkpoint, match_classes, name_mistakes, normalize, number,
+    one_line, open_dataset, open_pictures, start_loader, warn)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -407,42 +408,42 @@ class Example(NamedTuple):
 class Findings(NamedTuple):
     """What one checkpoint did on the data: everything that the figures and files are made of.
 
-    Own pictures have no confusion, no log and no class_tables. A dense model has no layers.
+    A dense model has no layers.
     """
 
     name: str  # path of the checkpoint
     config: dict  # model name and options
     images: int  # how many were counted
     classes: list  # names, in the order of the labels
-    log: dict  # see read_log()
-    confusion: torch.Tensor | None  # (true classes, predicted classes) int64 images
     layers: list  # the summary() of each MoE layer, with its number and its block
-    class_tables: list  # per layer: (classes, E) int64 patches
     examples: list  # of Example
-    patches: list  # per layer: its surest_patches()
+    # What own pictures do not have:
+    log: dict = {}  # see read_log()
+    confusion: torch.Tensor | None = None  # (true classes, predicted classes) int64 images
+    class_tables: list = []  # per layer: (classes, E) int64 patches
+    patches: list = []  # per layer: its surest_patches()
 
 
 def inspect(path, model, checkpoint, dataset, args, device):
     """Run one checkpoint over a data set, and return all that is known of it.
 
-    path, checkpoint, model: the file, its dict and the model. args: of the command line. Raises
+    path, checkpoint, model: the file, its dict and the model. args: of the command line. Raise
     ValueError if an image cannot be read or if a router computes something that is not finite.
     """
-    config = checkpoint["config"]
-    labelled = bool(dataset.classes)
+    own = not dataset.classes
     classes = dataset.classes or checkpoint["classes"]
     columns = match_classes(classes, checkpoint["classes"])
     M = min(len(dataset), args.max_images or len(dataset))
     chosen = torch.arange(M) * len(dataset) // M  # evenly spread: folders come class by class
-    n = max(1, min(args.examples, M)) if labelled else M
-    middles = [(2 * i + 1) * M // (2 * n) for i in range(n)]  # of n equal parts
-    examples = middles[:args.examples] if labelled else middles  # --examples may be 0
-    workers = auto_workers(dataset) if args.workers is None else args.workers
-    loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
+    examples = middles(M, M if own else min(args.examples, M))
     counts = []
     for grid in model.grids:
         factors = known_factors(dataset, chosen, grid)
-        counts.append(LayerCounts(M, config["num_experts"], grid, factors, args.all_choices))
+        E = checkpoint["config"]["num_experts"]
+        counts.append(LayerCounts(M, E, grid, factors, args.all_choices))
+
+    workers = auto_workers(dataset) if args.workers is None else args.workers
+    loader = eval_loader(dataset, args.batch_size, workers, device, chosen.tolist())
     predicted, shown = count_choices(model, loader, counts, columns, checkpoint, device, examples)
 
     layers = []
@@ -452,17 +453,22 @@ def inspect(path, model, checkpoint, dataset, args, device):
                              f"finite: inspect another checkpoint")
         layers.append(dict(layer=i, block=block) | layer.summary(classes))
     named = []
-    for m, (image, maps, probs) in zip(examples, shown):
-        index = int(chosen[m])
-        title = classes[dataset.labels[index]] if labelled else dataset.path(index)
+    for index, (image, maps, probs) in zip(chosen[examples].tolist(), shown):
+        title = dataset.path(index) if own else classes[dataset.labels[index]]
         named.append(Example(title, image, maps, best_classes(probs, classes)))
-    if not labelled:
-        return Findings(path, config, M, classes, {}, None, layers, [], named, [])
-    confusion = crosstab(dataset.labels[chosen], predicted, len(classes), len(classes))
-    tables = [layer.tables["class"] for layer in counts]
-    patches = [surest_patches(dataset, chosen, layer) for layer in counts]
-    return Findings(path, config, M, classes, read_log(path), confusion, layers, tables, named,
-                    patches)
+    found = Findings(path, checkpoint["config"], M, classes, layers, named)
+    if own:
+        return found
+    return found._replace(
+        log=read_log(path),
+        confusion=crosstab(dataset.labels[chosen], predicted, len(classes), len(classes)),
+        class_tables=[layer.tables["class"] for layer in counts],
+        patches=[surest_patches(dataset, chosen, layer) for layer in counts])
+
+
+def middles(M, n):
+    """List the positions in the middle of n equal parts of M images."""
+    return [(2 * i + 1) * M // (2 * n) for i in range(n)]
 
 
 def best_classes(probs, classes):
@@ -1268,7 +1274,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
     except (ValueError, OSError) as error:

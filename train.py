@@ -55,7 +55,7 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (  # what all programs share: data sets, checkpoints, processes, evaluate()
-    MEAN, STD, FolderImages, auto_workers, autocast, best_dtype, build_model, eval_loader,
+    MEAN, STD, FolderImages, Output, auto_workers, autocast, best_dtype, build_model, eval_loader,
     eval_transform, evaluate, fail, first_line, leave_signals, load_checkpoint, normalize, number,
     open_dataset, read_checkpoint, setup_processes, start_loader, together, warn)
 from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
@@ -1206,25 +1206,17 @@ def print_result(run):
         print(f"inspect     python inspect_experts.py {flags} --out {shlex.quote(out)}")
 
 
-class Output:
-    """A stream to print to, line by line.
-
-    If nobody reads it any more, or its disk is full, the run goes on in silence.
-    """
-
-    def __init__(self, stream):
-        # backslashes: for names that the stream cannot encode
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
-        self.stream = stream
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+def print_continuation(run):
+    """Print the command that continues a stopped run: the one that started it, with its folder."""
+    last = os.path.join(run.folder, "last.pt")
+    if "last.pt" in run.unsaved or not os.path.exists(last):
+        return
+    launcher = "torchrun ..." if run.world > 1 else "python"
+    command = shlex.join(sys.argv)
+    if not run.config.out:
+        command += f" --out {shlex.quote(run.folder)}"
+    print(f"stopped     after step {run.step}, saved in {last}")
+    print(f"continue    {launcher} {command}")
 
 
 def main(args):
@@ -1236,6 +1228,10 @@ def main(args):
         signal.signal(stop, lambda received, frame: setattr(run, "signal", received))
     try:
         train(run)
+    except SystemExit:
+        if run.rank == 0:
+            print_continuation(run)
+        raise
     finally:
         run.loader = run.val_loader = None  # ends their processes
     if run.rank == 0:

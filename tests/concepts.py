@@ -217,7 +217,7 @@ CONCEPTS = (
         "train.torchvision_weights train.claim_and_continue train.claim_folder train.open_last "
         "train.compare_data train.make_checkpoint train.restore train.write_checkpoint train.save "
         "train.cut_log train.write_log train.train train.next_batch train.check_and_agree train.Meter.count "
-        "train.Meter.add train.Meter.summary train.validate train.Output.write train.main",
+        "train.Meter.add train.Meter.summary train.validate train.main",
         "optimizer batches checkpoints costs weights grouped expert_choice soft",
         "Kill it, continue it, split it over processes: the same weights come out.",
     ),

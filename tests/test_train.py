@@ -1312,19 +1312,6 @@ def test_what_a_loaders_process_gets_can_be_sent_to_it():
 
 
 @pytest.mark.training
-def test_output_goes_on_when_nobody_reads_it(tmp_path):
-    """Lines arrive at once, also with names that the encoding lacks; a closed pipe ends nothing."""
-    with open("log", "w", encoding="ascii") as log:
-        print("caf\u00e9 \udce9", file=train.Output(log))
-        assert Path("log").read_text() == "caf\\xe9 \\udce9\n"
-    reader, writer = os.pipe()
-    out = train.Output(open(writer, "w"))
-    os.close(reader)
-    for _ in range(3):
-        print("an epoch", file=out, flush=True)
-
-
-@pytest.mark.training
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     """The message names step, lr and what to try, and no checkpoint is written."""
     monkeypatch.setattr(train, "normalize", lambda images, mean, std: images.float() * float("nan"))
