@@ -123,6 +123,10 @@ RECIPES = dict(
     vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT,
     vmoe_s32=VMOE)
 
+# The nano models on a folder: there are few pictures of a class, and they differ. No flip: letters
+# and digits do not like it.
+NANO_FOLDER = dict(crop_scale=0.25, cutmix=1.0)
+
 # Fine-tuning, with --init-from: published for weights from ImageNet-21k. Nano models keep their
 # own recipe.
 
@@ -153,9 +157,18 @@ TORCHVISION = dict(
 
 
 def find_recipe(args):
-    """Return the recipe of args.model, a dict: with args.init_from the one for fine-tuning."""
-    tuned = FINE_TUNING.get(args.model) if args.init_from else None
-    return tuned or RECIPES[args.model]
+    """Return the recipe of args.model, a dict, fit for args.data and args.init_from."""
+    recipe = RECIPES[args.model]
+    if args.init_from and args.model in FINE_TUNING:
+        recipe = FINE_TUNING[args.model]
+    if is_nano(args) and os.path.isdir(args.data):
+        recipe = recipe | NANO_FOLDER
+    return recipe
+
+
+def is_nano(args):
+    """Tell whether args.model has one of the recipes of about `steps` steps."""
+    return "steps" in RECIPES[args.model]
 
 
 # ---------------------------------------------------------------- command line
@@ -1150,6 +1163,10 @@ def print_summary(run):
     if recipe["warmup_epochs"] >= config.epochs:
         print(f"            (the recipe's warm-up of {recipe['warmup_epochs']:g} epochs is not "
               f"shorter than this run)")
+    if is_nano(config) and isinstance(run.train_set, FolderImages):
+        print(f"augment     random crops of {config.crop_scale:.0%} to 100% of the area, "
+              f"CutMix {config.cutmix:g}")
+        print("            worth trying: --flip 1, but not for letters, and twice the --epochs")
     print(f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}")
     print(f"results     {run.folder}/")
     values = ", ".join(f"{name} {getattr(config, name)}" for name in sorted(recipe))

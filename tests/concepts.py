@@ -190,7 +190,7 @@ CONCEPTS = (
     # ---- train.py: from a recipe to a checkpoint
     Concept(
         "recipe",
-        "train.parse_args train.blocks train.resolve train.find_recipe train.fit_to_data "
+        "train.parse_args train.blocks train.resolve train.find_recipe train.is_nano train.fit_to_data "
         "train.paper_row",
         "",
         "Published hyperparameters, overridden by flags, refused before any work when they cannot "
@@ -216,8 +216,9 @@ CONCEPTS = (
         "train.Run.__init__ train.make_model train.open_data train.start_from "
         "train.torchvision_weights train.claim_and_continue train.claim_folder train.open_last "
         "train.compare_data train.make_checkpoint train.restore train.write_checkpoint train.save "
-        "train.cut_log train.write_log train.train train.next_batch train.check_and_agree train.Meter.count "
-        "train.Meter.add train.Meter.summary train.validate train.main",
+        "train.cut_log train.write_log train.train train.next_batch train.check_and_agree "
+        "train.Meter.count train.Meter.add train.Meter.summary train.validate "
+        "train.print_continuation train.main",
         "optimizer batches checkpoints costs weights grouped expert_choice soft",
         "Kill it, continue it, split it over processes: the same weights come out.",
     ),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -225,7 +226,8 @@ def test_every_hyperparameter_is_as_published(model, recipe, drop_path, tuned, t
         expected = {line.split()[0]: line.split()[column] for line in lines} | dict(drop_path=rate)
         if init_from and model == "vmoe_s32":
             expected["moe_layers"] = "last2"  # its experts stay where they are
-        found = train.find_recipe(SimpleNamespace(model=model, init_from=init_from))
+        args = SimpleNamespace(model=model, data="shapes", init_from=init_from)
+        found = train.find_recipe(args)
         assert found.keys() == expected.keys()
         for option, value in found.items():
             published = expected[option] if isinstance(value, str) else float(expected[option])
@@ -238,9 +240,8 @@ def test_all_models_are_in_the_table():
     unchecked = set(train.RECIPES) - {model for model, *_ in MODELS_IN_TABLE}
     assert unchecked == {"convnext_nano", "vit_nano"}
     for model in unchecked:
-        assert "steps" in train.find_recipe(
-            SimpleNamespace(model=model, init_from=None)
-        ), "as only ours"
+        args = SimpleNamespace(model=model, data="shapes", init_from=None)
+        assert "steps" in train.find_recipe(args), "as only ours"
 
 
 @pytest.mark.recipe
@@ -738,22 +739,8 @@ def test_both_losses_in_the_log_are_of_one_kind(loss):
     """At learning rate 0, on the same pictures: train and validation loss agree."""
     make_folder(Path("d/train"), images=8, size=(32, 32))
     make_folder(Path("d/val"), images=8, size=(32, 32))
-    run(
-        "--data",
-        "d",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "16",
-        "--lr",
-        "0",
-        "--router-noise",
-        "0",
-        "--loss",
-        loss,
-        "--out",
-        "r",
-    )
+    flags = "--data d --cutmix 0 --crop-scale 1 --epochs 1 --batch-size 16 --lr 0 --router-noise 0"
+    run(*flags.split(), "--loss", loss, "--out", "r")
     line = json.loads(open("r/log.jsonl").readline())
     assert line["val_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
 
@@ -868,7 +855,7 @@ def test_training_learns():
     """Two pictures of different classes, repeated: the loss falls from ln 2 towards 0."""
     make_folder(Path("d/train"), images=8)
     make_folder(Path("d/val"), images=2)
-    run("--data", "d", "--epochs", "20", "--batch-size", "8", "--out", "r")
+    run("--data", "d", "--cutmix", "0", "--epochs", "20", "--batch-size", "8", "--out", "r")
     losses = [json.loads(line)["train_loss"] for line in open("r/log.jsonl")]
     assert losses[-1] < 0.1 * losses[0]
 
@@ -1143,6 +1130,26 @@ def test_a_signal_ends_the_validation(monkeypatch):
         run("--epochs", "2", "--out", "r")
     assert stop.value.code == 143 and not seen
     assert epoch_and_step("r/last.pt") == (0, 3) and not os.path.exists("r/best.pt")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("out", ["", "my run"])
+def test_a_stopped_run_says_how_to_continue(out, monkeypatch, capsys):
+    """The command that started it, with the folder that the run has made for itself."""
+    flags = [*TINY, "--epochs", "1", *(["--out", out] if out else [])]
+    monkeypatch.setattr(train.sys, "argv", ["train.py", *flags])
+    state = train.Run(train.parse_args(flags))
+    train.print_continuation(state)
+    assert capsys.readouterr().out == "", "nothing was saved"
+    train.save(state, "last.pt")
+    train.print_continuation(state)
+    *_, command = capsys.readouterr().out.splitlines()
+    folder = out or "runs/vit_nano-shapes-96-1"
+    python, *words = shlex.split(command.removeprefix("continue    "))
+    assert (python, words[0]) == ("python", "train.py")
+    state.log.close()
+    continued = train.Run(train.parse_args(words[1:]))
+    assert continued.folder == folder
 
 
 @pytest.mark.training
@@ -1605,8 +1612,31 @@ def unreachable(*args, **kwargs):
 @pytest.mark.recipe
 def test_nano_models_are_fine_tuned_by_their_own_recipe():
     """With --init-from, too, the recipe of vit_nano is that of vit_nano."""
-    args = SimpleNamespace(model="vit_nano", init_from="x.pt")
+    args = SimpleNamespace(model="vit_nano", data="shapes", init_from="x.pt")
     assert train.find_recipe(args) == train.RECIPES["vit_nano"]
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("model, changed", [("vit_nano", True), ("vit_s", False)])
+def test_on_a_folder_the_nano_models_crop_and_mix(model, changed):
+    """Their recipe changes in two entries, without a flip, and a flag goes before both."""
+    Path("d").mkdir()
+    recipe = train.find_recipe(SimpleNamespace(model=model, data="d", init_from=None))
+    differing = {name for name, value in recipe.items() if value != train.RECIPES[model][name]}
+    assert differing == ({"crop_scale", "cutmix"} if changed else set())
+    config = resolve(f"--model {model} --data d --crop-scale 0.5 --flip 1")
+    assert (config.crop_scale, config.flip) == (0.5, 1)
+
+
+@pytest.mark.training
+def test_the_summary_says_how_a_folder_is_augmented(capsys):
+    """Of pictures in a folder, with two flags to try; nothing of drawn ones."""
+    make_folder(Path("d"), images=10)
+    for data, expected in (("d", ["25% to 100%", "--flip 1", "--epochs"]), ("shapes:96", [])):
+        train.print_summary(train.Run(train.parse_args([*TINY, "--data", data, "--batch-size", "4"])))
+        told = capsys.readouterr().out
+        assert ("augment  " in told) == bool(expected)
+        assert all(words in told for words in expected)
 
 
 @pytest.mark.training
