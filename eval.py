@@ -12,12 +12,13 @@ model and counts right answers, and print_results() prints them in percent, one 
 as in Videau et al., TMLR 2025.
 
 The first half is what all programs share: processes, checkpoints, data sets, counting, and the
-drawn data `shapes`. The second half evaluates checkpoints: class matching, ImageNet-C, own
-pictures and mistakes, changed routing, cost, results, command line.
+drawn data, `shapes` and `glyphs`. The second half evaluates checkpoints: class matching,
+ImageNet-C, own pictures and mistakes, changed routing, cost, results, command line.
 
 A data set spec is
-- `shapes`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000), or the same
-  pictures as training never shows them: `shapes-noise`, `-blur`, `-rotated`, `-inverted`;
+- `shapes` or `glyphs`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000,
+  `glyphs:16000:100` for 100 classes instead of 300), or the same pictures as training never shows
+  them: `shapes-noise`, `-blur`, `-rotated`, `-inverted`;
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
@@ -231,7 +232,7 @@ def start_loader(loader):
 
 # ---------------------------------------------------------------- models and checkpoints
 
-VITS = "vit_nano vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
+VITS = "vit_pico vit_nano vit_micro vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
 CONVNEXTS = (
     "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b")
 MODELS = {name: getattr(vit, name) for name in VITS.split()}
@@ -319,11 +320,13 @@ def open_dataset(spec, split, transform=None):
     every other data set "all" is "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
     Raise ValueError if there is no such data set.
     """
-    name = spec.split(":")[0]
-    if name == "shapes":
-        return Shapes(*shapes_size(spec, split), transform)
-    if name in SHIFTS:
-        return shift(Shapes(*shapes_size(spec, split), transform), name)
+    name, _, shifted = spec.split(":")[0].partition("-")
+    if name in DRAWN and shifted in ("", *SHIFTS):
+        count, seed, classes = drawn_size(spec, split)
+        data = Shapes(count, seed, transform)
+        if name == "glyphs":
+            data = Glyphs(count, seed, transform, classes)
+        return shift(data, shifted) if shifted else data
     if spec in ("cifar10", "cifar100"):
         return open_cifar(spec, split, transform)
     return FolderImages(spec, split, transform)
@@ -504,8 +507,8 @@ def split_folder(root, split):
     if os.path.isfile(root):
         raise ValueError(f"{root} is a file: to train, give a folder: {TREE}")
     if not os.path.isdir(root):
-        specs = f"`shapes`, one of {', '.join(SHIFTS)}, `cifar10`, `cifar100`"
-        specs += ", a picture to classify"
+        specs = f"`shapes`, `glyphs`, one of these with -{', -'.join(SHIFTS)}, `cifar10`, "
+        specs += "`cifar100`, a picture to classify"
         raise ValueError(f"no data at {root!r}: expected {specs} or a folder: {TREE}")
     paths = {name.lower(): os.path.join(root, name) for name in list_folder(root)[0]}
     train = [paths[name] for name in TRAIN if name in paths]
@@ -873,11 +876,73 @@ def worst_pairs(confusion, n=None):
     return torch.stack([true, predicted, images], dim=1)[order].tolist()
 
 
-# ---------------------------------------------------------------- the drawn data: shapes
-# A textured shape on a background; the class is shape and texture. Position, size, rotation and
-# colours are nuisance. Unlike a photograph, every picture comes with its factors and its object's
-# mask, so that one can measure what the experts follow. Only whole numbers are used (lengths in
-# 1/256 pixel), so that every machine draws the same pictures.
+# ---------------------------------------------------------------- the drawn data
+# Unlike photographs these pictures come with their factors and their object's mask, so that one can
+# measure what the experts follow. Only whole numbers are used, so that every machine draws the same
+# pictures.
+
+DRAWN = ("shapes", "glyphs")
+SHIFTS = ("noise", "blur", "rotated", "inverted")
+DRAWN_SPECS = ("`shapes[:COUNT]` or `glyphs[:COUNT[:CLASSES]]` with 1 to 100000 images and 2 to "
+               "10000 classes")
+
+
+def drawn_size(spec, split):
+    """Return (count, seed, classes) of a split: 16,000 pictures to train on, 2,000 to validate.
+
+    `NAME:COUNT` is another number to train on, `glyphs:COUNT:CLASSES` another number of classes
+    than 300. Raise ValueError if they are out of range.
+    """
+    name, *numbers = spec.split(":")
+    told = f"{spec!r} is no data set: expected {DRAWN_SPECS}"
+    most = 2 if name.startswith("glyphs") else 1
+    if len(numbers) > most or not all(map(str.isdecimal, numbers)):
+        raise ValueError(told)
+    defaults = ["16000", "300"]
+    count, classes = map(int, numbers + defaults[len(numbers):])
+    if not (1 <= count <= 100_000 and 2 <= classes <= 10_000):
+        raise ValueError(told)
+    return (count, 1, classes) if split == "train" else (2000, 2, classes)
+
+
+def draw_parts(draw, count, seed):
+    """Call draw(generator), which draws 500 pictures, until there are `count`: a dict of tensors.
+
+    A longer set of the same seed begins with the same pictures.
+    """
+    parts = []
+    for i in range(math.ceil(count / 500)):
+        parts.append(draw(torch.Generator().manual_seed(seed * 1000 + i)))
+    drawn = {}
+    for name in parts[0]:
+        drawn[name] = torch.cat([part[name] for part in parts])[:count]
+    return drawn
+
+
+def shift(data, name):
+    """Change drawn pictures, in place, to what training never shows.
+
+    name: one of SHIFTS. Labels, masks and factors stay right.
+    """
+    images = data.images.int()
+    if name == "noise":  # up to 80 brighter or darker; training has seen 12
+        generator = torch.Generator().manual_seed(3)
+        images += torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32)
+    if name == "blur":  # the mean of 3 x 3; no ninth of a whole number is near .5
+        padded = F.pad(images.float(), (1, 1, 1, 1), "replicate")
+        images = F.avg_pool2d(padded, 3, 1).round()
+    if name == "rotated":  # a quarter turn to the left; training has seen 34 degrees
+        images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
+        row, column = data.factors["row"], data.factors["column"]
+        data.factors |= dict(row=31 - column, column=row)
+    if name == "inverted":  # negatives: a dark object on a bright background
+        images = 255 - images
+    data.images = images.clamp(0, 255).to(torch.uint8)
+    return data
+
+
+# ---- shapes: a textured shape on a background; the class is shape and texture. Position, size,
+# rotation and colours are nuisance. Lengths are in 1/256 pixel.
 
 SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "dots")
@@ -885,41 +950,25 @@ OKABE_ITO = "E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 EBEBEB"  # white f
 PALETTE = [tuple(bytes.fromhex(colour)) for colour in OKABE_ITO.split()]
 COSINES = (213, 237, 251, 256, 251, 237, 213)  # x 256, of -33.75 .. 33.75 degrees
 SINES = (-142, -98, -50, 0, 50, 98, 142)
-SHIFTS = ("shapes-noise", "shapes-blur", "shapes-rotated", "shapes-inverted")
 
 
 class Shapes(TensorImages):
-    """`count` pictures (N, 3, 32, 32) drawn from a seed, in parts of 500.
+    """`count` pictures (N, 3, 32, 32) of shapes, drawn from a seed.
 
-    A longer set of the same seed begins with the same pictures. factors: dict of int64 tensors
-    (N,): shape, texture, colour and background (indices into the tuples above), row and column of
-    the object's centre in pixels. masks (N, 32, 32): where the object is.
+    factors: dict of int64 tensors (N,): shape, texture, colour and background (indices into the
+    tuples above), row and column of the object's centre in pixels. masks (N, 32, 32): True where
+    the object is.
     """
 
+    object_share = 1 / 2  # of a patch that shows the object
+
     def __init__(self, count, seed, transform=None):
-        parts = []
-        for i in range(math.ceil(count / 500)):
-            parts.append(draw_shapes(torch.Generator().manual_seed(seed * 1000 + i)))
-        drawn = {}
-        for name in parts[0]:
-            drawn[name] = torch.cat([part[name] for part in parts])[:count]
+        drawn = draw_parts(draw_shapes, count, seed)
         images, self.masks = drawn.pop("images"), drawn.pop("masks")
         self.factors = drawn
         labels = 4 * drawn["shape"] + drawn["texture"]
         classes = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
         super().__init__(images, labels, classes, transform)
-
-
-def shapes_size(spec, split):
-    """Return (count, seed) of a split of spec: 16,000 to train on, 2,000 others to validate.
-
-    `shapes:COUNT` is another number to train on. Raise ValueError unless it is 1 to 100000.
-    """
-    count = spec.partition(":")[2] or "16000"
-    if not count.isdecimal() or not 1 <= int(count) <= 100_000:
-        expected = "expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"
-        raise ValueError(f"{spec!r} is no data set: {expected}")
-    return (int(count), 1) if split == "train" else (2000, 2)
 
 
 def draw_shapes(generator, n=500):
@@ -982,26 +1031,91 @@ def textures(u, v):
     return torch.stack([plain, stripes, checks, dots])
 
 
-def shift(data, name):
-    """Change the pictures of a Shapes, in place, to what training never shows.
+# ---- glyphs: an invented script. A class is a character of three strokes, an example is written by
+# an unsteady hand: bent, turned, moved, thick or thin, light on dark. Half the width of a character
+# is 256 at first; then lengths are in 1/16 pixel.
 
-    name: one of SHIFTS. Labels, masks and factors stay right.
+COSINES_20 = (241, 247, 252, 255, 256, 255, 252, 247, 241)  # x 256, of -20, -15, .. 20 degrees
+SINES_20 = (-88, -66, -44, -22, 0, 22, 44, 66, 88)
+
+
+class Glyphs(TensorImages):
+    """`count` pictures (N, 3, 32, 32) of `classes` characters, drawn from a seed.
+
+    factors: dict of int64 tensors (N,): colour (0, 1, 2: red, green or blue is the strongest), row
+    and column of the centre in pixels. masks (N, 32, 32) uint8: 0 on the ground, 1, 2 or 3 on the
+    ink of a stroke. The characters are the same for every seed.
     """
-    images = data.images.int()
-    if name == "shapes-noise":  # up to 80 brighter or darker; training has seen 12
-        generator = torch.Generator().manual_seed(3)
-        images += torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32)
-    if name == "shapes-blur":  # the mean of 3 x 3; no ninth of a whole number is near .5
-        padded = F.pad(images.float(), (1, 1, 1, 1), "replicate")
-        images = F.avg_pool2d(padded, 3, 1).round()
-    if name == "shapes-rotated":  # a quarter turn to the left; training has seen 34 degrees
-        images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
-        row, column = data.factors["row"], data.factors["column"]
-        data.factors |= dict(row=31 - column, column=row)
-    if name == "shapes-inverted":  # negatives: a dark object on a bright background
-        images = 255 - images
-    data.images = images.clamp(0, 255).to(torch.uint8)
-    return data
+
+    object_share = 1 / 5  # of a patch that shows ink: lines are thin
+
+    def __init__(self, count, seed, transform=None, classes=300):
+        drawn = draw_parts(partial(draw_glyphs, draw_characters(classes)), count, seed)
+        images, labels, self.masks = (drawn.pop(name) for name in ("images", "labels", "masks"))
+        self.factors = drawn
+        super().__init__(images, labels, [f"glyph-{i:04}" for i in range(classes)], transform)
+
+
+def draw_characters(classes):
+    """Draw the three points (x, y) of each of three strokes: (classes, 3, 3, 2) in -256 .. 256."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-256, 257, (classes, 3, 3, 2), generator=generator, dtype=torch.int32)
+
+
+def draw_glyphs(characters, generator, n=500):
+    """Draw n examples of characters (classes, 3, 3, 2): a dict of tensors whose first axis is n.
+
+    images (n, 3, 32, 32) uint8, labels (n,), masks (n, 32, 32) uint8, factors (n,), see Glyphs.
+    """
+    def draw(low, high, *size):
+        size = (n, *size)
+        return torch.randint(low, high, size, generator=generator, dtype=torch.int32)
+
+    def table(numbers):
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    label, turn = draw(0, len(characters)), draw(0, 9, 1, 1)
+    wobble = draw(-10, 11, 3, 3, 2, 4).sum(-1, dtype=torch.int32)  # nearly normal, deviation 12
+    size, thickness = draw(160, 193, 1, 1, 1), draw(14, 27, 1, 1)
+    row, column = draw(13, 20, 1, 1), draw(13, 20, 1, 1)
+    light, dark = draw(160, 256, 3, 1, 1), draw(0, 96, 3, 1, 1)
+    noise = draw(-16, 17, 3, 32, 32)
+
+    # A stroke is a Bezier curve, here 17 points on it: x and y are both (n, 3, 17).
+    t = table(range(17))
+    start, bend, end = (characters[label] + wobble).unsqueeze(-1).unbind(2)  # (n, 3, 2, 1) each
+    points = ((16 - t) ** 2 * start + 2 * t * (16 - t) * bend + t * t * end) // 256
+    u, v = (points * size // 256).unbind(2)  # (n, 3, 2, 17) -> (n, 3, 17)
+    cos, sin = table(COSINES_20)[turn], table(SINES_20)[turn]  # (n, 1, 1)
+    x = 16 * column + (cos * u - sin * v) // 256
+    y = 16 * row + (sin * u + cos * v) // 256
+
+    nearest = distances(x, y)  # (n, 3, 32, 32)
+    distance = nearest.amin(1)  # of each pixel from the ink, squared
+    inner, outer = thickness.square(), (thickness + 16).square()
+    ink = ((outer - distance) * 256 // (outer - inner)).clamp(0, 256)  # 256 on the line, 0 beside
+    masks = (nearest.argmin(1) + 1) * (ink > 127)
+    images = dark + (light - dark) * ink.unsqueeze(1) // 256 + noise
+    factors = dict(colour=light.argmax(1), row=row, column=column)
+    drawn = {name: factor.flatten().long() for name, factor in factors.items()}
+    images, masks = images.clamp(0, 255).to(torch.uint8), masks.to(torch.uint8)
+    return drawn | dict(images=images, labels=label.long(), masks=masks)
+
+
+def distances(x, y):
+    """Return the squared distance of each pixel from three curves: (n, 3, 32, 32) int32.
+
+    x, y (n, 3, P): P points of each curve in 1/16 pixel. A distance counts at most 126 in each
+    direction, so that 16 bits do, which are fast.
+    """
+    pixels = 16 * torch.arange(32, dtype=torch.int32) + 8
+    dx = (x.unsqueeze(3) - pixels).clamp(-126, 126).square().short()  # (n, 3, P, 32)
+    dy = (y.unsqueeze(3) - pixels).clamp(-126, 126).square().short()
+    nearest = torch.full((len(x), 3, 32, 32), 32767, dtype=torch.int16)
+    for p in range(x.shape[2]):
+        # (n, 3, 1, 32) + (n, 3, 32, 1): a row of columns, and a column of rows
+        torch.minimum(nearest, dx[:, :, p].unsqueeze(2) + dy[:, :, p].unsqueeze(3), out=nearest)
+    return nearest.int()
 
 
 # ================================================================================================

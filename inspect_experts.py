@@ -311,22 +311,31 @@ def known_factors(dataset, chosen, grid):
     """Return what is known about the chosen images: {factor: (levels, L)}, levels in 0 .. L - 1.
 
     Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
-    the classes, but of own pictures nothing is known. `shapes` also knows which patches show
-    the object (more than half of the patch) and, for these, its shape, texture and colour. On the
-    background these three are -1, which counts nowhere.
+    the classes, but of own pictures nothing is known. The drawn ones also know which patches show
+    the object and, for these, its shape, texture and colour, or the stroke and colour of a glyph.
+    On the background these are -1, which counts nowhere.
     """
     if not dataset.classes:
         return {}
     factors = {"class": (dataset.labels[chosen].long(), len(dataset.classes))}
     if not hasattr(dataset, "factors"):
         return factors
-    masks = 255 * dataset.masks[chosen].unsqueeze(1).to(torch.uint8)
-    masks = dataset.transform(masks).float()  # (M, 1, S, S), cropped like the images
-    on_object = F.adaptive_avg_pool2d(masks, grid[1:]).flatten(1) > 127.5  # (M, N)
+    masks = dataset.masks[chosen].unsqueeze(1)  # (M, 1, 32, 32), the part of the object, or 0
+    parts = int(dataset.masks.max())
+    shares = []  # of each patch that shows a part, (M, N) each
+    for part in range(1, parts + 1):
+        mask = 255 * (masks == part).to(torch.uint8)
+        mask = dataset.transform(mask).float() / 255  # (M, 1, S, S), cropped like the images
+        shares.append(F.adaptive_avg_pool2d(mask, grid[1:]).flatten(1))
+    shares = torch.stack(shares)  # (parts, M, N)
+    on_object = shares.sum(0) > dataset.object_share
     factors["object"] = (on_object.long(), 2)
+    if parts > 1:
+        factors["stroke"] = (shares.argmax(0).where(on_object, -1), parts)
     for name in ("shape", "texture", "colour"):
-        values = dataset.factors[name][chosen].unsqueeze(1)  # (M, 1)
-        factors[name] = (values.where(on_object, -1), int(values.max()) + 1)
+        if name in dataset.factors:
+            values = dataset.factors[name][chosen].unsqueeze(1)  # (M, 1)
+            factors[name] = (values.where(on_object, -1), int(values.max()) + 1)
     return factors
 
 

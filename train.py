@@ -112,6 +112,8 @@ NANO = BASE | dict(
     label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, crop_scale=1.0, flip=0,
     image_size=32, crop_ratio=1.0, capacity_factor=0.0, drop_path=0.0, ema=0.0)
 
+VIT_NANO = NANO | dict(k=2, base_lr=3e-3, steps=1750)
+
 RECIPES = dict(
     convnext_nano=NANO | dict(k=1, base_lr=4e-3, steps=1250),
     convnext_t=CONVNEXT | dict(drop_path=0.1),
@@ -119,7 +121,7 @@ RECIPES = dict(
     convnext_b=CONVNEXT | dict(drop_path=0.5),
     convnext_iso_s=CONVNEXT_ISO | dict(drop_path=0.1),
     convnext_iso_b=CONVNEXT_ISO | dict(drop_path=0.2),
-    vit_nano=NANO | dict(k=2, base_lr=3e-3, steps=1750),
+    vit_pico=VIT_NANO, vit_nano=VIT_NANO, vit_micro=VIT_NANO,
     vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT,
     vmoe_s32=VMOE)
 
@@ -193,7 +195,8 @@ def parse_args(argv=None):
     flag = parser.add_argument
     whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
 
-    flag("--data", default="shapes", help="shapes[:COUNT], cifar10, cifar100 or a folder")
+    flag("--data", default="shapes",
+         help="shapes[:COUNT], glyphs[:COUNT[:CLASSES]], cifar10, cifar100 or a folder")
     flag("--model", default="convnext_nano", choices=list(RECIPES), metavar="NAME",
          help=f"{', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new one)")

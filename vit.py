@@ -216,6 +216,16 @@ def vit_nano(num_classes=1000, **options):
     return ViT(**sizes | options, num_classes=num_classes)
 
 
+def vit_pico(num_classes=1000, **options):
+    """As vit_nano, of half the width: 32."""
+    return vit_nano(num_classes, **dict(dim=32) | options)
+
+
+def vit_micro(num_classes=1000, **options):
+    """As vit_nano, of twice the width: 128."""
+    return vit_nano(num_classes, **dict(dim=128) | options)
+
+
 def vit_ti(num_classes=1000, **options):
     """ViT-Ti/16: width 192, 12 blocks, 3 heads; 5.7M parameters when dense."""
     return ViT(**dict(dim=192, depth=12, heads=3) | options, num_classes=num_classes)

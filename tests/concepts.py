@@ -141,7 +141,7 @@ CONCEPTS = (
     Concept(
         "shapes",
         "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ "
-        "eval.shapes_size eval.shift",
+        "eval.drawn_size eval.shift",
         "",
         "Pictures whose every factor is known: the same on every machine, and shifted to where "
         "training never was.",

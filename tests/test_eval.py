@@ -48,7 +48,7 @@ from eval import (
     open_dataset,
     open_pictures,
     read_image,
-    shapes_size,
+    drawn_size,
     worst_pairs,
 )
 
@@ -247,12 +247,12 @@ def test_a_linear_classifier_cannot_solve_it():
 @pytest.mark.shapes
 def test_the_size_of_shapes():
     """`shapes:COUNT` changes the number of pictures to train on, and not those to validate."""
-    assert shapes_size("shapes", "train")[0] == 16_000
-    assert shapes_size("shapes:40", "train")[0] == 40
+    assert drawn_size("shapes", "train")[0] == 16_000
+    assert drawn_size("shapes:40", "train")[0] == 40
     for split in ("val", "all"):
-        assert shapes_size("shapes:40", split) == shapes_size("shapes", "val")
-    count, seed = shapes_size("shapes", "val")
-    assert count == 2000 and seed != shapes_size("shapes", "train")[1]
+        assert drawn_size("shapes:40", split) == drawn_size("shapes", "val")
+    count, seed = drawn_size("shapes", "val")
+    assert count == 2000 and seed != drawn_size("shapes", "train")[1]
     data = open_dataset("shapes:40", "train", transform=lambda image: image[:, :1])
     assert len(data) == 40 and data[0][0].shape == (3, 1, 32)
 

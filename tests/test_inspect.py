@@ -952,7 +952,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 def run_main(monkeypatch, *argv):
     """python inspect_experts.py ARGV in this process; `shapes` has 100 pictures."""
-    monkeypatch.setattr("eval.shapes_size", lambda spec, split: (100, 2))
+    monkeypatch.setattr("eval.drawn_size", lambda spec, split: (100, 2))
     monkeypatch.setattr("eval.draw_shapes", lambda generator: draw_shapes(generator, n=100))
     monkeypatch.setattr(sys, "argv", ["inspect_experts.py", *argv])
     inspect_experts.main(inspect_experts.parse_args())

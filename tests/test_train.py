@@ -42,7 +42,7 @@ def workplace(tmp_path, monkeypatch):
     )  # and not 500 at a time
     small = {"train": lambda n: (n, 1), "val": lambda n: (40, 2)}
     monkeypatch.setattr(
-        evaluation, "shapes_size", lambda spec, split: small[split](int(spec.split(":")[1]))
+        evaluation, "drawn_size", lambda spec, split: small[split](int(spec.split(":")[1]))
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield

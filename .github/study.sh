@@ -1,0 +1,64 @@
+# The study on glyphs: about 240 runs of 1 to 4 minutes on one core. Start it again, and it goes on
+# where it stopped: what stands in .github/study.jsonl is done. From the top folder:
+#
+#     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
+#
+# Two at a time, with different parts, use two cores best.
+
+run() {  # NAME FLAGS...: train with each of the seeds, and append a line to the results
+  for seed in $seeds; do
+    out=study/$1-$seed
+    grep -qs "\"run\": \"$1\", \"seed\": $seed," .github/study.jsonl && continue
+    python train.py --data glyphs --workers 0 --epochs 8 --k 1 --seed $seed --out $out "${@:2}" &&
+      python .github/study.py --add $out
+  done
+}
+
+sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
+  run $1-dense --moe-layers none "${@:2}"
+  for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
+}
+
+nano="--model vit_nano"
+seeds="0 1 2 3 4"
+for part in ${@:-a b c d e f h i w}; do
+  case $part in
+    a)  # how many experts? The main effect has ten seeds
+      seeds="0 1 2 3 4 5 6 7 8 9"
+      run dense $nano --moe-layers none
+      run E8 $nano --experts 8
+      seeds="0 1 2 3 4"
+      for E in 1 2 4 16 32; do run E$E $nano --experts $E; done
+      ;;
+    w)  # a dense network as wide as eight experts, by its learning rate
+      for lr in 3e-3 1e-3 3e-4; do run wide-$lr $nano --experts 1 --expert-ratio 32 --lr $lr; done
+      ;;
+    b)  # in which of the four blocks? E8 has them in 1 and 3
+      for blocks in 1 3 0,1,2,3; do run blocks-$blocks $nano --experts 8 --moe-layers $blocks; done
+      ;;
+    c)  # how many per token, of which width?
+      run k2 $nano --k 2
+      run k2-half $nano --k 2 --expert-ratio 2
+      run k4-quarter $nano --k 4 --expert-ratio 1
+      ;;
+    d)  # which router?
+      for router in cosine l2 expert_choice soft; do run $router $nano --router $router; done
+      ;;
+    e)  # more pictures, in as many steps
+      sizes 4000 $nano --data glyphs:4000 --epochs 32
+      sizes 64000 $nano --data glyphs:64000 --epochs 2
+      ;;
+    f)  # half and twice the width
+      sizes pico --model vit_pico
+      sizes micro --model vit_micro
+      ;;
+    h)  # how strong a balance?
+      for weight in 0 0.05; do
+        for E in 8 16; do run E$E-balance-$weight $nano --experts $E --balance-weight $weight; done
+      done
+      ;;
+    i)  # a ConvNeXt
+      sizes convnext --model convnext_nano
+      ;;
+  esac
+done
