@@ -141,7 +141,8 @@ CONCEPTS = (
     Concept(
         "shapes",
         "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ "
-        "eval.drawn_size eval.shift",
+        "eval.drawn_size eval.draw_parts eval.shift eval.Glyphs.__init__ eval.draw_characters "
+        "eval.draw_glyphs eval.distances",
         "",
         "Pictures whose every factor is known: the same on every machine, and shifted to where "
         "training never was.",

@@ -28,6 +28,7 @@ from eval import (
     CHECKPOINT_KEYS,
     MODELS,
     PALETTE,
+    Glyphs,
     Shapes,
     TensorImages,
     accuracy_per_class,
@@ -48,6 +49,8 @@ from eval import (
     open_dataset,
     open_pictures,
     read_image,
+    distances,
+    draw_characters,
     drawn_size,
     worst_pairs,
 )
@@ -251,19 +254,102 @@ def test_the_size_of_shapes():
     assert drawn_size("shapes:40", "train")[0] == 40
     for split in ("val", "all"):
         assert drawn_size("shapes:40", split) == drawn_size("shapes", "val")
-    count, seed = drawn_size("shapes", "val")
+    count, seed, _ = drawn_size("shapes", "val")
     assert count == 2000 and seed != drawn_size("shapes", "train")[1]
     data = open_dataset("shapes:40", "train", transform=lambda image: image[:, :1])
     assert len(data) == 40 and data[0][0].shape == (3, 1, 32)
 
 
 @pytest.mark.shapes
-@pytest.mark.parametrize("count", ["0", "-5", "many", "1.5", "100001"])
-def test_a_wrong_count_of_shapes(count):
-    """Only a count of 1 to 100000 can follow `shapes:`, and the message says so."""
-    expected = "expected `shapes` or `shapes:COUNT` with a count of 1 to 100000"
-    with pytest.raises(ValueError, match=expected):
-        open_dataset(f"shapes:{count}", "train")
+@pytest.mark.parametrize(
+    "spec",
+    ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
+     "glyphs:100001", "glyphs:10:1", "glyphs:10:10001", "glyphs:10:10:10"],
+)
+def test_a_wrong_number_of_pictures_or_classes(spec):
+    """Only a count of 1 to 100000, and for glyphs one of 2 to 10000 classes, can follow the name."""
+    with pytest.raises(ValueError, match=r"expected `shapes\[:COUNT\]` .* 1 to 100000 images"):
+        open_dataset(spec, "train")
+
+
+# ---------------------------------------------------------------- glyphs
+
+
+@pytest.mark.shapes
+def test_the_same_glyphs_on_every_machine():
+    """The first eight glyphs to train on are these, bit by bit, with every PyTorch."""
+    data = Glyphs(500, seed=1)
+    checksum = hashlib.sha256(data.images[:8].numpy().tobytes()).hexdigest()
+    assert checksum == "b007c5fcd45012880eb1bf41fdcc9c0cc43cccea2ffc2810fc018d0d730afe33", "was a draw changed?"
+
+
+@pytest.mark.shapes
+def test_the_size_of_glyphs():
+    """`glyphs:COUNT:CLASSES`: 300 classes unless told, and 2,000 pictures to validate."""
+    assert drawn_size("glyphs", "train") == (16_000, 1, 300)
+    assert drawn_size("glyphs:40", "train") == (40, 1, 300)
+    assert drawn_size("glyphs:40:7", "train") == (40, 1, 7)
+    assert drawn_size("glyphs:40:7", "val") == (2000, 2, 7)
+    data = open_dataset("glyphs:40:7", "train")
+    assert len(data) == 40 and data.classes[:2] == ["glyph-0000", "glyph-0001"]
+    assert data.labels.max() == 6
+
+
+@pytest.mark.shapes
+def test_a_character_is_the_same_in_every_set():
+    """More classes leave the first ones as they are: a class means the same in every set."""
+    assert torch.equal(draw_characters(300)[:7], draw_characters(7))
+
+
+@pytest.mark.shapes
+def test_distances_from_a_stroke():
+    """A point in the middle of pixel (3, 2): 16 units to the next, at most 126 in each direction."""
+    x = torch.full((1, 3, 1), 16 * 3 + 8, dtype=torch.int32)
+    y = torch.full((1, 3, 1), 16 * 2 + 8, dtype=torch.int32)
+    found = distances(x, y)[0, 1]  # (32 rows, 32 columns)
+    assert found[2, 3] == 0
+    assert found[2, 5] == 32**2 and found[3, 4] == 16**2 + 16**2
+    assert found[31, 31] == 2 * 126**2
+
+
+@pytest.mark.shapes
+def test_the_ink_is_where_a_glyph_is_light():
+    """On the mask a picture is at least 64 brighter on average than off it, in every colour."""
+    data = Glyphs(20, seed=1, classes=5)
+    for image, mask in zip(data.images.float(), data.masks > 0):
+        difference = image[:, mask].mean(1) - image[:, ~mask].mean(1)  # (3,)
+        assert difference.min() > 50
+    assert data.masks.unique().tolist() == [0, 1, 2, 3], "three strokes and the ground"
+
+
+@pytest.mark.shapes
+def test_a_glyph_lies_around_its_centre():
+    """Half a character is 12 pixels wide at most, and turned it stays within 18 of its centre."""
+    data = Glyphs(50, seed=1)
+    for mask, row, column in zip(data.masks, data.factors["row"], data.factors["column"]):
+        rows, columns = mask.nonzero().T
+        distance = (rows - row).square() + (columns - column).square()
+        assert distance.max() < 18**2
+
+
+@pytest.mark.shapes
+def test_the_colour_of_a_glyph_is_that_of_its_ink():
+    """Factor colour: which of red, green and blue is the strongest on the ink."""
+    data = Glyphs(50, seed=1)
+    for image, mask, colour in zip(data.images.float(), data.masks > 0, data.factors["colour"]):
+        means = image[:, mask].mean(1)  # (3,), with a blurred edge and noise
+        assert means[colour] > means.max() - 15
+
+
+@pytest.mark.shapes
+def test_a_linear_classifier_cannot_read_glyphs():
+    """Ridge regression on the pixels of 10 classes stays under 60%: the hand is unsteady."""
+    train, val = Glyphs(1600, seed=1, classes=10), Glyphs(500, seed=2, classes=10)
+    x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
+    y = F.one_hot(train.labels, 10).float()
+    weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
+    accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
+    assert 1 / 10 < accuracy < 0.6, f"{accuracy:.0%}"
 
 
 # ---------------------------------------------------------------- reading image files

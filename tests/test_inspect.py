@@ -23,7 +23,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import (MEAN, STD, Shapes, TensorImages, build_model, draw_shapes, eval_loader,
+from eval import (MEAN, STD, Glyphs, Shapes, TensorImages, build_model, draw_shapes, eval_loader,
                   eval_transform, load_checkpoint, normalize, read_image)
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
                              cumulative, cut_out, draw_balance, draw_curves, draw_examples,
@@ -479,6 +479,24 @@ def test_known_factors_of_shapes():
             assert factors["object"][0][m, n] == shown
             for name in ("shape", "texture", "colour"):
                 assert factors[name][0][m, n] == (data.factors[name][m] if shown else -1)
+
+
+@pytest.mark.statistics
+def test_known_factors_of_glyphs():
+    """A patch shows ink if more than a fifth of it does; its stroke is the one with most ink."""
+    data = Glyphs(5, seed=2, transform=lambda images: images)
+    factors = known_factors(data, torch.arange(5), (0, 4, 4))
+    assert list(factors) == ["class", "object", "stroke", "colour"]
+    assert [count for _, count in factors.values()] == [300, 2, 3, 3]
+    for m in range(5):
+        for n in range(16):
+            r, c = n // 4 * 8, n % 4 * 8
+            patch = data.masks[m, r:r + 8, c:c + 8]
+            counts = [(patch == stroke).sum().item() for stroke in (1, 2, 3)]
+            shown = sum(counts) > 12.8  # of 64 pixels
+            assert factors["object"][0][m, n] == shown
+            assert factors["stroke"][0][m, n] == (counts.index(max(counts)) if shown else -1)
+            assert factors["colour"][0][m, n] == (data.factors["colour"][m] if shown else -1)
 
 
 @pytest.mark.statistics
@@ -952,7 +970,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 def run_main(monkeypatch, *argv):
     """python inspect_experts.py ARGV in this process; `shapes` has 100 pictures."""
-    monkeypatch.setattr("eval.drawn_size", lambda spec, split: (100, 2))
+    monkeypatch.setattr("eval.drawn_size", lambda spec, split: (100, 2, 300))
     monkeypatch.setattr("eval.draw_shapes", lambda generator: draw_shapes(generator, n=100))
     monkeypatch.setattr(sys, "argv", ["inspect_experts.py", *argv])
     inspect_experts.main(inspect_experts.parse_args())

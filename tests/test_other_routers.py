@@ -317,7 +317,7 @@ def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypa
         args={},
     )
     torch.save(checkpoint, tmp_path / "r.pt")
-    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (40, 2))
+    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (40, 2, 300))
     flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

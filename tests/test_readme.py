@@ -87,7 +87,7 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nor waits for the disk
     monkeypatch.setattr(
-        evaluation, "drawn_size", lambda spec, split: (16, 1) if split == "train" else (16, 2)
+        evaluation, "drawn_size", lambda spec, split: (16, 1 if split == "train" else 2, 300)
     )
     # and not 500 at a time
     monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=16))

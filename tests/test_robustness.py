@@ -447,14 +447,14 @@ def shifted(name, count=20):
 @pytest.mark.shapes
 def test_inverted_shapes():
     """A picture and its negative add up to 255 everywhere."""
-    plain, inverted = shifted("shapes-inverted")
+    plain, inverted = shifted("inverted")
     assert (plain.images.int() + inverted.images.int() == 255).all()
 
 
 @pytest.mark.shapes
 def test_rotated_shapes():
     """After a quarter turn to the left the right column, mask and place are at the top."""
-    plain, rotated = shifted("shapes-rotated")
+    plain, rotated = shifted("rotated")
     for i in range(32):  # column 31 - i, from top to bottom, is row i, from left to right
         assert torch.equal(rotated.images[:, :, i, :], plain.images[:, :, :, 31 - i])
     bright = rotated.images.amax(dim=1) > 100  # as in test_eval.py: the object
@@ -470,7 +470,7 @@ def test_rotated_shapes():
 @pytest.mark.shapes
 def test_blurred_shapes():
     """Each value is the rounded mean of the 3 x 3 around it, beyond the border too."""
-    plain, blurred = shifted("shapes-blur", count=2)
+    plain, blurred = shifted("blur", count=2)
     x = plain.images.int()
     for row, column in [(0, 0), (0, 31), (31, 5), (10, 10), (16, 31), (20, 7)]:
         rows = [min(max(row + d, 0), 31) for d in (-1, 0, 1)]
@@ -483,13 +483,13 @@ def test_blurred_shapes():
 @pytest.mark.shapes
 def test_noisy_shapes():
     """Noise changes a value by up to 80 either way, and is the same each time."""
-    plain, noisy = shifted("shapes-noise")
+    plain, noisy = shifted("noise")
     change = (noisy.images.int() - plain.images.int())
     assert change.min() == -80 and change.max() == 80
     free = (plain.images >= 80) & (plain.images <= 175)  # nothing is cut off here
     # uniform on -80 .. 80: mean 0, deviation sqrt((161^2 - 1) / 12) = 46.5
     assert abs(change[free].double().mean()) < 2 and abs(change[free].double().std() - 46.5) < 1
-    again = shifted("shapes-noise")[1]
+    again = shifted("noise")[1]
     assert torch.equal(again.images, noisy.images), "each evaluation must see the same"
 
 
@@ -498,7 +498,7 @@ def test_shifted_shapes_are_data_sets():
     """Each shift is a spec of its own, with the labels of `shapes` and other pictures."""
     plain = open_dataset("shapes", "val")
     for name in evaluation.SHIFTS:
-        data = open_dataset(name, "val")
+        data = open_dataset(f"shapes-{name}", "val")
         assert torch.equal(data.labels, plain.labels) and data.classes == plain.classes
         changed = (data.images != plain.images).flatten(1).any(1)
         assert changed.all(), f"{name} left pictures as they were"
@@ -507,7 +507,7 @@ def test_shifted_shapes_are_data_sets():
 @pytest.mark.folders
 def test_an_unknown_shift_lists_the_known_ones():
     """What is no shift must be a folder, and where there is none the shifts are named."""
-    expected = "no data at 'shapes-upside-down': expected `shapes`, one of shapes-noise, "
+    expected = "no data at 'shapes-upside-down': expected `shapes`, `glyphs`, one of these with -noise, "
     with pytest.raises(ValueError, match=expected):
         open_dataset("shapes-upside-down", "val")
 
