@@ -343,13 +343,13 @@ def test_the_colour_of_a_glyph_is_that_of_its_ink():
 
 @pytest.mark.shapes
 def test_a_linear_classifier_cannot_read_glyphs():
-    """Ridge regression on the pixels of 10 classes stays under 60%: the hand is unsteady."""
-    train, val = Glyphs(1600, seed=1, classes=10), Glyphs(500, seed=2, classes=10)
+    """Ridge regression on the pixels stays under 40% of 100 classes: the hand is unsteady."""
+    train, val = Glyphs(1600, seed=1, classes=100), Glyphs(500, seed=2, classes=100)
     x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
-    y = F.one_hot(train.labels, 10).float()
+    y = F.one_hot(train.labels, 100).float()
     weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
     accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
-    assert 1 / 10 < accuracy < 0.6, f"{accuracy:.0%}"
+    assert 1 / 100 < accuracy < 0.4, f"{accuracy:.0%}"
 
 
 # ---------------------------------------------------------------- reading image files
