@@ -1,4 +1,4 @@
-"""What does sparse cost? `python tests/benchmark.py` prints three tables.
+"""What does sparse cost? `python tests/benchmark.py` prints three tables, and a fourth with --models.
 
 1. Parameters and multiply-adds of our models beside the paper's Table 1.
 2. The time of a whole MoE layer (router, dispatch, experts, combine, losses) beside that of a dense
@@ -6,8 +6,12 @@
    float32 on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the
    same moods of the machine.
 3. The same for the other ways to route: experts that choose tokens, and Soft MoE.
+4. For each model with the experts of its recipe: images/s of forward and backward, and how much
+   memory one more image in the batch takes (a minute per large model, which needs 10 GB).
 """
 
+import multiprocessing
+import resource
 import statistics
 import sys
 from pathlib import Path
@@ -16,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convnext  # noqa: E402, after the path is set
+import train  # noqa: E402
 import vit  # noqa: E402
-from eval import clock, count_flops  # noqa: E402
+from eval import build_model, clock, count_flops  # noqa: E402
 from moe import MLP, MoE, count_parameters, make_moe  # noqa: E402
 
 SHAPES = (  # name, T tokens on a CPU, D, H, E, K
@@ -127,7 +132,49 @@ def print_router_times():
         print(f"  --router {router:<14}{seconds[router] / seconds['dense']:.2f}")
 
 
+def print_model_costs():
+    """Print a line per model. Each measurement has a fresh process, whose peak memory is its own."""
+    print(f"forward and backward on {torch.get_num_threads()} CPU threads, float32, "
+          f"torch {torch.__version__}")
+    print(f"{'model':<16}{'pixels':>7}{'params M':>10}{'active M':>10}{'GFLOPs':>8}"
+          f"{'images/s':>10}{'MB per image':>14}")
+    spawn = multiprocessing.get_context("spawn")
+    for name in train.RECIPES:
+        config = train.resolve(train.parse_args(["--model", name]))
+        options = train.model_config(config, num_classes=1000)
+        with torch.device("meta"):
+            model = build_model(options)
+        total, active = count_parameters(model)
+        size = config.image_size
+        few, many = (64, 256) if size == 32 else (2, 6)
+        results = []
+        for B in (few, many):
+            with spawn.Pool(1) as pool:
+                results.append(pool.apply(step_cost, (options, B)))
+        (_, small), (seconds, large) = results
+        print(f"{name:<16}{size:>7}{total / 1e6:>10.2f}{active / 1e6:>10.2f}"
+              f"{count_flops(model, size) / 1e9:>8.2g}{many / seconds:>10.3g}"
+              f"{(large - small) / (many - few):>14.2g}", flush=True)
+
+
+def step_cost(options, B):
+    """Return (median seconds, peak MB) of training steps on B images, without the optimizer."""
+    model = build_model(options)
+    images = torch.randn(B, 3, options["image_size"], options["image_size"])
+    seconds = []
+    for _ in range(4):
+        start = clock("cpu")
+        logits, _ = model(images, return_routing=True)
+        logits.square().sum().backward()
+        seconds.append(clock("cpu") - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: in KiB
+    return statistics.median(seconds[1:]), peak
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--models"]:
+        print_model_costs()
+        sys.exit()
     print_paper_table()
     print()
     print_layer_times()

@@ -2,14 +2,18 @@
 
 import functools
 import glob
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 import eval as evaluation
 import forked
@@ -72,8 +76,62 @@ def test_every_command_has_flags_that_exist(capsys):
             )
             assert concepts <= {*BY_NAME, "or", "not", "slow"}, arguments
         else:
-            assert program == "tests/benchmark.py" and not arguments, program
+            assert program == "tests/benchmark.py" and arguments in ([], ["--models"]), program
     assert {*PROGRAMS, "-m", "tests/benchmark.py"} <= seen
+
+
+def python_block(name):
+    """Return the Python block of the README below the comment with this name."""
+    [block] = re.findall(rf"<!-- python: {name} -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+    return block
+
+
+def test_the_lines_that_classify_a_picture(tmp_path, monkeypatch, capsys):
+    """As printed, they name the best classes of a picture with the probabilities of eval.py."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "shapes:64", "--model", "vit_nano", "--epochs", "1", "--out", "runs/mine"]
+    monkeypatch.setattr(
+        evaluation, "drawn_size", lambda spec, split: (64, 1 if split == "train" else 2, 300)
+    )
+    train.main(train.parse_args(data))
+    image = evaluation.open_dataset("shapes:1", "train")[0][0]
+    torchvision.io.write_jpeg(image, "photo.jpg")
+    arguments = ["runs/mine/best.pt", "--data", "photo.jpg", "--json", "said.json"]
+    evaluation.main(evaluation.parse_args(arguments))
+    capsys.readouterr()
+    exec(python_block("classify"), {})
+    [said] = json.loads(Path("said.json").read_text())["results"][0]["pictures"]
+    best = list(zip(said["classes"], said["probabilities"]))[:2]
+    expected = [f"{name}: {probability:.1%}" for name, probability in best]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def train_the_mixer(steps):
+    """Run the README's Mixer for some steps: return (its names, accuracy on other pictures)."""
+    names = {}
+    exec(python_block("mixer").replace("range(1000)", f"range({steps})"), names)
+    images, labels, _ = evaluation.open_dataset("shapes", "val")[torch.arange(2000)]
+    with torch.no_grad():
+        logits, _ = names["model"].eval()(images / 255 - 0.5)
+    return names, (logits.argmax(1) == labels).float().mean().item()
+
+
+def test_the_mixer_takes_a_step():
+    """As printed, for two steps: every expert layer has a gradient, and so does its router."""
+    names, _ = train_the_mixer(1)
+    logits, routings = names["model"](torch.randn(4, 3, 32, 32))
+    (logits.sum() + names["balance_loss"](routings)).backward()
+    for block in names["model"].blocks:
+        assert block.channels.router.codes.grad.abs().sum() > 0
+        assert all(expert[0].weight.grad is not None for expert in block.channels.experts)
+    assert len(routings) == 4 and logits.shape == (4, 16)
+
+
+@pytest.mark.slow
+def test_the_mixer_learns():
+    """As printed, it names more than 80% of pictures that it has not seen."""
+    _, accuracy = train_the_mixer(1000)
+    assert accuracy > 0.8
 
 
 # not on a laptop
