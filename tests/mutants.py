@@ -20,7 +20,7 @@ moe.Router.forward
     self.log_scale.to(dtype).clamp(max=math.log(100.0)) -> self.log_scale.to(dtype)  # no bound
     torch.autocast(x.device.type, enabled=False) -> torch.autocast(x.device.type)
     torch.float32 -> self.codes.dtype
-    'donot_use_mm_for_euclid_dist' -> 'use_mm_for_euclid_dist'  # scores depend on the batch size
+    'donot_use_mm_for_euclid_dist' -> 'use_mm_for_euclid_dist_if_necessary'  # its default
 moe.top_k_gates
     probs.topk(k, dim=-1) -> (probs / probs.topk(k).values.sum(-1, True)).topk(k)  # renormalised
     probs.topk(k, dim=-1) -> probs.topk(k, dim=-1, largest=False)  # the worst
