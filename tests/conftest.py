@@ -1,7 +1,8 @@
 """What all tests share: each belongs to one concept of concepts.py, and is repeatable.
 
     python -m pytest -q             all that a student needs
-    python -m pytest -q --mutants   instead: do the tests notice mistakes? (test_the_tests.py)
+    python -m pytest -q --mutants   what a maintainer needs besides (minutes): do the tests notice
+                                    mistakes (test_the_tests.py), do the README's commands run?
 
 With -q a dot is ten tests that passed. The last lines of a run have one line per concept.
 """
@@ -26,7 +27,7 @@ from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
 
 
 def pytest_addoption(parser):
-    text = "run only the tests of the tests: break or blank the project about 150 times (minutes)"
+    text = "run only the long tests of the course itself: mutants, blanks, the README's commands"
     parser.addoption("--mutants", action="store_true", help=text)
 
 
@@ -114,7 +115,7 @@ def unwritten_concepts(report, message):
 
 
 def last_lines(text, count=20):
-    """Return the end of a long text: a compiler, or a run in a process, prints hundreds of lines."""
+    """Return the end of a text. A compiler, or a run in a process, prints hundreds of lines."""
     lines = text.splitlines(keepends=True)
     left_out = [f"... {len(lines) - count} lines\n"] if len(lines) > count else []
     return "".join(left_out + lines[-count:])

@@ -242,7 +242,7 @@ def test_the_tests_run_in_the_order_of_the_concepts(tmp_path):
 @pytest.mark.slow
 @forked.needs_fork
 def test_a_run_is_short(tmp_path):
-    """A dot stands for ten tests that passed. Of a test that failed 20 lines of output are shown."""
+    """A dot is ten tests that passed. Of a test that failed, 20 lines of its output are shown."""
     noisy = "[print(f'line {i}') for i in range(1000)]; assert 0"
     suite = {str(i): ("router", "pass") for i in range(25)} | {"noisy": ("top_k", noisy)}
     _, out, _ = run_suite(tmp_path, suite, "-q")

@@ -440,9 +440,10 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
 
 
 @pytest.mark.training
-def test_each_group_has_its_share_of_the_rate():
+def test_each_group_has_its_share_of_the_rate(monkeypatch):
     """With --layer-decay 0.5 the head has the whole rate, the stem 0.5 ** 13 of it."""
     flags = "--model convnext_t --image-size 32 --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
+    monkeypatch.setattr(train, "save", lambda *_: None)  # 28 million parameters
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.train(state)
     peak = train.learning_rate(2, 3, state.config)  # of the last of three steps
@@ -1427,7 +1428,7 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 
 
 @pytest.mark.training
-@pytest.mark.slow
+@pytest.mark.mutants  # takes 10 s; test_processes.py does the same with forked processes
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
     command = [
