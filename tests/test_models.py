@@ -89,6 +89,7 @@ def with_random_weights(module, std=0.2):
     ("every2", 12, [1, 3, 5, 7, 9, 11]),
     ("last2", 12, [9, 11]),
     ("last3", 12, [7, 9, 11]),
+    ("last3", 24, [19, 21, 23]),
     ("every2", 5, [1, 3]),
     ("last2", 5, [1, 3]),
 ])
@@ -927,6 +928,31 @@ def test_output_shape_of_every_preset(preset):
     images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
     assert model(images).shape == (2, 1000)
     assert model.image_size == (32 if "nano" in preset.__name__ else 224)
+
+
+@pytest.mark.building
+def test_the_default_sizes_of_a_vit():
+    """ViT() is ViT-S/16 for 224 pixels and 1000 classes. Sparse, it has 8 experts, and k is 2."""
+    with torch.device("meta"):
+        dense, sparse = ViT(), ViT(moe_layers=[1])
+    assert sum(parameter.numel() for parameter in dense.parameters()) == 22_050_664  # as in timm
+    assert dense.pos_embed.shape == (1, 1 + 14 * 14, 384)
+    assert len(dense.blocks) == 12 and dense.blocks[0].attn.heads == 6
+    layer = sparse.blocks[1].mlp
+    assert (len(layer.experts), layer.k, layer.noise_std) == (8, 2, 1 / 8)
+    assert layer.experts[0][0].weight.shape == (4 * 384, 384)
+
+
+@pytest.mark.building
+def test_the_default_sizes_of_a_convnext():
+    """ConvNeXt() is ConvNeXt-T for 1000 classes. Sparse, it has 8 experts, and k is 1."""
+    with torch.device("meta"):
+        dense, sparse = ConvNeXt(), ConvNeXt(moe_layers=[17])
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    assert sum(shape.numel() for shape in shapes.values()) == 28_589_128  # as in torchvision
+    [layer] = [layer for layer in sparse.modules() if isinstance(layer, MoE)]
+    assert (len(layer.experts), layer.k, layer.noise_std) == (8, 1, 1 / 8)
+    assert layer.experts[0][0].weight.shape == (4 * 768, 768)
 
 
 # ---------------------------------------------------------------- compile, upcycle

@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1062,6 +1063,26 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
     monkeypatch.setattr(train, "write_checkpoint", fail)
     with pytest.raises(ValueError, match="no quota left"):
         run("--epochs", "1", "--out", "r")
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("minutes_ago, due", [(1, False), (3, True)])
+def test_a_save_is_due_every_so_many_minutes(minutes_ago, due):
+    """With --save-every-minutes 2, 3 minutes after the last save."""
+    last = time.monotonic() - 60 * minutes_ago
+    config = SimpleNamespace(save_every_minutes=2)
+    state = SimpleNamespace(saved_at=last, signal=0, device="cpu", world=1, config=config)
+    assert train.check_and_agree(state, torch.zeros(2), torch.tensor(1.0)) == (0, due)
+
+
+@pytest.mark.training
+def test_a_best_checkpoint_that_is_gone_is_not_offered(capsys):
+    """Its file was deleted: the last lines do not name it."""
+    run("--epochs", "1", "--out", "r")
+    os.remove("r/best.pt")
+    capsys.readouterr()
+    run("--epochs", "1", "--out", "r")
+    assert "best.pt" not in capsys.readouterr().out
 
 
 @pytest.mark.training
