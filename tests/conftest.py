@@ -90,7 +90,9 @@ def pytest_report_teststatus(report, config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Write down the result of a test, and shorten what it has printed."""
+    """Write down the result of a test, and shorten what is shown of one that failed."""
+    if call.excinfo is not None:
+        leave_out_libraries(call.excinfo.tb)
     report = yield
     name = concept_of(item)
     tests = results.setdefault(name, {})
@@ -98,7 +100,8 @@ def pytest_runtest_makereport(item, call):
         totals[name] -= 1
     elif report.failed:
         tests[item.nodeid] = False, unwritten_concepts(report, str(call.excinfo.value))
-        report.sections[:] = [(title, last_lines(text)) for title, text in report.sections]
+        report.sections[:] = [(title, last_lines(text)) for title, text in report.sections
+                              if "Captured log" not in title]  # we have none: it is a compiler's
     elif report.when == "call":
         tests[item.nodeid] = True, set()
     return report
@@ -114,8 +117,17 @@ def unwritten_concepts(report, message):
     return set(re.findall(r"(\w+): write \w", "\n".join(messages))) & set(BY_NAME)
 
 
+def leave_out_libraries(traceback):
+    """Unlink the calls inside libraries from a traceback: torch.compile has 150 lines of them."""
+    while traceback.tb_next:
+        if "site-packages" in traceback.tb_next.tb_frame.f_code.co_filename:
+            traceback.tb_next = traceback.tb_next.tb_next
+        else:
+            traceback = traceback.tb_next
+
+
 def last_lines(text, count=20):
-    """Return the end of a text. A compiler, or a run in a process, prints hundreds of lines."""
+    """Return the end of a text: a run in a process prints hundreds of lines."""
     lines = text.splitlines(keepends=True)
     left_out = [f"... {len(lines) - count} lines\n"] if len(lines) > count else []
     return "".join(left_out + lines[-count:])
