@@ -128,9 +128,10 @@ def outcomes(request, tmp_path_factory):
     folder, futures = tmp_path_factory.mktemp("runs"), {}
     threads = ThreadPoolExecutor(os.cpu_count())
     for number, item in enumerate(request.session.items):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
         for name, run in (("mutant", run_mutant), ("unwritten", run_unwritten)):
-            if name in getattr(item, "callspec", item).params:
-                change = item.callspec.params[name]
+            if name in parameters:
+                change = parameters[name]
                 futures[change] = threads.submit(run, folder / str(number), change)
     yield futures
     threads.shutdown(cancel_futures=True)
