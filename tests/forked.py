@@ -1,9 +1,9 @@
 """Processes that start at once, for tests that need several, or that kill one.
 
 A new Python takes 5 s to load PyTorch and our programs, and the tests start dozens of them. So a
-server loads them once, and each process is a fork of it. (Not a fork of pytest itself: after earlier
-tests that has threads, and a process forked from several threads can hang.) What the processes
-print goes to a file: finish() shows it, so pytest prints it below a test that fails, and nowhere
+server loads them once, and each process is a fork of it. (Not a fork of pytest itself: earlier
+tests leave threads in it, and a process forked from several threads can hang.) What the processes
+print goes to a file. finish() shows it, so pytest prints it below a test that fails, and nowhere
 else.
 """
 
