@@ -8,6 +8,7 @@ With -q a dot is ten tests that passed. The last lines of a run have one line pe
 """
 
 import collections
+import gc
 import importlib.util
 import itertools
 import re
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # the tensors are small: more threads only get in each other's way
+gc.disable()  # until all is loaded, see pytest_collection_finish()
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -73,6 +75,12 @@ def pytest_collection_modifyitems(items, config):
     items[:] = [item for item in items if bool(item.get_closest_marker("mutants")) == mutants]
     items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
     totals.update(collections.Counter(concept_of(item) for item in items))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector leave out all that is loaded by now: that is much, and it stays."""
+    gc.freeze()
+    gc.enable()
 
 
 # ---------------------------------------------------------------- results: one line per concept
