@@ -1,6 +1,10 @@
-"""Processes that start at once: a server that has loaded PyTorch and our programs forks them.
+"""Processes that start at once, for tests that need several, or that kill one.
 
-A new Python would take 5 s to load these.
+A new Python takes 5 s to load PyTorch and our programs, and the tests start dozens of them. So a
+server loads them once, and each process is a fork of it. (Not a fork of pytest itself: earlier
+tests leave threads in it, and a process forked from several threads can hang.) What the processes
+print goes to a file. finish() shows it, so pytest prints it below a test that fails, and nowhere
+else.
 """
 
 import gc
@@ -9,6 +13,7 @@ import os
 import runpy
 import socket
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -28,31 +33,40 @@ def start(function, *arguments, world=1):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [
-        server.Process(target=begin, args=(rank, world, port, function, arguments))
-        for rank in range(world)
-    ]
-    for process in processes:
+    processes = []
+    for rank in range(world):
+        file, printed = tempfile.mkstemp()
+        os.close(file)
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        call = (printed, ranks if world > 1 else {}, function, arguments)
+        process = server.Process(target=begin, args=call)
+        process.printed = printed
         process.start()
+        processes.append(process)
     return processes
 
 
-def begin(rank, world, port, function, arguments):
+def begin(printed, ranks, function, arguments):
     """Prepare such a process, then call the function."""
+    output = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)  # and so for all that this process starts
+    os.dup2(output, 2)
     gc.freeze()  # what the server has loaded need not be searched for garbage, and so not copied
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
+    os.environ.update({name: str(value) for name, value in ranks.items()})
     multiprocessing.set_start_method("fork", force=True)  # for the data loader's own processes
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     function(*arguments)
 
 
 def finish(processes, seconds=120):
-    """Wait for the processes to end, and return their exit codes."""
+    """Wait for the processes to end, print what they have printed, and return their exit codes."""
     for process in processes:
         process.join(seconds)
+        with open(process.printed, errors="replace") as file:
+            print(file.read(), end="")
+        os.remove(process.printed)
     return [process.exitcode for process in processes]
 
 

@@ -1,9 +1,8 @@
-"""Which concepts does a test really call? Its own, and no other that its concept does not need.
+"""A plugin: each test calls its own concept, and no other that its concept does not need.
 
-So each run of the tests also shows that nothing is missing in the column `needs` of concepts.py:
-functions that a test never calls cannot fail it, whatever a student has made of them. (Slow tests
-call functions in other processes, unseen.) conftest.py asks; in an assignment this file is missing,
-and nobody asks.
+So every run also shows that the column `needs` of concepts.py lacks nothing: functions that a test
+never calls cannot fail it, whatever a student has made of them. Slow tests call functions in other
+processes, unseen. conftest.py loads this file; an assignment does not have it.
 """
 
 import functools
@@ -11,44 +10,51 @@ import importlib
 
 import pytest
 
-from concepts import CONCEPTS, all_needs
+from concepts import BY_NAME, CONCEPTS, all_needs
 
 called = set()  # names of the concepts whose functions were called since the current test began
 
 
-def watch_all():
-    """Replace every function of the table by one that first writes down its concept.
-
-    Call it before anybody imports them by name.
-    """
-    # in the order of their imports
-    for file in ("moe", "vit", "convnext", "eval", "train", "inspect_experts"):
-        module = importlib.import_module(file)
+def pytest_configure():
+    """Watch every function of the table, before a test file imports it by name."""
+    for file in ("moe", "vit", "convnext", "eval", "train", "inspect_experts"):  # by their imports
+        importlib.import_module(file)
         for concept in CONCEPTS:
             for function in concept.functions.split():
-                *place, name = function.split(".")
-                if place[0] == file:
-                    owner = getattr(module, place[1]) if len(place) > 1 else module
-                    setattr(owner, name, watched(getattr(owner, name), concept.name))
+                if function.split(".")[0] == file:
+                    watch(function, concept.name)
 
 
-def watched(function, concept):
-    @functools.wraps(function)
+def watch(function, concept):
+    """Replace a function, "file.name" or "file.Class.name", by one that writes down its concept."""
+    file, *classes, name = function.split(".")
+    owner = importlib.import_module(file)
+    for part in classes:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
     def call(*args, **kwargs):
         __tracebackhide__ = True  # a failing test shows the function itself
         called.add(concept)
-        return function(*args, **kwargs)
-    return call
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
 
 
-def check(concept, slow):
-    """Fail the test that has just passed if it called too little or too much.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    called.clear()
 
-    It must call a function of its concept, and none of a concept that this one does not need.
-    """
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test that has just passed if it called too little or too much."""
+    result = yield
+    concept = next(mark.name for mark in item.iter_markers() if mark.name in BY_NAME)
     if concept == "course":  # the tests of the tests
-        return
-    if not slow and concept not in called:  # slow tests call it in processes of their own
+        return result
+    if concept not in called and not item.get_closest_marker("slow"):
         pytest.fail(
             f"the test passes without calling a function of its concept, {concept}: does it belong"
             " to another?"
@@ -59,3 +65,4 @@ def check(concept, slow):
             f"a test of {concept} calls {', '.join(sorted(strangers))}: add to its needs in"
             " concepts.py, or test less"
         )
+    return result

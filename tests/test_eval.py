@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -811,6 +812,25 @@ def test_one_corruption_has_no_classes(tmp_path):
     ]
     grades = make_folder(tmp_path / "grades", files)
     assert open_dataset(grades, "val").classes == ["1", "2"], "a folder per patient in each class"
+
+
+@pytest.mark.counting
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked")
+def test_new_processes_of_a_loader_get_no_signal():
+    """SIGINT and SIGTERM are blocked while a loader starts its processes, and not after it."""
+    met = []
+
+    class Loader:
+        num_workers = 1
+
+        def __iter__(self):
+            met.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+            return iter([])
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    evaluation.start_loader(Loader())
+    assert {signal.SIGINT, signal.SIGTERM} <= met[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.counting

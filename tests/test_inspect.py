@@ -237,6 +237,10 @@ def test_the_surest_patches_by_hand(batch):
     assert_close(layer.surest, torch.tensor([[0.95, 0.9, 0.6], [0.8, 0.7, 0.0]]))
     assert layer.surest_at[0].tolist() == [4, 0, 3]
     assert layer.surest_at[1, :2].tolist() == [5, 2]
+    # The third place of expert 1 is empty: it has two patches to show, expert 0 has three.
+    images = [(torch.zeros(3, 32, 64, dtype=torch.uint8), 0, None)] * 3
+    of_0, of_1 = inspect_experts.surest_patches(images, torch.arange(3), layer)
+    assert of_0.shape[2] * 2 == of_1.shape[2] * 3
 
 
 @pytest.mark.statistics
@@ -1294,3 +1298,15 @@ def test_headings_of_the_table_are_explained():
     said = Page(make_files([run], args)["report.html"]).text
     for title, (_, meaning) in inspect_experts.KEY_NUMBERS.items():
         assert f"{title}: {meaning}" in said
+
+
+@pytest.mark.report
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    """A disk that is read-only: one line, before any work."""
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(inspect_experts.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="cannot be a folder .*Read-only file system"):
+        inspect_experts.open_folder(str(tmp_path))

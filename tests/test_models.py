@@ -89,6 +89,7 @@ def with_random_weights(module, std=0.2):
     ("every2", 12, [1, 3, 5, 7, 9, 11]),
     ("last2", 12, [9, 11]),
     ("last3", 12, [7, 9, 11]),
+    ("last3", 24, [19, 21, 23]),
     ("every2", 5, [1, 3]),
     ("last2", 5, [1, 3]),
 ])
@@ -929,6 +930,31 @@ def test_output_shape_of_every_preset(preset):
     assert model.image_size == (32 if "nano" in preset.__name__ else 224)
 
 
+@pytest.mark.building
+def test_the_default_sizes_of_a_vit():
+    """ViT() is ViT-S/16 for 224 pixels and 1000 classes. Sparse, it has 8 experts, and k is 2."""
+    with torch.device("meta"):
+        dense, sparse = ViT(), ViT(moe_layers=[1])
+    assert sum(parameter.numel() for parameter in dense.parameters()) == 22_050_664  # as in timm
+    assert dense.pos_embed.shape == (1, 1 + 14 * 14, 384)
+    assert len(dense.blocks) == 12 and dense.blocks[0].attn.heads == 6
+    layer = sparse.blocks[1].mlp
+    assert (len(layer.experts), layer.k, layer.noise_std) == (8, 2, 1 / 8)
+    assert layer.experts[0][0].weight.shape == (4 * 384, 384)
+
+
+@pytest.mark.building
+def test_the_default_sizes_of_a_convnext():
+    """ConvNeXt() is ConvNeXt-T for 1000 classes. Sparse, it has 8 experts, and k is 1."""
+    with torch.device("meta"):
+        dense, sparse = ConvNeXt(), ConvNeXt(moe_layers=[17])
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    assert sum(shape.numel() for shape in shapes.values()) == 28_589_128  # as in torchvision
+    [layer] = [layer for layer in sparse.modules() if isinstance(layer, MoE)]
+    assert (len(layer.experts), layer.k, layer.noise_std) == (8, 1, 1 / 8)
+    assert layer.experts[0][0].weight.shape == (4 * 768, 768)
+
+
 # ---------------------------------------------------------------- compile, upcycle
 
 
@@ -938,8 +964,8 @@ TINY_CONVNEXT = partial(ConvNeXt, image_size=8, depths=(2,), widths=(16,), num_c
 
 @pytest.mark.grouped
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", [TINY_VIT, TINY_CONVNEXT], ids=["vit", "convnext"])
+@pytest.mark.parametrize("model, dtype", [
+    (TINY_VIT, torch.bfloat16), (TINY_CONVNEXT, torch.float32)], ids=["vit", "convnext"])
 def test_a_compiled_model_is_the_same_model(model, dtype):
     """torch.compile of a sparse model: the same loss, in training and in evaluation.
 
@@ -1083,6 +1109,7 @@ def test_sparse_costs_k_experts_whatever_their_number():
 
 
 @pytest.mark.costs
+@pytest.mark.mutants  # takes 5 s
 def test_the_printed_table_holds_what_it_says(capsys):
     """Our sizes are Table 1's within 2%, but where the row's note says that the paper is wrong."""
     benchmark.print_paper_table()

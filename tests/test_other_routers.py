@@ -321,3 +321,10 @@ def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypa
     flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.soft
+def test_the_codes_of_the_slots_start_with_length_1():
+    """At any width. Only their direction counts, and longer ones would turn more slowly."""
+    lengths = SoftMoE(100, 8, num_experts=4, slots=25).codes.norm(dim=1)
+    assert 0.7 < lengths.min() and lengths.max() < 1.3

@@ -138,7 +138,7 @@ def test_the_mixer_learns():
 ELSEWHERE = ("/imagenet", "path/to", "/shared", "a/best.pt", "best.pt", "runs/dense/best.pt", "../")
 
 
-@pytest.mark.slow
+@pytest.mark.mutants  # takes 10 s
 def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, capsys):
     """On few pictures, for one epoch, in one process: what a command needs has been made before."""
     monkeypatch.chdir(tmp_path)

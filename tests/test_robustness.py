@@ -287,6 +287,16 @@ def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.classes
+def test_real_labels_are_padded_with_minus_1(tmp_path):
+    """Image 1 has one right label, image 2 none, image 3 two."""
+    files = [f"n00/ILSVRC2012_val_0000000{i}.png" for i in (1, 2, 3)]
+    data = open_dataset(make_folder(tmp_path / "val3", files), "all")
+    (tmp_path / "real.json").write_text("[[1], [], [0, 2]]")
+    labels = read_real(str(tmp_path / "real.json"), data, 3)
+    assert labels.tolist() == [[1, -1], [-1, -1], [0, 2]]
+
+
+@pytest.mark.classes
 @pytest.mark.parametrize("text, expected", [
     ("[[1], [], [0], [2]]", "4 entries for 5 images .* expected one for each"),
     ("[[1], [], [0], [2], [1], [1]]", "6 entries for 5 images"),

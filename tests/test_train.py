@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -441,9 +442,10 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
 
 
 @pytest.mark.training
-def test_each_group_has_its_share_of_the_rate():
+def test_each_group_has_its_share_of_the_rate(monkeypatch):
     """With --layer-decay 0.5 the head has the whole rate, the stem 0.5 ** 13 of it."""
     flags = "--model convnext_t --image-size 32 --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
+    monkeypatch.setattr(train, "save", lambda *_: None)  # 28 million parameters
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.train(state)
     peak = train.learning_rate(2, 3, state.config)  # of the last of three steps
@@ -1051,6 +1053,26 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
 
 
 @pytest.mark.training
+@pytest.mark.parametrize("minutes_ago, due", [(1, False), (3, True)])
+def test_a_save_is_due_every_so_many_minutes(minutes_ago, due):
+    """With --save-every-minutes 2, 3 minutes after the last save."""
+    last = time.monotonic() - 60 * minutes_ago
+    config = SimpleNamespace(save_every_minutes=2)
+    state = SimpleNamespace(saved_at=last, signal=0, device="cpu", world=1, config=config)
+    assert train.check_and_agree(state, torch.zeros(2), torch.tensor(1.0)) == (0, due)
+
+
+@pytest.mark.training
+def test_a_best_checkpoint_that_is_gone_is_not_offered(capsys):
+    """Its file was deleted: the last lines do not name it."""
+    run("--epochs", "1", "--out", "r")
+    os.remove("r/best.pt")
+    capsys.readouterr()
+    run("--epochs", "1", "--out", "r")
+    assert "best.pt" not in capsys.readouterr().out
+
+
+@pytest.mark.training
 def test_a_run_that_could_not_be_saved_does_not_end_well(monkeypatch, capsys):
     """The last save failed: exit status 1, and no command with a checkpoint that is not there."""
     loop = train.train
@@ -1421,7 +1443,7 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 
 
 @pytest.mark.training
-@pytest.mark.slow
+@pytest.mark.mutants  # takes 10 s; test_processes.py does the same with forked processes
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
     command = [

@@ -1,0 +1,241 @@
+"""Mistakes that a student might make: one place of one function, and what becomes of it.
+
+Below a function's name, a line per mistake: an expression, an arrow, and what replaces it (`pass`
+replaces a statement). The expression is looked for in the function's syntax tree, so spaces, quotes
+and line breaks do not matter. It must be there exactly once.
+"""
+
+import ast
+
+from concepts import CONCEPTS
+from make_assignment import find
+
+TABLE = """
+moe.Router.__init__
+    0.02 * torch.randn(num_experts, dim) -> torch.randn(num_experts, dim)  # decided at the start
+    0.02 * torch.randn(num_experts, dim) -> torch.zeros(num_experts, dim)  # all tokens to one
+moe.Router.forward
+    F.normalize(z, dim=-1) -> z  # a cosine of tokens of any length
+    -scale -> scale  # the farthest expert wins
+    self.log_scale.to(dtype).clamp(max=math.log(100.0)) -> self.log_scale.to(dtype)  # no bound
+    torch.autocast(x.device.type, enabled=False) -> torch.autocast(x.device.type)
+    torch.float32 -> self.codes.dtype
+    'donot_use_mm_for_euclid_dist' -> 'use_mm_for_euclid_dist_if_necessary'  # its default
+moe.top_k_gates
+    probs.topk(k, dim=-1) -> (probs / probs.topk(k).values.sum(-1, True)).topk(k)  # renormalised
+    probs.topk(k, dim=-1) -> probs.topk(k, dim=-1, largest=False)  # the worst
+    probs -> probs.detach()  # a router that cannot learn
+moe.cv_squared
+    x.var(correction=0) -> x.var()  # divided by E - 1
+    x.mean().square() -> x.mean()  # no factor E
+    x.mean().square().clamp(min=1e-30) -> x.mean().square()  # NaN without tokens
+moe.load_loss
+    noisy_logits -> logits  # the threshold of the clean logits
+    logits - threshold -> threshold - logits  # Phi, not 1 - Phi
+    noisy_logits.topk(k, dim=-1).values[:, -1:] -> noisy_logits.topk(k, dim=-1).values[:, :1]
+    logits - threshold -> logits - threshold.detach()  # the threshold is a logit, too
+    (logits >= threshold) + 0.0 * logits -> (logits >= threshold).float()  # no gradient, not zero
+moe.balance_loss
+    routing.balance_loss -> routing.balance_loss.detach()
+    routing.balance_loss -> routing.balance_loss / len(routings)  # a mean
+moe.expert_capacity
+    round(num_tokens * k * factor / num_experts, 6) -> num_tokens * k * factor / num_experts
+    num_tokens * k -> num_tokens  # a token asks k times
+moe.assign_slots
+    place <= capacity -> place < capacity  # one slot too few
+    experts[served].T -> experts[served]  # token by token, not by rank
+    priority.argsort(descending=True, stable=True) -> priority.argsort(stable=True)
+    kept[served] -> kept[:]  # left in the order of the queue
+moe.dispatch
+    experts.masked_fill(~kept, num_experts) -> experts  # the counts include what is dropped
+    owner.argsort(stable=True) -> owner.argsort(descending=True, stable=True)
+    owner.argsort(stable=True) -> owner.argsort()  # the tokens of one expert in any order
+moe.place_rows
+    torch.empty_like(rows).index_copy_(0, places, rows) -> rows[places]  # the inverse
+moe.combine
+    answers * weights.unsqueeze(-1) -> answers  # the gate is not multiplied
+    weights.unsqueeze(-1) -> weights.detach().unsqueeze(-1)
+    place_rows(rows, order) -> rows  # not brought back
+moe.Experts.__init__
+    (MLP(dim, hidden) for _ in range(num_experts)) -> [MLP(dim, hidden)] * num_experts  # one MLP
+moe.Experts.loop
+    torch.zeros_like(dropped, dtype=answers[0].dtype) -> dropped.to(answers[0])  # passes through
+    torch.zeros_like(dropped, dtype=answers[0].dtype) -> torch.zeros_like(dropped)  # in float32
+moe.Experts.each
+    expert(group) -> expert(group) if len(group) else group  # an idle expert has no gradient
+moe.MoE.__init__
+    router_noise / num_experts -> router_noise
+    factor <= 0 -> factor < 0
+moe.MoE.route
+    noisy.softmax(-1) -> probs  # the noise chooses nobody
+    self.training and self.noise_std > 0 -> self.noise_std > 0  # noise in evaluation
+    Routing(logits, probs, experts, gates, kept, loss) ->
+        Routing(logits, probs, experts, gates * kept, kept, loss)
+    load_loss(logits, noisy, self.k, self.noise_std) ->
+        load_loss(logits, noisy, self.k, self.noise_std * self.training)  # another in evaluation
+    importance_loss(probs) -> importance_loss(noisy.softmax(-1))
+moe.MoE.assign
+    self.capacity_factor if self.training else self.eval_capacity_factor -> self.capacity_factor
+    gates[:, 0] if self.batch_priority else None -> None  # always by position
+    self.batch_priority -> self.batch_priority and self.training
+vit.place_moe
+    odd[-2:] -> odd[:2]
+    odd[-3:] -> odd[3:]  # the same at a depth of 12
+convnext.place_moe
+    depths[-2] // 2 -> 0
+vit.ViT.__init__
+    drop_path * i / max(1, depth - 1) -> drop_path  # the same rate everywhere
+convnext.ConvNeXt.__init__
+    expert_ratio -> mlp_ratio
+vit.Attention.forward
+    (q, k, v) -> (k, v, q)
+    y.transpose(1, 2) -> y  # heads mixed with tokens
+vit.Block.forward
+    x + self.drop_path(y) -> self.drop_path(y)  # no residual
+vit.ViT.forward
+    [class_token, x] -> [x, class_token]
+convnext.Block.forward
+    self.skip -> 0  # without the added skip
+    self.gamma * y -> y  # without layer scale
+    self.dwconv(x).permute(0, 2, 3, 1) -> self.dwconv(x).permute(0, 3, 2, 1)  # H and W swapped
+    self.drop_path(y.permute(0, 3, 1, 2)) -> y.permute(0, 3, 1, 2)
+moe.Experts.grouped
+    torch.addmm(answers, member, b2) -> answers  # no bias
+    torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0) ->
+        torch.addmm(answers, member, b2)  # dropped rows pass through the last expert
+moe.count_parameters
+    layer.k -> 1
+eval.cost_of_a_moe
+    layer.k -> layer.num_experts
+moe.ExpertChoice.forward
+    answers * gates.permute(2, 0, 1).reshape(-1, 1) -> answers
+    probs.topk -> logits.topk
+    torch.where(kept, taken, probs) -> probs  # not who took it
+moe.SoftMoE.forward
+    scores.softmax(1) -> scores.softmax(2)
+    scores.softmax(2) -> scores.softmax(1)
+    F.normalize(tokens, dim=-1) -> tokens
+train.experts_from_mlp
+    layer.num_experts / layer.k -> 1.0  # copies only: the outputs shrink
+vit.resize_positions
+    [class_token, patches] -> [here[:, :1], patches]  # not the class token's own
+eval.shift
+    data.masks.rot90(1, (1, 2)) -> data.masks  # the picture is turned, the mask is not
+    255 - images -> 256 - images  # one too bright
+eval.hold_out
+    files[:fifth] if split == 'val' else files[fifth:] -> files[fifth:]
+    file.partition('/')[2] -> file  # the class folder counts
+eval.list_files
+    warn -> str  # without a word
+    met.add(real) -> met  # in two classes
+eval.read_other
+    ImageOps.exif_transpose(image) -> image
+    2 ** bits - 1 -> 65535  # 12 bits turn black
+eval.read_jpeg
+    True -> False
+eval.read_image
+    image.format in ('JPEG', 'MPO') -> True  # may crash
+eval.FolderImages.__getitem__
+    -1 if i == index else index -> -1 if i == index else i  # the wrong file
+eval.count_batch
+    min(5, logits.shape[1]) -> 5
+    hits.any(1) -> hits  # two answers count twice
+eval.eval_loader
+    indices[rank::world] -> indices[::world]  # all count the same
+eval.image_losses
+    right[:, 1:] -> right[:, :-1]  # not the padding
+eval.normalize
+    -mean -> mean
+eval.load_checkpoint
+    raw or not weights -> True  # never the averaged ones
+eval.read_checkpoint
+    torch.load -> lambda path, **options: torch.load(path, weights_only=False)
+eval.match_classes
+    {name: int(name) for name in names if int(name) < len(classes)} ->
+        {name: i for i, name in enumerate(names)}  # sorted 0, 1, 10
+eval.prepare
+    (row['params'], row['active']) -> (row['active'], row['params'])
+eval.over_seeds
+    groups[json.dumps(setting, sort_keys=True)].setdefault(seed, row) ->
+        groups[json.dumps(setting, sort_keys=True)].setdefault(row['checkpoint'], row)
+train.fit_to_data
+    config.base_lr * batch / config.base_batch -> config.base_lr
+    config.warmup_epochs = config.epochs / 10 -> pass  # a short run ends at its peak
+train.paper_row
+    options.items() <= model.items() -> True  # all are dense
+train.find_recipe
+    FINE_TUNING -> RECIPES
+train.ema_decay
+    min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
+train.parameter_groups
+    13 - layer_group(name) -> layer_group(name)
+    '.experts.' in name -> False  # one rate for all
+train.layer_group
+    block // 3 -> block  # more groups than published
+train.classification_loss
+    (1 - smoothing) * targets + smoothing / num_classes -> targets.float()
+train.learning_rate
+    config.lr * (step + 1) -> config.lr * step  # the first step does nothing
+train.Batches.__iter__
+    self.rank * self.accumulate -> 0  # all see the same
+    draw_seed(self.seed, self.epoch) -> draw_seed(self.seed)  # the same order in every epoch
+train.train_transform
+    7 / 13 -> 1.0  # nearly twice as many operations
+    [round(255 * mean) for mean in MEAN] -> 0  # black
+train.next_batch
+    run.rank * run.config.accumulate + part -> part  # all mix alike
+train.train
+    group['lr_scale'] * rate -> rate
+    total / config.accumulate -> total
+    1 if run.unsaved else 128 + stop -> 1  # a scheduler would not start it again
+train.Run.__init__
+    config.batch_size // self.world // config.accumulate -> config.batch_size // self.world
+train.check_and_agree
+    losses.isfinite().all() & norm.isfinite() -> losses.isfinite().all()  # NaN weights
+train.restore
+    torch.empty_like(like).copy_(value) -> value.clone()  # permuted moments
+inspect_experts.similarity
+    2 * shared.double() -> shared.double()
+inspect_experts.mutual_information
+    min -> max
+inspect_experts.LayerCounts.add
+    experts[..., :1] -> experts[..., -1:]  # the last choice
+inspect_experts.text
+    escape(words) -> words
+"""
+
+
+def read_table():
+    """Return the mistakes: a list of (concept, function, old, new), all str."""
+    owner = {function: concept.name for concept in CONCEPTS
+             for function in concept.functions.split()}
+    mutants, function = [], None
+    for line in TABLE.strip().replace("->\n", "->").splitlines():
+        text = line.partition("  #")[0]
+        if text.startswith(" "):
+            old, new = text.split("->")
+            mutants.append((owner[function], function, old.strip(), new.strip()))
+        else:
+            function = text
+    return mutants
+
+
+def replace(source, path, old, new):
+    """Return the source of a file with one expression or statement of a function replaced.
+
+    path: "function" or "Class.method". Raise ValueError unless old is there exactly once.
+    """
+    kind, mode = (ast.stmt, "exec") if new == "pass" else (ast.expr, "eval")
+    wanted = ast.unparse(ast.parse(old, mode=mode))
+    function, _ = find(source, path)
+    found = [node for node in ast.walk(function)
+             if isinstance(node, kind) and ast.unparse(node) == wanted]
+    if len(found) != 1:
+        raise ValueError(f"{old!r} is {len(found)} times in {path}: expected once")
+    lines = source.encode().splitlines(keepends=True)  # the tree counts columns in bytes
+    [node] = found
+    start = sum(map(len, lines[:node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
+    text = b"".join(lines)
+    replacement = new if new == "pass" else f"({new})"
+    return (text[:start] + replacement.encode() + text[end:]).decode()
