@@ -263,10 +263,10 @@ class Work(NamedTuple):
 
 
 PLAN = dict(
-    router=Work(2, "Why are the scores in float32 even under autocast? What would bfloat16 change?"),
+    router=Work(2, "Why are the scores float32 even under autocast? What would bfloat16 change?"),
     top_k=Work(1, "What would k = 1 teach the router if the gates were divided by their sum?"),
     balance=Work(4, "Counting has no gradient. Where does that of the load loss come from?"),
-    capacity=Work(4, "Whom does Batch Prioritized Routing drop, and why does it help less at C = T?"),
+    capacity=Work(4, "Whom does Batch Prioritized Routing drop? When does it change nothing?"),
     dispatch=Work(3, "Why is no shape allowed to depend on the choices? What does it cost?"),
     combine=Work(2, "Which way does a gate move if its expert's answer lowers the loss?"),
     experts=Work(2, "Why is an expert called on 0 rows? Who would wait for it otherwise?"),

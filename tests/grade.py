@@ -166,24 +166,21 @@ def judge(expected, reports):
     The tests that count are those that pass with our code. Those that fail when our answers are
     spoiled must also fail when the submission's are.
     """
-    counting = [test for (test, spoiled), ours in expected.items() if not spoiled and ours["passed"]]
-    passed = [test for test in counting if reports.get((test, False), {}).get("passed")]
-    failing = [key for key, ours in expected.items() if key[1] and not ours["passed"]]
-    blind = [key[0] for key in failing if reports.get(key, {}).get("passed")]
-    unsent = [key for key in [*failing, *[(test, False) for test in counting]] if key not in reports]
+    counting = [key for key, ours in expected.items() if not key[1] and ours["passed"]]
+    must_fail = [key for key, ours in expected.items() if key[1] and not ours["passed"]]
+    passed = [key for key in counting if reports.get(key, {}).get("passed")]
+    blind = [test for test, spoiled in must_fail if reports.get((test, spoiled), {}).get("passed")]
+    unsent = [key for key in counting + must_fail if key not in reports]
+    problem = ""
     if blind:
-        return 0, len(counting), (
-            f"{len(blind)} tests pass whatever the answer is, such as {blind[0]}: read this body"
-        )
-    if unsent:
-        return len(passed), len(counting), (
-            f"the process ended, or was stopped, before it had reported {len(unsent)} results"
-        )
-    for test in counting:
-        if test not in passed:
-            why = reports[test, False]["message"].strip().splitlines()[:1]
-            return len(passed), len(counting), f"{test}: {''.join(why)}"
-    return len(passed), len(counting), ""
+        problem = f"{len(blind)} tests pass whatever the answer is, such as {blind[0]}: read it"
+    elif unsent:
+        problem = f"the process ended or was stopped, {len(unsent)} results were not reported"
+    elif len(passed) < len(counting):
+        first = next(key for key in counting if key not in passed)
+        why = reports[first]["message"].strip().partition("\n")[0]
+        problem = f"{first[0]}: {why}"
+    return len(passed), len(counting), problem
 
 
 # ---------------------------------------------------------------- all submissions
@@ -223,7 +220,7 @@ def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")
     Raise ValueError, before anything runs, if something cannot be graded.
     """
     if not (assignment / "ASSIGNMENT.md").exists():
-        raise ValueError(f"no ASSIGNMENT.md in {assignment}: expected what OUT was when it was made")
+        raise ValueError(f"no ASSIGNMENT.md in {assignment}: expected the folder that was handed out")
     concepts = blanked_concepts(assignment)
     for submission in submissions:
         if not submission.exists():

@@ -6,8 +6,8 @@
     python tests/make_assignment.py --grade alice bob --against ../homework     see grade.py
 
 In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
-body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a rubric.
-This file, the tests of the tests and the history stay here.
+body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a
+rubric. This file, the tests of the tests and the history stay here.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from grade import grade
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (
     "moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md"
-    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/concepts.py tests/conftest.py"
-    " tests/forked.py tests/test_moe.py tests/test_other_routers.py tests/test_models.py"
-    " tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py"
-    " tests/test_inspect.py"
+    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/checks.py tests/concepts.py"
+    " tests/conftest.py tests/forked.py tests/rules.py tests/test_moe.py tests/test_other_routers.py"
+    " tests/test_models.py tests/test_eval.py tests/test_robustness.py tests/test_train.py"
+    " tests/test_processes.py tests/test_inspect.py"
 ).split()
 COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
 `resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
@@ -71,15 +71,15 @@ In this order, each builds on those above. The hours are estimates.
 END = """
 ## How it is graded
 
-{names}: each concept counts the same, and scores only if all of its tests pass. The bodies of the
-functions above, and nothing else of {files}, are put into a fresh copy for each concept. There all
-other functions are right, so a mistake in one concept does not cost another. Your tests are not
-used. The copy may have more tests than yours.
+Each concept counts the same, and scores only if all of its tests pass. The bodies of the functions
+above are taken from your {files}, and nothing else is. For each concept they are put into a fresh
+copy. There all other functions are right, so a mistake in one concept does not cost another. Your
+tests are not used, and the copy may have more of them.
 
 | part | share | full marks |
 |---|---|---|
 | concepts | 60% | all tests of the concept pass |
-| answers | 25% | each question above answered in your own words, with a number or example of yours |
+| answers | 25% | each question answered in your own words, with an example of yours |
 | code | 15% | a shape comment at each reshape, comments say why, no dead code |
 """
 
@@ -162,7 +162,7 @@ def write_handout(names):
             described.add((file, owner.name if owner else None))
             parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
     parts.append(write_plan(names))
-    parts.append(END.format(names=", ".join(names), files=", ".join(files)))
+    parts.append(END.format(files=", ".join(files)))
     return "".join(parts)
 
 
