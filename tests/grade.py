@@ -31,7 +31,8 @@ from blanks import blank, body_of, find, parameters, replace_body
 from concepts import BY_NAME
 
 TESTS = Path(__file__).resolve().parent
-LIMIT = 600  # seconds for the two runs of one concept's tests
+LIMIT = 600  # seconds for all runs of one concept's tests
+RUNS = ["plain spoiled", "spoiled plain spoiled"]  # see referee.py
 # Words that a layer does not need. They cost nothing, but somebody should read such a body.
 LOOK = set(
     "os sys gc inspect ctypes pytest testing subprocess importlib builtins exec eval open globals"
@@ -112,11 +113,11 @@ def write_copy(folder, concept, submission, copy_project):
 # ---------------------------------------------------------------- run
 
 
-def run_concept(folder, concept, limit, order):
+def run_concept(folder, concept, limit, runs):
     """Run a concept's tests in a copy: {(test, spoiled): its report by referee.py}.
 
-    order: "plain-first" or "spoiled-first". After `limit` seconds the process is killed, and so is
-    everything that it has started. Reports sent before count.
+    runs: one of RUNS. After `limit` seconds the process is killed, and so is everything that it has
+    started. Reports sent before count.
     """
     secret = secrets.token_hex(16)
     command = [sys.executable, "tests/referee.py", concept, *BY_NAME[concept].functions.split()]
@@ -131,7 +132,7 @@ def run_concept(folder, concept, limit, order):
             start_new_session=True,
         )
         try:
-            process.communicate(f"{secret} {order}\n".encode(), timeout=limit)
+            process.communicate(f"{secret} {runs}\n".encode(), timeout=limit)
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -146,13 +147,17 @@ def run_concept(folder, concept, limit, order):
 
 
 def read_reports(lines, secret):
-    """Return {(test, spoiled): report} of the lines that carry the secret."""
+    """Return {(test, spoiled): report} of the lines that carry the secret.
+
+    Of two reports the one that the test passed stays: it must never pass when spoiled.
+    """
     reports = {}
     for line in lines:
         try:
             report = json.loads(line)
-            if report["secret"] == secret:
-                reports[report["test"], report["spoiled"]] = report
+            key = report["test"], report["spoiled"]
+            if report["secret"] == secret and (key not in reports or report["passed"]):
+                reports[key] = report
         except (ValueError, KeyError, TypeError):
             pass  # written by somebody else
     return reports
@@ -190,8 +195,7 @@ def grade_concept(concept, submission, expected, copy_project, limit):
     """Return the result of one concept of a submission as a dict for JSON."""
     with tempfile.TemporaryDirectory() as folder:
         missing, look = write_copy(Path(folder), concept, submission, copy_project)
-        order = secrets.choice(["plain-first", "spoiled-first"])
-        reports = run_concept(folder, concept, limit, order)
+        reports = run_concept(folder, concept, limit, secrets.choice(RUNS))
     passed, tests, problem = judge(expected, reports)
     score = int(passed == tests and not problem and not missing)
     note = "; ".join(filter(None, [*missing, problem]))
@@ -202,7 +206,7 @@ def expect(concept, copy_project, limit):
     """Return the reports for our own code. Raise ValueError if its tests do not work here."""
     with tempfile.TemporaryDirectory() as folder:
         write_copy(Path(folder), concept, None, copy_project)
-        expected = run_concept(folder, concept, limit, "plain-first")
+        expected = run_concept(folder, concept, limit, RUNS[0])
     passed = sum(ours["passed"] for (_, spoiled), ours in expected.items() if not spoiled)
     can_fail = any(not ours["passed"] for (_, spoiled), ours in expected.items() if spoiled)
     if not passed or not can_fail:
@@ -220,7 +224,7 @@ def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")
     Raise ValueError, before anything runs, if something cannot be graded.
     """
     if not (assignment / "ASSIGNMENT.md").exists():
-        raise ValueError(f"no ASSIGNMENT.md in {assignment}: expected the folder that was handed out")
+        raise ValueError(f"no ASSIGNMENT.md in {assignment}: give the folder that was handed out")
     concepts = blanked_concepts(assignment)
     for submission in submissions:
         if not submission.exists():

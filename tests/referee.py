@@ -1,14 +1,15 @@
-"""Run the tests of one concept twice and report each result to grade.py, which starts this file:
+"""Run the tests of one concept and report each result to grade.py, which starts this file:
 
     python tests/referee.py CONCEPT moe.function ...
 
 The code under test is a stranger's. It may end the process, change pytest, or make every assertion
 succeed. So no exit status and no printed line counts, only reports that carry a secret. And the
 tests run once more with SPOILED answers: what the graded functions return is changed behind their
-back. A test that passes even then does not test any more.
+back. A test that passes even then does not test any more. A spoiled run is the last one: it finds
+what an earlier run has left behind. By chance there is another one before.
 
-The secret and the order of the two runs come by stdin. Both stay in local variables: a global one
-would be a line of code away from a stranger.
+The secret and the order of the runs come by stdin. They stay in local variables: a global one would
+be a line of code away from a stranger.
 """
 
 import functools
@@ -19,21 +20,25 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 
 def spoil(value):
-    """Return a wrong answer like `value`: other numbers, other gradients, the same types."""
+    """Return a wrong answer like `value`: other numbers, other gradients, the same types.
+
+    A tensor is known by its dtype: this file does not import torch, which takes seconds.
+    """
     if isinstance(value, bool):
         return not value
-    if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+    if str(getattr(value, "dtype", "")) == "torch.bool":
         return ~value
-    if isinstance(value, (torch.Tensor, int, float)):
+    if isinstance(value, (int, float)) or hasattr(value, "dtype"):
         return 2 * value + 1
     if hasattr(value, "_fields"):  # a named tuple, such as a Routing
         return type(value)(*map(spoil, value))
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return type(value)(map(spoil, value))
+    if type(value).__module__ == "torch.return_types":  # of topk() and sort()
+        return tuple(map(spoil, value))
     raise AssertionError("a spoiled answer")
 
 
@@ -92,7 +97,7 @@ class Reporter:
 
 
 def main(concept, *functions):
-    secret, order = sys.stdin.readline().split()
+    secret, *runs = sys.stdin.readline().split()
     channel = os.fdopen(os.dup(1), "w")  # whatever else is printed goes nowhere
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -106,7 +111,8 @@ def main(concept, *functions):
     is_spoiled = Spoiled()
     for function in functions:
         watch(function, is_spoiled)
-    for spoiled in (True, False) if order == "spoiled-first" else (False, True):
+    for run in runs:
+        spoiled = run == "spoiled"
         is_spoiled.now, is_spoiled.depth = spoiled, 0
         flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", concept, str(here)]
         pytest.main(flags, plugins=[Reporter(send, spoiled)])

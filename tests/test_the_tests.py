@@ -6,7 +6,6 @@ PyTorch loaded already. That no test calls what its concept does not need is che
 the tests, by needs.py."""
 
 import ast
-import compileall
 import concurrent.futures
 import contextlib
 import io
@@ -22,7 +21,7 @@ import pytest
 import forked
 import make_assignment
 from concepts import BY_NAME, CONCEPTS, all_needs
-from make_assignment import ROOT, blank, copy_project, find, handout
+from make_assignment import ROOT, copy_project, find
 
 WRITTEN = [concept.name for concept in CONCEPTS if concept.functions]
 
@@ -717,184 +716,6 @@ def test_teaching_order_needs_nothing_that_comes_later():
         above.append(concept.name)
     functions = [function for concept in CONCEPTS for function in concept.functions.split()]
     assert len(functions) == len(set(functions))
-
-
-FUNCTIONS = [function for concept in CONCEPTS for function in concept.functions.split()]
-
-
-@pytest.mark.course
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_docstring_is_a_handout(function):
-    """Each function to be written has a docstring, its own or that of its class.
-
-    In the files of the model it has a shape or a type, so that who has only the docstring can
-    begin."""
-    file, _, path = function.partition(".")
-    _, text = handout((ROOT / f"{file}.py").read_text("utf-8"), path)
-    assert text
-    if file in ("moe", "vit", "convnext"):
-        kinds = r"\([A-Z1.][^)]*\)|scalar|\bint\b|ints\b|bool|dtype|indices|weights|state dict"
-        assert re.search(kinds, text), f"{function}: neither a shape nor a type"
-
-
-@pytest.mark.course
-def test_a_blank_keeps_everything_but_the_body():
-    """Signature, decorator, docstring, neighbours and comments outside stay; the body raises, and
-    says what to write."""
-    source = '''import math
-
-class A:
-    # about f
-    @staticmethod
-    def f(x: int = 1, *, y) -> int:
-        """Doc.
-
-        More.
-        """
-        # a hint that would give it away
-        return math.sqrt(x)
-
-    def g(self):
-        return 1
-'''
-    expected = source.replace(
-        '''        # a hint that would give it away
-        return math.sqrt(x)
-''',
-        '''        raise NotImplementedError("roots: write A.f")
-''',
-    )
-    assert blank(source, "A.f", "roots") == expected
-    with pytest.raises(ValueError, match="a function of one line"):
-        blank("def f(x): return x\n", "f", "c")
-    with pytest.raises(ValueError, match="no h in the file"):
-        blank("def f(x):\n    return x\n", "h", "c")
-    assert blank("def g(x):\n    # why\n    return x\n\n\nz = 1\n", "g", "c") == (
-        'def g(x):\n    raise NotImplementedError("c: write g")\n\n\nz = 1\n'
-    )
-
-
-@pytest.mark.course
-def test_an_assignment_by_hand(tmp_path, capsys):
-    """The functions of the concepts are gone, the handout has their docstrings, solutions stay
-    here, and all files compile."""
-    out = tmp_path / "homework"
-    make_assignment.main(make_assignment.parse_args([str(out), "combine", "top_k"]))
-    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == sorted(
-        [
-            "ASSIGNMENT.md",
-            "README.md",
-            "convnext.py",
-            "eval.py",
-            "inspect_experts.py",
-            "moe.py",
-            "requirements.txt",
-            "tests",
-            "train.py",
-            "vit.py",
-        ]
-    )
-    assert not {"make_assignment.py", "test_the_tests.py", "needs.py", "test_readme.py"} & set(
-        os.listdir(out / "tests")
-    )
-    assert not (out / ".git").exists() and compileall.compile_dir(out, quiet=1)
-    source = (out / "moe.py").read_text("utf-8")
-    assert re.findall('raise NotImplementedError\\("(.*)"\\)', source) == [
-        "top_k: write top_k_gates",
-        "combine: write combine",
-    ]
-    assert "make_assignment" not in (out / "README.md").read_text("utf-8")
-    text = (out / "ASSIGNMENT.md").read_text("utf-8")
-    assert text.index("## top_k") < text.index("## combine"), "in teaching order"
-    for part in (
-        "Choose the k most probable experts",
-        "pytest -m combine",
-        "(it needs dispatch)",
-        "--junitxml=grade.xml",
-        "your moe.py, and nothing else",
-    ):
-        assert part in text
-    assert make_assignment.COMMON not in text, "nothing here has args or a run"
-    assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
-
-
-@pytest.mark.course
-def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
-    """A table that names a function which is not there: an error, and no folder with the solutions
-    in it."""
-    monkeypatch.setitem(
-        BY_NAME, "top_k", BY_NAME["top_k"]._replace(functions="moe.top_k_gates moe.top_q_gates")
-    )
-    with pytest.raises(ValueError, match="there is no top_q_gates"):
-        make_assignment.make(tmp_path / "homework", ["top_k"])
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.course
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (["EXISTS", "top_k"], "exists already"),
-        (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
-        (["new", "course"], "unknown concept 'course'"),
-        (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
-        ([str(ROOT / "homework"), "top_k"], "is inside the project"),
-        (["new"], "at least one concept"),
-    ],
-)
-def test_an_impossible_assignment_is_one_line_and_writes_nothing(
-    arguments, expected, tmp_path, monkeypatch
-):
-    """A folder that exists, a concept that does not: refused before anything is copied."""
-    monkeypatch.chdir(tmp_path)
-    arguments = [str(tmp_path) if argument == "EXISTS" else argument for argument in arguments]
-    with pytest.raises(ValueError, match=expected):
-        make_assignment.main(make_assignment.parse_args(arguments))
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.course
-def test_the_list_has_every_concept(capsys):
-    """--list prints the table: concept, lesson, functions, what it needs."""
-    make_assignment.main(make_assignment.parse_args(["--list"]))
-    printed = capsys.readouterr().out
-    for concept in CONCEPTS:
-        assert (
-            concept.name in printed and concept.lesson in printed and concept.functions in printed
-        )
-
-
-@pytest.mark.course
-@pytest.mark.parametrize(
-    "passed, lines, well",
-    [
-        # router is blank: both of its tests turn, one of layer's two does (it needs router), none
-        # of top_k's.
-        (
-            dict(a=0, b=0, c=1, d=0, e=1),
-            "router 2 of 2 turn, expected all, a, b, layer 1 of 2 turn, expected some, d",
-            True,
-        ),
-        (
-            dict(a=0, b=1, c=1, d=0, e=1),
-            "router 1 of 2 turn, expected all WRONG, a, layer 1 of 2 turn, expected some, d",
-            False,
-        ),
-        (
-            dict(a=0, b=0, c=0, d=1, e=1),
-            "router 2 of 2 turn, expected all, a, b, top_k 1 of 1 turn, expected none WRONG, c",
-            False,
-        ),
-    ],
-)
-def test_the_solution_check_by_hand(passed, lines, well):
-    """It reports, concept by concept, how many tests the blanks turn and which, and what is wrong
-    with that."""
-    concepts = dict(a="router", b="router", c="top_k", d="layer", e="layer")
-    complete = {test: (concept, True) for test, concept in concepts.items()}
-    blanked = {test: (concepts[test], bool(ok)) for test, ok in passed.items()}
-    found, is_well = make_assignment.judge(["router"], complete, blanked)
-    assert ", ".join(" ".join(line.split()) for line in found) == lines and is_well == well
 
 
 # ---------------------------------------------------------------- what pytest prints
