@@ -138,6 +138,25 @@ def write_plan(names):
     return PLAN_HEAD + "".join(lines)
 
 
+def write_task(function, described):
+    """Return the parts of the handout for one function, "file.path". Add it to `described`.
+
+    The first method of a class comes after the docstring of the class, under its own heading.
+    """
+    file, _, path = function.partition(".")
+    source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+    node, owner = find(source, path)
+    parts = []
+    if owner is not None and (file, owner.name) not in described:
+        text = ast.get_docstring(owner) or ""
+        parts.append(f"\n### class `{owner.name}` in {file}.py\n\n```\n{text}\n```\n")
+        described.add((file, owner.name))
+    text = ast.get_docstring(node) or f"As the docstring of {owner.name} says."
+    signature, _ = handout(source, path)
+    parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
+    return parts
+
+
 def write_handout(names):
     """Return the text of ASSIGNMENT.md. names: concepts in teaching order."""
     mine = " or ".join(names)
@@ -146,21 +165,14 @@ def write_handout(names):
     files = list(dict.fromkeys(f"{function.split('.')[0]}.py" for function in functions))
     if files != ["moe.py"]:  # the words that only the programs use
         parts.append(f"\n{COMMON}\n")
-    described = set()  # classes whose docstring has been printed
+    described = set()  # functions and classes whose docstring is printed
     for name in names:
         concept = BY_NAME[name]
         needs = ", ".join(concept.needs.split())
         parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
         parts.append(f" (it needs {needs})\n" if needs else "\n")
         for function in concept.functions.split():
-            file, _, path = function.partition(".")
-            source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
-            signature, text = handout(source, path)
-            node, owner = find(source, path)
-            if owner is not None and (file, owner.name) in described:
-                text = ast.get_docstring(node) or f"As {owner.name} above says."
-            described.add((file, owner.name if owner else None))
-            parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
+            parts += write_task(function, described)
     parts.append(write_plan(names))
     parts.append(END.format(files=", ".join(files)))
     return "".join(parts)

@@ -117,11 +117,22 @@ def test_an_assignment_by_hand(tmp_path, capsys):
         "taken from your moe.py, and nothing else",
         "| 1 to 4 | top_k | 1 |",
         "3 hours in all",
+        "### `combine` in moe.py",
         "pip install -r requirements.txt",
     ):
         assert part in text
     assert make_assignment.COMMON not in text, "nothing here has args or a run"
     assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
+
+
+def test_the_docstring_of_a_class_comes_before_its_methods():
+    """Once, under its own heading: it may be about another method than the first."""
+    text = make_assignment.write_handout(["layer"])
+    headings = re.findall("^### (.*) in moe.py$", text, re.MULTILINE)
+    methods = ["`MoE.__init__`", "`MoE.forward`", "`MoE.route`", "`MoE.assign`"]
+    assert headings == ["class `MoE`", *methods]
+    assert text.count("batch_priority: short of slots") == 1 and text.count("noise_std, ") >= 1
+    assert text.count("As the docstring of MoE says.") == 2
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
