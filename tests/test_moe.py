@@ -742,6 +742,21 @@ def test_no_two_experts_start_alike():
 PATHS = "loop", "grouped"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param("loop", marks=pytest.mark.experts),
+     pytest.param("grouped", marks=pytest.mark.grouped)],
+)
+def test_every_new_tensor_is_on_the_device_of_the_rows(path):
+    """The default device is meta here, and the rows are on the CPU: the two do not mix."""
+    experts, rows, counts = Experts(2, 16, 32), torch.randn(5, 16), torch.tensor([2, 1])
+    expected = getattr(experts, path)(rows, counts)
+    with torch.device("meta"):
+        answers = getattr(experts, path)(rows, counts)
+    assert not answers.is_meta
+    close(answers, expected)
+
+
 def run_both(counts, num_rows, dtype):
     """Answers and gradients (of rows and all parameters) of both paths on the same random input."""
     experts = Experts(len(counts), 16, 32)
