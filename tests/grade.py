@@ -71,7 +71,7 @@ def graft(ours, path, concept, theirs):
         source = replace_body(ours, path, body_of(theirs, path))
         compile(source, path, "exec")  # a `nonlocal` that has lost its function, and the like
         return source, ""
-    except (ValueError, SyntaxError, RecursionError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         return blank(ours, path, concept), f"{path}: {error}"
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from blanks import blank, find
 from concepts import BY_NAME, CONCEPTS, PLAN, all_needs
-from grade import grade
+from grade import LIMIT, grade
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (
@@ -294,8 +294,8 @@ def parse_args(argv=None):
                         help="grade folders (or single .py files); needs --against")
     parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
                         help="the folder OUT as it was handed out")
-    parser.add_argument("--limit", type=float, default=600,
-                        help="seconds for the tests of one concept (600)")
+    parser.add_argument("--limit", type=float, default=LIMIT,
+                        help=f"seconds for the tests of one concept ({LIMIT})")
     parser.add_argument("--grades", type=Path, default=Path("grades"),
                         help="write this .csv and .json (grades)")
     return parser.parse_args(argv)

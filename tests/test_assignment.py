@@ -274,6 +274,18 @@ def test_words_to_look_at_are_told():
     assert grade.suspicious_words(source, "f") == ["os", "testing"]
 
 
+def test_private_tests_are_for_grading_only(tmp_path, monkeypatch):
+    """tests/test_private*.py is in the copy that is graded, and not in the assignment."""
+    monkeypatch.setattr(grade, "TESTS", tmp_path)
+    for name in ("referee.py", "test_private_1.py", "test_other.py"):
+        (tmp_path / name).write_text("")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    grade.write_copy(copy, "top_k", None, copy_miniature)
+    assert sorted(os.listdir(copy / "tests")) == ["referee.py", "test_mini.py", "test_private_1.py"]
+    assert not [name for name in make_assignment.PROJECT if "private" in name]
+
+
 def test_lines_of_somebody_else_are_no_reports():
     """A report carries the secret. Anything else in the file is left out."""
     ours = json.dumps(dict(secret="s", test="a", spoiled=False, passed=True))
@@ -282,7 +294,7 @@ def test_lines_of_somebody_else_are_no_reports():
     assert list(reports) == [("a", False)]
 
 
-# ---------------------------------------------------------------- grading: a project of one function
+# ---------------------------------------------------------------- grading: one function
 
 MINIATURE = {
     "moe.py": '''

@@ -180,7 +180,7 @@ def test_a_prediction_does_not_depend_on_the_batch(router, preset):
 
 @pytest.mark.parametrize("router", BOTH)
 def test_a_routing_has_the_promised_shapes(router):
-    """T rows of E or 1, in float32, int64 and bool, also for a picture (B, H, W, D) and for none."""
+    """T rows of E or 1, in float32, int64 and bool, for pictures (B, H, W, D), also for none."""
     for B in (2, 0):
         x = torch.randn(B, 4, 3, 6)  # N = 12
         y, routing = make_moe(6, 8, 3, 2, router, tokens=12)(x)
@@ -315,7 +315,9 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 )
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
-    config = dict(model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router)
+    config = dict(
+        model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router
+    )
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
         config=config,
         model=evaluation.build_model(config).state_dict(),
