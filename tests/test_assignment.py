@@ -354,6 +354,7 @@ def grade_body(body, tmp_path, expected, limit=60):
     return grade.grade_concept("top_k", tmp_path, expected, copy_miniature, limit)
 
 
+@pytest.mark.slow
 def test_our_own_code_says_which_tests_count(expected):
     """The skipped test does not. Spoiled, the test of the type still passes: it sees no numbers."""
     passed = {key for key, report in expected.items() if report["passed"]}
@@ -366,6 +367,7 @@ def test_our_own_code_says_which_tests_count(expected):
     }
 
 
+@pytest.mark.slow
 def test_a_right_body_scores(tmp_path, expected):
     """Written in another way, with a helper and an import inside the body."""
     body = """
@@ -381,6 +383,7 @@ def test_a_right_body_scores(tmp_path, expected):
     )
 
 
+@pytest.mark.slow
 def test_a_wrong_body_scores_nothing_and_is_told_why(tmp_path, expected):
     """A concept counts as a whole: 2 of 3 tests give no points. The note has the first message."""
     result = grade_body("return sorted(probs)[::-1][: k - 1] or [2]", tmp_path, expected)
@@ -437,6 +440,7 @@ CHEATS = {  # what a body might do: its code, and a part of the note
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body, note", CHEATS.values(), ids=CHEATS)
 def test_a_trick_gains_nothing(body, note, tmp_path, expected, monkeypatch):
     """A body of a line or two that works on pytest instead of on the task scores 0."""
@@ -445,6 +449,7 @@ def test_a_trick_gains_nothing(body, note, tmp_path, expected, monkeypatch):
     assert result["score"] == 0 and result["note"] and note in result["note"], result
 
 
+@pytest.mark.slow
 def test_a_spoiled_run_comes_last(tmp_path, expected, monkeypatch):
     """What the first call changes, the first test does not see yet, but the last run does."""
     assert all(runs.endswith("plain spoiled") for runs in grade.RUNS)
@@ -453,6 +458,7 @@ def test_a_spoiled_run_comes_last(tmp_path, expected, monkeypatch):
     assert grade_body(body, tmp_path, expected)["score"] == 0
 
 
+@pytest.mark.slow
 def test_a_loop_for_ever_is_stopped(tmp_path, expected):
     """After the limit the process is killed with all that it has started."""
     body = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'while True: pass'])"
@@ -460,6 +466,7 @@ def test_a_loop_for_ever_is_stopped(tmp_path, expected):
     assert result["score"] == 0 and "not reported" in result["note"]
 
 
+@pytest.mark.slow
 def test_the_environment_is_empty(tmp_path, expected, monkeypatch):
     """Keys and tokens in the environment of the one who grades stay there."""
     monkeypatch.setenv("SECRET_TOKEN", "1")
@@ -468,6 +475,7 @@ def test_the_environment_is_empty(tmp_path, expected, monkeypatch):
     assert result["score"] == 1 and result["look"] == ["os"]
 
 
+@pytest.mark.slow
 def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
     """A CSV line per submission, details in JSON. A submission may be a folder or the file."""
     monkeypatch.chdir(tmp_path)
