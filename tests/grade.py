@@ -36,7 +36,8 @@ RUNS = ["plain spoiled", "spoiled plain spoiled"]  # see referee.py
 # Words that a layer does not need. They cost nothing, but somebody should read such a body.
 LOOK = set(
     "os sys gc inspect ctypes pytest testing subprocess importlib builtins exec eval open globals"
-    " setattr __import__ __dict__ __class__ __globals__ _getframe modules unittest atexit".split()
+    " setattr __import__ __dict__ __class__ __globals__ __main__ _getframe referee modules unittest"
+    " atexit".split()
 )
 
 # ---------------------------------------------------------------- from a submission to a copy

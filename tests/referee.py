@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def main(concept, *functions):
     def send(**report):
         print(json.dumps({"secret": secret, **report}), file=channel, flush=True)
 
+    sys.modules["__main__"] = types.ModuleType("__main__")  # this file is not to be imported
     here = Path(__file__).resolve().parent
     sys.path[:0] = [str(here.parent), str(here)]
     is_spoiled = Spoiled()
