@@ -58,6 +58,8 @@ class MoE(nn.Module):
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
     Raise ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
+    Attributes: the arguments num_experts, k, capacity_factor, eval_capacity_factor, batch_priority;
+    noise_std, router_noise / E; the modules router and experts.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -88,7 +90,12 @@ class MoE(nn.Module):
         return y.to(x.dtype).reshape(x.shape), routing
 
     def route(self, tokens):
-        """Return the Routing of tokens (T, D): score, choose k experts, assign slots."""
+        """Return the Routing of tokens (T, D): score, choose k experts, assign slots.
+
+        The noise, drawn once in training, moves experts, gates and the load loss. logits, probs and
+        the importance loss are without noise. balance_loss is importance + load, with noise_std in
+        evaluation, too. A dropped choice keeps its gate: `kept` says that it was dropped.
+        """
         logits = self.router(tokens)  # (T, E)
         noisy = logits
         if self.training and self.noise_std > 0:
@@ -100,7 +107,10 @@ class MoE(nn.Module):
         return Routing(logits, probs, experts, gates, kept, loss)
 
     def assign(self, gates, experts):
-        """Return kept (T, K) bool for gates and experts (T, K). Without a limit all is True."""
+        """Return kept (T, K) bool for gates and experts (T, K). Without a limit all is True.
+
+        With batch_priority a token's priority is its first gate, for all of its choices.
+        """
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return torch.ones_like(experts, dtype=torch.bool)
@@ -121,7 +131,10 @@ class Router(nn.Module):
     Parameters: `codes`, a vector per expert; `proj`, the P, projects to min(256, D / 2) dimensions;
     `log_scale`: the scale starts at 2 and stays at most 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
-    Logits are float32, or float64 for tokens in float64. Raise ValueError for another kind.
+    Logits are float32, or float64 for tokens in float64, also under autocast and for weights in
+    bfloat16. Raise ValueError for another kind: the message has all kinds, and expert_choice and
+    soft, which are other layers.
+    Start: codes from N(0, 0.02^2) if linear, else N(0, 1 / their width); proj from N(0, 1 / D).
     """
 
     def __init__(self, dim, num_experts, kind="linear"):
@@ -177,6 +190,7 @@ def assign_slots(experts, num_experts, capacity, priority=None):
     All first choices are served before any second choice. Within a rank, tokens come by position
     or, with priority (T,), by descending priority; ties go to the earlier token. With the top-1
     gate as priority this is Batch Prioritized Routing (Riquelme et al. 2021, section 4).
+    T may be 0.
     Example: capacity 2 and experts ((0, 1), (1, 0), (1, 0)) give kept ((1, 0), (1, 1), (1, 0)):
     the first choices fill expert 1; of the second, only token 1's finds a slot, at expert 0.
     """
@@ -197,6 +211,7 @@ def importance_loss(probs):
 
     probs (T, E): without noise. Scalar: 0 if all sums are equal, E - 1 if one expert gets all.
     In the worked example the sums 1.9 and 1.1 are both 0.4 from their mean: 0.4^2 / 1.5^2 = 0.071.
+    No tokens (T = 0) give 0.
     """
     return cv_squared(probs.sum(0))
 
@@ -210,6 +225,7 @@ def load_loss(logits, noisy_logits, k, noise_std):
     1 - Phi((threshold - logit) / noise_std), Phi the normal distribution. Its sum over tokens is
     the load of e. Example: logit 1, threshold 2, noise_std 0.5: 1 - Phi(2) = 0.02.
     noise_std = 0 gives the plain count, with a zero gradient. Dropped choices are included.
+    No tokens give 0. A NaN among the logits gives NaN and raises nothing: the training loop tells.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std > 0:
@@ -220,7 +236,10 @@ def load_loss(logits, noisy_logits, k, noise_std):
 
 
 def cv_squared(x):
-    """Return the squared coefficient of variation of x (E,): population variance / mean^2."""
+    """Return the squared coefficient of variation of x (E,): population variance / mean^2.
+
+    If all entries are 0, return 0, with a finite gradient.
+    """
     # Without a square root: (std / mean)^2 has a NaN gradient where all entries are equal.
     return x.var(correction=0) / x.mean().square().clamp(min=1e-30)  # no tokens: 0, not 0 / 0
 
@@ -238,6 +257,7 @@ def dispatch(tokens, experts, kept, num_experts):
     tokens (T, D), experts (T, K), kept (T, K) bool -> rows (R, D), counts (E,) int64, order (R,).
     Rows of expert 0 come first, dropped rows last. counts: rows per expert. order[r] = t * K + j
     says that row r is choice j of token t. No shape depends on the choices: no wait for a GPU.
+    Rows have the dtype of tokens. Rows of one expert keep the order of tokens. T may be 0.
     """
     K = experts.shape[1]
     owner = experts.masked_fill(~kept, num_experts).flatten()  # (T, K) -> (R,), dropped: E
@@ -261,10 +281,10 @@ class MLP(nn.Sequential):
 
 
 class Experts(nn.ModuleList):
-    """E MLPs: rows (R, D) sorted by expert, counts (E,) -> answers (R, D).
+    """E MLPs: rows (R, D) sorted by expert, counts (E,) -> answers (R, D), in the MLPs' dtype.
 
     With counts (2, 1) rows 0 and 1 go through self[0], and row 2 through self[1]. Any rows behind
-    these were dropped: their answer is exactly 0.
+    these were dropped: their answer is exactly 0. Under autocast all answers are in its dtype.
     """
 
     def __init__(self, num_experts, dim, hidden):
@@ -327,6 +347,7 @@ def combine(rows, weights, order):
     """Bring the answers back to their tokens and add them, weighted: y (T, D).
 
     rows (R, D) and order (R,) as dispatch() made them. weights (T, K): the gates, 0 if dropped.
+    y has the wider dtype of both: rows in bfloat16 and weights in float32 give float32. T may be 0.
     This product is how a router learns. A choice has no gradient, but y has one by the gate: the
     answer. If more of an answer lowers the loss, the gradient step raises the gate, through the
     softmax: its expert's logit goes up, the others go down.
@@ -346,8 +367,9 @@ class ExpertChoice(nn.Module):
     token meets k experts on average: perhaps several, perhaps none, and then its y is 0.
     Example: with the probs of the worked example C is 2. Expert 0 takes tokens 1 and 0, expert 1
     takes tokens 2 and 0. So token 0 gets 0.75 * 10 + 0.25 * 100.
+    Only the router and the experts multiply matrices: take rows by index. B may be 0.
     In the Routing K is 1: a token's expert is the one with the largest gate of those that took it.
-    If none did, it is the most probable expert, and kept is False.
+    If none did, it is the most probable expert, kept is False and its gate 0. balance_loss is 0.
     """
 
     def __init__(self, dim, hidden, num_experts, k):
@@ -386,6 +408,7 @@ class SoftMoE(nn.Module):
     softmax over the tokens makes a slot, a weighted mean of the tokens. A softmax over the slots
     makes a token's y, a weighted mean of the answers. S = ceil(N k / E) costs as much as top k.
     In the Routing K is 1: probs are the experts' shares in a token's y, and the largest is chosen.
+    Its logits, probs and gates are float32, and balance_loss is 0. B may be 0.
     """
 
     def __init__(self, dim, hidden, num_experts, slots):

@@ -266,6 +266,44 @@ CONCEPTS = (
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 
 
+class Work(NamedTuple):
+    hours: int  # an estimate: reading, writing, and the tests
+    question: str  # to discuss, once the tests pass
+
+
+PLAN = dict(
+    router=Work(2, "Why are the scores float32 even under autocast? What would bfloat16 change?"),
+    top_k=Work(1, "What would k = 1 teach the router if the gates were divided by their sum?"),
+    balance=Work(4, "Counting has no gradient. Where does that of the load loss come from?"),
+    capacity=Work(4, "Whom does Batch Prioritized Routing drop? When does it change nothing?"),
+    dispatch=Work(3, "Why is no shape allowed to depend on the choices? What does it cost?"),
+    combine=Work(2, "Which way does a gate move if its expert's answer lowers the loss?"),
+    experts=Work(2, "Why is an expert called on 0 rows? Who would wait for it otherwise?"),
+    layer=Work(4, "Which lines see the noise, and which must not? What differs in evaluation?"),
+    placement=Work(1, "Why are the last two blocks a safer choice than every second one?"),
+    building=Work(4, "Sparse and dense start alike. In which parts, and why does it matter?"),
+    vit=Work(4, "What may a token learn from others, and in which lines?"),
+    convnext=Work(4, "What is a token here? Why has the sparse block one skip more?"),
+    grouped=Work(4, "Why does the last expert take in the dropped rows?"),
+    costs=Work(3, "Which E and k have the cost of the dense model, and which its parameters?"),
+    weights=Work(3, "After upcycling all experts are alike. What makes them differ later?"),
+    expert_choice=Work(3, "All loads are equal by construction. Who pays for it?"),
+    soft=Work(3, "Nothing is dropped and nothing is chosen. What is lost?"),
+    shapes=Work(3, "Which factor could a model use as a shortcut, and how would you notice?"),
+    folders=Work(8, "What is a broken image worth: an error, a warning, or a wrong prediction?"),
+    counting=Work(5, "Why does the accuracy not depend on batch size and processes?"),
+    checkpoints=Work(3, "What could a pickle file do when it is opened?"),
+    classes=Work(4, "Why is a prediction made among the classes of the test set only?"),
+    evaluator=Work(8, "Which of the table's numbers would change with another seed, and how much?"),
+    recipe=Work(4, "Which mistake should stop a run before its first step?"),
+    optimizer=Work(4, "Why do norms, biases and embeddings have no weight decay?"),
+    batches=Work(4, "What must a random draw depend on, so that a continued run is the same run?"),
+    training=Work(12, "What is in a checkpoint, and which part would you miss last?"),
+    statistics=Work(8, "How much mutual information does chance give, and with how many images?"),
+    report=Work(10, "Which figure could mislead, and what does its caption say against it?"),
+)
+
+
 def all_needs(name):
     """Return the names of all concepts that a concept needs, directly or indirectly."""
     found = set()

@@ -3,15 +3,15 @@
     python tests/make_assignment.py --list                        the concepts, in teaching order
     python tests/make_assignment.py ../homework top_k combine     without the functions of these two
     python tests/make_assignment.py --solution-check ../homework top_k combine    and run the tests
+    python tests/make_assignment.py --grade alice bob --against ../homework     see grade.py
 
 In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
-body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout. This file, the tests of
-the tests and the history stay here.
+body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a
+rubric. This file, the tests of the tests and the history stay here.
 """
 
 import argparse
 import ast
-import functools
 import os
 import re
 import shutil
@@ -21,81 +21,69 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from concepts import BY_NAME, CONCEPTS, all_needs
+from blanks import blank, find
+from concepts import BY_NAME, CONCEPTS, PLAN, all_needs
+from grade import LIMIT, grade
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (
     "moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md"
-    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/concepts.py tests/conftest.py"
-    " tests/forked.py tests/test_moe.py tests/test_other_routers.py tests/test_models.py"
-    " tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py"
-    " tests/test_inspect.py"
+    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/checks.py tests/concepts.py"
+    " tests/conftest.py tests/forked.py tests/rules.py tests/test_moe.py"
+    " tests/test_other_routers.py tests/test_models.py tests/test_eval.py tests/test_robustness.py"
+    " tests/test_train.py tests/test_processes.py tests/test_inspect.py"
 ).split()
 COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
 `resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
 `device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
 START = """# Assignment
 
-Write the functions below: each docstring is the task, each test checks one claim and says it in its
-docstring.
-A function that is not written yet raises `NotImplementedError`. Keep all names and signatures,
-helpers included.
+Set up, once:
+
+```sh
+python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && . .venv/bin/activate
+```
+
+Write the functions below. The docstring is the task, and each test checks one claim and says it in
+its docstring. A function that is not written yet raises `NotImplementedError`.
+
+- Write into the bodies only. Keep all names, signatures and decorators.
+- A helper function or an import of your own goes inside the body that needs it: only the bodies
+  are graded.
+- Use tensor operations, not a Python loop over tokens. A loop over experts or over the K choices is
+  fine. Make new tensors on the device of the input: a test runs on the device "meta", which has
+  shapes but no numbers.
+- Messages of errors are yours. They must contain the values that the tests name.
 
 ```sh
 python -m pytest -x -m "{mine}"   # stops at the next thing to learn
 python -m pytest -m "not slow"   # everything that is quick: what still waits for yours?
 ```
 """
+PLAN_HEAD = """
+## Plan
+
+In this order, each builds on those above. The hours are estimates.
+
+| day | concept | hours | to discuss |
+|---|---|---|---|
+"""
 END = """
 ## How it is graded
 
-By the tests marked {names}, each with the same weight: your {files}, and nothing else,
-is copied over a fresh assignment, and `python -m pytest -m "{mine}" --junitxml=grade.xml` is run
-there. The summary counts per concept. All other tests must pass at the end as well.
+Each concept counts the same, and scores only if all of its tests pass. The bodies of the functions
+above are taken from your {files}, and nothing else is. For each concept they are put into a fresh
+copy. There all other functions are right, so a mistake in one concept does not cost another. Your
+tests are not used, and the copy may have more of them.
+
+| part | share | full marks |
+|---|---|---|
+| concepts | 60% | all tests of the concept pass |
+| answers | 25% | each question answered in your own words, with an example of yours |
+| code | 15% | a shape comment at each reshape, comments say why, no dead code |
 """
 
-# ---------------------------------------------------------------- find, blank, describe a function
-
-
-parse = functools.cache(ast.parse)
-
-
-def find(source, path):
-    """Find a function in the syntax tree: return its node, and the node of its class or None.
-
-    path: "function" or "Class.method".
-    """
-    owner, node = None, parse(source)
-    for name in path.split("."):
-        owner = node
-        node = next((child for child in node.body if getattr(child, "name", None) == name), None)
-        if node is None:
-            raise ValueError(
-                f"there is no {path} in the file: has tests/concepts.py another name for it?"
-            )
-    return node, owner if isinstance(owner, ast.ClassDef) else None
-
-
-def blank(source, path, concept):
-    """Return the source of a file with one function's body replaced.
-
-    Signature, docstring and all other lines stay as they are.
-    """
-    node, _ = find(source, path)
-    lines = source.splitlines(keepends=True)
-    first = node.body[0]
-    documented = ast.get_docstring(node)
-    if first.lineno == node.lineno:
-        raise ValueError(f"{path} is a function of one line: give its body a line of its own")
-    start = first.end_lineno if documented else first.lineno - 1
-    # comments above a statement belong to the body
-    while not documented and lines[start - 1].lstrip().startswith("#"):
-        start -= 1
-    indent = " " * first.col_offset
-    lines[start : node.end_lineno] = [
-        f'{indent}raise NotImplementedError("{concept}: write {path}")\n'
-    ]
-    return "".join(lines)
+# ---------------------------------------------------------------- the handout
 
 
 def handout(source, path):
@@ -136,30 +124,57 @@ def blank_concepts(out, names):
             (out / f"{file}.py").write_text(text, encoding="utf-8")
 
 
+def write_plan(names):
+    """Return a table of concepts over two weeks, ten days, in proportion to their hours."""
+    total = sum(PLAN[name].hours for name in names)
+    lines, before = [], 0
+    for name in names:
+        day = 1 + 10 * before // total
+        before += PLAN[name].hours
+        last = max(day, -(-10 * before // total))  # rounded up
+        days = f"{day}" if day == last else f"{day} to {last}"
+        lines.append(f"| {days} | {name} | {PLAN[name].hours} | {PLAN[name].question} |\n")
+    lines.append(f"\n{total} hours in all.\n")
+    return PLAN_HEAD + "".join(lines)
+
+
+def write_task(function, described):
+    """Return the parts of the handout for one function, "file.path". Add it to `described`.
+
+    The first method of a class comes after the docstring of the class, under its own heading.
+    """
+    file, _, path = function.partition(".")
+    source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+    node, owner = find(source, path)
+    parts = []
+    if owner is not None and (file, owner.name) not in described:
+        text = ast.get_docstring(owner) or ""
+        parts.append(f"\n### class `{owner.name}` in {file}.py\n\n```\n{text}\n```\n")
+        described.add((file, owner.name))
+    text = ast.get_docstring(node) or f"As the docstring of {owner.name} says."
+    signature, _ = handout(source, path)
+    parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
+    return parts
+
+
 def write_handout(names):
-    """The text of ASSIGNMENT.md."""
+    """Return the text of ASSIGNMENT.md. names: concepts in teaching order."""
     mine = " or ".join(names)
     parts = [START.format(mine=mine)]
     functions = [function for name in names for function in BY_NAME[name].functions.split()]
     files = list(dict.fromkeys(f"{function.split('.')[0]}.py" for function in functions))
     if files != ["moe.py"]:  # the words that only the programs use
         parts.append(f"\n{COMMON}\n")
-    described = set()  # classes whose docstring has been printed
+    described = set()  # functions and classes whose docstring is printed
     for name in names:
         concept = BY_NAME[name]
         needs = ", ".join(concept.needs.split())
         parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
         parts.append(f" (it needs {needs})\n" if needs else "\n")
         for function in concept.functions.split():
-            file, _, path = function.partition(".")
-            source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
-            signature, text = handout(source, path)
-            node, owner = find(source, path)
-            if owner is not None and (file, owner.name) in described:
-                text = ast.get_docstring(node) or f"As {owner.name} above says."
-            described.add((file, owner.name if owner else None))
-            parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
-    parts.append(END.format(names=", ".join(names), files=", ".join(files), mine=mine))
+            parts += write_task(function, described)
+    parts.append(write_plan(names))
+    parts.append(END.format(files=", ".join(files)))
     return "".join(parts)
 
 
@@ -275,6 +290,14 @@ def parse_args(argv=None):
     parser.add_argument("--list", action="store_true", help="print the concepts and stop")
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
+    parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
+                        help="grade folders (or single .py files); needs --against")
+    parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
+                        help="the folder OUT as it was handed out")
+    parser.add_argument("--limit", type=float, default=LIMIT,
+                        help=f"seconds for the tests of one concept ({LIMIT})")
+    parser.add_argument("--grades", type=Path, default=Path("grades"),
+                        help="write this .csv and .json (grades)")
     return parser.parse_args(argv)
 
 
@@ -285,6 +308,13 @@ def main(args):
             print(f"{'':<12} {concept.functions or '(nothing to write)'}")
             if concept.needs:
                 print(f"{'':<12} needs {concept.needs}")
+        return
+    if args.grade:
+        if args.against is None or args.out is not None:
+            raise ValueError(
+                "expected --grade SUBMISSION ... --against ASSIGNMENT, without OUT and concepts"
+            )
+        grade(args.grade, args.against, copy_project, args.limit, args.grades)
         return
     if not args.concepts:
         raise ValueError(

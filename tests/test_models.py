@@ -19,6 +19,7 @@ from torchvision.ops import StochasticDepth
 import benchmark
 import convnext
 import vit
+from checks import says
 from convnext import (
     ConvNeXt,
     convnext_b,
@@ -138,42 +139,42 @@ def test_a_placement_may_be_a_list_of_blocks(place, sizes):
             vit.place_moe,
             12,
             "stage",
-            "'stage' does not exist in a ViT: expected one of none, every2, last2, last3",
+            "stage none every2 last2 last3",
         ),
         (
             vit.place_moe,
             12,
             "every3",
-            "'every3' does not exist in a ViT: expected one of none, every2, last2, last3",
+            "every3 none every2 last2 last3",
         ),
-        (vit.place_moe, 12, [3, 12], "block 12: expected 0 to 11"),
-        (vit.place_moe, 12, [-1], "block -1: expected 0 to 11"),
-        (vit.place_moe, 3, "last2", "'last2' needs 2 odd blocks: a ViT of 3 blocks has 1"),
-        (vit.place_moe, 5, "last3", "'last3' needs 3 odd blocks: a ViT of 5 blocks has 2"),
+        (vit.place_moe, 12, [3, 12], "12 11"),
+        (vit.place_moe, 12, [-1], "-1 11"),
+        (vit.place_moe, 3, "last2", "last2 2 3 1"),
+        (vit.place_moe, 5, "last3", "last3 3 5 2"),
         (
             convnext.place_moe,
             (18,),
             "stage",
-            "of 1 stage(s): expected one of none, every2, last2, last3, or",
+            "stage none every2 last2 last3",
         ),
         (
             convnext.place_moe,
             (3, 3, 9, 3),
             "last4",
-            "expected one of none, every2, last2, last3, stage, or",
+            "last4 none every2 last2 last3 stage",
         ),
-        (convnext.place_moe, (3, 3, 9, 3), [18], "block 18: expected 0 to 17"),
-        (convnext.place_moe, (3, 3, 9, 3), [-1], "block -1: expected 0 to 17"),
-        (convnext.place_moe, (5,), "last3", "'last3' needs 3 different blocks"),
+        (convnext.place_moe, (3, 3, 9, 3), [18], "18 17"),
+        (convnext.place_moe, (3, 3, 9, 3), [-1], "-1 17"),
+        (convnext.place_moe, (5,), "last3", "last3"),
         # block 3 is middle and last
-        (convnext.place_moe, (3, 1, 1), "last3", "'last3' needs 3 different blocks"),
+        (convnext.place_moe, (3, 1, 1), "last3", "last3"),
     ],
 )
 def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers, expected):
     """A placement that the network does not have is a ValueError that lists what it has."""
     with pytest.raises(ValueError) as error:
         place(moe_layers, sizes)
-    assert expected in str(error.value)
+    says(error, *expected.split())
 
 
 @pytest.mark.building
@@ -347,20 +348,20 @@ def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
     [
         (
             partial(ViT, image_size=30, patch_size=8),
-            "image size 30 is not a multiple of the patch size 8",
+            "30 8",
         ),
         # stem 4, between stages 2 * 2 * 2
-        (partial(ConvNeXt, image_size=48), "image size 48 is not a multiple of 32"),
-        (partial(convnext_iso_s, image_size=40), "image size 40 is not a multiple of 16"),
-        (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "k = 3: expected 1 to 2"),
-        (partial(convnext_nano, moe_layers="last2", router="round"), "linear, cosine, l2"),
+        (partial(ConvNeXt, image_size=48), "48 32"),
+        (partial(convnext_iso_s, image_size=40), "40 16"),
+        (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "3 2"),
+        (partial(convnext_nano, moe_layers="last2", router="round"), "round linear cosine l2"),
     ],
 )
 def test_impossible_sizes_are_refused(model, expected):
     """Sizes that do not fit are a ValueError that names the numbers, before any image is seen."""
     with torch.device("meta"), pytest.raises(ValueError) as error:
         model()
-    assert expected in str(error.value)
+    says(error, *expected.split())
 
 
 @pytest.mark.convnext
@@ -604,27 +605,28 @@ def test_positions_of_another_image_size():
 
 @pytest.mark.weights
 @pytest.mark.parametrize(
-    "change, message",
+    "change, words",
     [
-        (lambda state: state.pop("encoder.ln.weight"), "norm.weight is missing in the weights"),
+        (lambda state: state.pop("encoder.ln.weight"), ["norm.weight", "missing"]),
         (
             lambda state: state.update(extra=torch.zeros(2)),
-            r"extra is \(2,\) in the weights, missing in the model",
+            ["extra", "(2,)", "missing"],
         ),
         (
             lambda state: state.update(class_token=torch.zeros(1, 1, 8)),
-            r"class_token is \(1, 1, 8\) in the weights, \(1, 1, 16\)",
+            ["class_token", "(1, 1, 8)", "(1, 1, 16)"],
         ),
     ],
     ids=["missing", "unexpected", "shape"],
 )
-def test_weights_that_do_not_fit_are_named(change, message):
+def test_weights_that_do_not_fit_are_named(change, words):
     """The error names the tensor and its shapes there and here, and nothing has been loaded."""
     state, ours = official_vit().state_dict(), small_vit()
     before = {name: weight.clone() for name, weight in ours.state_dict().items()}
     change(state)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         upcycle(vit.from_torchvision(state), ours)
+    says(error, *words)
     assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
 
 
@@ -1048,12 +1050,12 @@ def test_a_sparse_model_is_loaded_as_it_is():
 @pytest.mark.weights
 def test_experts_of_another_size_cannot_be_upcycled():
     """expert_ratio 2 against an MLP of ratio 4: the error names the expert and both sizes."""
-    message = r"blocks.3.mlp.experts.0.0.bias is \(256,\) in the weights, \(128,\) in the model"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         upcycle(
             vit_nano(num_classes=5).state_dict(),
             vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2),
         )
+    says(error, "blocks.3.mlp.experts.0.0.bias", "(256,)", "(128,)")
 
 
 @pytest.mark.weights
@@ -1070,10 +1072,11 @@ def test_the_switched_off_skip_survives_saving():
 @pytest.mark.weights
 def test_upcycling_names_what_does_not_fit():
     """A checkpoint of another backbone is refused: the message names the first wrong tensor."""
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias is missing in the weights"):
+    with pytest.raises(ValueError) as error:
         upcycle(
             convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2")
         )
+    says(error, "blocks.0.attn.proj.bias", "missing")
 
 
 # ---------------------------------------------------------------- multiply-adds

@@ -11,9 +11,11 @@ from torch import nn
 import eval as evaluation
 import inspect_experts
 import train
+from checks import autocast_on_meta, has_no_loop_over_tokens
 from convnext import convnext_nano
 from eval import change_routing, count_flops, load_checkpoint
 from moe import MLP, ExpertChoice, SoftMoE, count_parameters, make_moe
+from rules import ROUND
 from vit import vit_nano
 
 BOTH = [
@@ -44,6 +46,8 @@ def make(router, dim=6, tokens=5, num_experts=3, k=2):
 @pytest.mark.expert_choice
 def test_expert_choice_by_hand():
     """The example of the docstring: 3 tokens, 2 experts, each takes C = ceil(3 * 1 / 2) = 2."""
+    if ROUND(1.5) == 1:
+        pytest.skip("with 1 token for each expert the example is another")
     layer = ExpertChoice(dim=1, hidden=1, num_experts=2, k=1)
     layer.router.codes.data = torch.tensor([[math.log(3.0)], [0.0]])
     layer.experts[0], layer.experts[1] = Times(10.0), Times(100.0)
@@ -98,7 +102,7 @@ def test_expert_choice_against_a_loop():
     for b, image in enumerate(x):
         probs = (image @ layer.router.codes.T).softmax(1)  # (N, E)
         for e, expert in enumerate(layer.experts):
-            for n in probs[:, e].argsort(descending=True)[:4]:  # C = ceil(5 * 2 / 3) = 4
+            for n in probs[:, e].argsort(descending=True)[: ROUND(5 * 2 / 3)]:  # C = 4
                 expected[b, n] += probs[n, e] * expert(image[n])
     torch.testing.assert_close(layer(x)[0], expected)
 
@@ -121,7 +125,7 @@ def test_soft_moe_against_a_loop():
     """Slot by slot: mix the tokens, ask the slot's expert, hand its answer back."""
     layer, x = make("soft"), torch.randn(4, 5, 6, dtype=torch.float64)
     S = len(layer.codes) // 3
-    assert S == 4, "ceil(5 * 2 / 3)"
+    assert S == ROUND(5 * 2 / 3), "4, rounded up"
     layer.scale.data *= 3
     expected = torch.zeros_like(x)
     for b, image in enumerate(x):
@@ -142,7 +146,7 @@ def test_the_shares_of_the_experts_in_an_answer():
     routing = layer(x)[1]
     for n, token in enumerate(x.flatten(0, 1)):
         scores = torch.cosine_similarity(token[None], layer.codes, dim=1)  # scale is 1
-        shares = scores.softmax(0).view(3, 4).sum(1).float()
+        shares = scores.softmax(0).view(3, -1).sum(1).float()
         torch.testing.assert_close(routing.probs[n], shares)
         assert routing.experts[n] == shares.argmax() and routing.gates[n] == routing.probs[n].max()
 
@@ -176,11 +180,11 @@ def test_a_prediction_does_not_depend_on_the_batch(router, preset):
 
 @pytest.mark.parametrize("router", BOTH)
 def test_a_routing_has_the_promised_shapes(router):
-    """T rows of E or 1, in float32, int64 and bool, also for a picture (B, H, W, D) and for none."""
+    """T rows of E or 1, in float32, int64 and bool, for pictures (B, H, W, D), also for none."""
     for B in (2, 0):
         x = torch.randn(B, 4, 3, 6)  # N = 12
         y, routing = make_moe(6, 8, 3, 2, router, tokens=12)(x)
-        assert y.shape == x.shape and y.isfinite().all()
+        assert y.shape == x.shape and y.isfinite().all(), "for no image, -1 could be anything"
         assert routing.logits.shape == routing.probs.shape == (12 * B, 3)
         assert routing.experts.shape == routing.gates.shape == routing.kept.shape == (12 * B, 1)
         types = routing.probs.dtype, routing.gates.dtype, routing.experts.dtype, routing.kept.dtype
@@ -210,12 +214,17 @@ def test_bfloat16_under_autocast(router):
 @pytest.mark.parametrize("router", BOTH)
 def test_everything_is_made_on_the_device_of_the_input(router):
     """On the meta device: a tensor that forgets its device would be on the CPU, and refused."""
-    with torch.device("meta"):
-        layer, x = make_moe(6, 8, 3, 2, router, tokens=5), torch.empty(2, 5, 6)
-        if router == "expert_choice":
-            layer.router = nn.Linear(6, 3)  # ours turns autocast off, which meta does not have
-    y, routing = layer(x)
+    layer, x = make_moe(6, 8, 3, 2, router, tokens=5), torch.empty(2, 5, 6)
+    with autocast_on_meta():
+        y, routing = layer.to("meta")(x.to("meta"))
     assert {y.device.type, *(part.device.type for part in routing)} == {"meta"}
+
+
+@pytest.mark.parametrize("router", BOTH)
+def test_no_loop_goes_over_the_tokens(router):
+    """As many tensor operations for images of 40 tokens as for images of 10."""
+    layer = make_moe(6, 8, 3, 2, router, tokens=10)
+    has_no_loop_over_tokens(layer, lambda N: [torch.randn(2, N, 6)])
 
 
 @pytest.mark.slow
@@ -238,7 +247,8 @@ def test_parameters_and_multiply_adds_by_hand(router):
     options = dict(num_classes=10, num_experts=4, k=1, expert_ratio=4)
     dense = vit_nano(**options, moe_layers="none")
     sparse = vit_nano(**options, moe_layers=[1], router=router)
-    D, N, E, S = 64, 17, 4, 5  # 16 patches and the class token; S = C = ceil(17 / 4)
+    D, N, E = 64, 17, 4  # 16 patches and the class token
+    S = ROUND(17 / 4)  # 5 slots, or tokens, per expert
     mlp = sum(parameter.numel() for parameter in MLP(D, 4 * D).parameters())
     codes = E * D if router == "expert_choice" else E * S * D + 1  # + 1: the scale
     total, active = count_parameters(sparse)
@@ -291,7 +301,7 @@ def test_flags_for_tokens_that_choose_are_refused(router):
     """--k, --capacity-factor and --drop-expert have no meaning there: one line says so."""
     model = vit_nano(num_classes=4, moe_layers="last2", router=router)
     for change in (dict(k=1), dict(capacity_factor=1.0), dict(drop_experts=[(0, 1)])):
-        with pytest.raises(ValueError, match="tokens choose experts, not .*expert_choice"):
+        with pytest.raises(ValueError, match="expert_choice"):
             change_routing(model, **change)
 
 
@@ -305,7 +315,9 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 )
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
-    config = dict(model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router)
+    config = dict(
+        model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router
+    )
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
         config=config,
         model=evaluation.build_model(config).state_dict(),

@@ -1,0 +1,59 @@
+"""Checks that several test files share."""
+
+import contextlib
+import re
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def says(error, *words):
+    """Assert that a message has these words and numbers, in any order.
+
+    error: what `with pytest.raises(...) as error` gives.
+    """
+    for word in map(str, words):
+        found = re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", str(error.value))
+        assert found, f"{word!r} is missing in the message: {error.value}"
+
+
+def on_meta(*shape, dtype=torch.float32):
+    """A tensor without data: a function that forgets the device of its input fails with it."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@contextlib.contextmanager
+def autocast_on_meta():
+    """Let torch.autocast accept the device "meta", which it does not know. It does nothing."""
+    autocast = torch.autocast
+
+    def accept(device_type, *args, **kwargs):
+        known = device_type != "meta"
+        return autocast(device_type, *args, **kwargs) if known else contextlib.nullcontext()
+
+    with mock.patch.object(torch, "autocast", accept):
+        yield
+
+
+class Operations(TorchFunctionMode):
+    """Count the calls of torch's functions in a `with` block."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def has_no_loop_over_tokens(function, inputs):
+    """Assert that function(*inputs(T)) makes as many tensor operations for 40 tokens as for 10."""
+    counts = []
+    for T in (10, 40):
+        arguments = inputs(T)
+        with Operations() as operations:
+            function(*arguments)
+        counts.append(operations.count)
+    assert counts[0] == counts[1], (
+        f"{counts[0]} operations for 10 tokens, {counts[1]} for 40: a Python loop over tokens?"
+    )

@@ -1,0 +1,553 @@
+"""make_assignment.py and grade.py: what a student gets, and what a submission cannot do.
+
+Grading starts a process for each submission and concept. So most tests here grade a project of one
+function, in which pytest takes less than a second.
+"""
+
+import compileall
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import grade
+import make_assignment
+from blanks import blank, body_of
+from concepts import BY_NAME, CONCEPTS
+from make_assignment import ROOT, handout
+
+pytestmark = pytest.mark.course
+
+# ---------------------------------------------------------------- blanks and handout
+
+
+FUNCTIONS = [function for concept in CONCEPTS for function in concept.functions.split()]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_docstring_is_a_handout(function):
+    """Each function to be written has a docstring, its own or that of its class.
+
+    In the files of the model it has a shape or a type, so that who has only the docstring can
+    begin."""
+    file, _, path = function.partition(".")
+    _, text = handout((ROOT / f"{file}.py").read_text("utf-8"), path)
+    assert text
+    if file in ("moe", "vit", "convnext"):
+        kinds = r"\([A-Z1.][^)]*\)|scalar|\bint\b|ints\b|bool|dtype|indices|weights|state dict"
+        assert re.search(kinds, text), f"{function}: neither a shape nor a type"
+
+
+def test_a_blank_keeps_everything_but_the_body():
+    """Signature, decorator, docstring, neighbours and comments outside stay; the body raises, and
+    says what to write."""
+    source = '''import math
+
+class A:
+    # about f
+    @staticmethod
+    def f(x: int = 1, *, y) -> int:
+        """Doc.
+
+        More.
+        """
+        # a hint that would give it away
+        return math.sqrt(x)
+
+    def g(self):
+        return 1
+'''
+    expected = source.replace(
+        '''        # a hint that would give it away
+        return math.sqrt(x)
+''',
+        '''        raise NotImplementedError("roots: write A.f")
+''',
+    )
+    assert blank(source, "A.f", "roots") == expected
+    with pytest.raises(ValueError, match="a function of one line"):
+        blank("def f(x): return x\n", "f", "c")
+    with pytest.raises(ValueError, match="no h in the file"):
+        blank("def f(x):\n    return x\n", "h", "c")
+    assert blank("def g(x):\n    # why\n    return x\n\n\nz = 1\n", "g", "c") == (
+        'def g(x):\n    raise NotImplementedError("c: write g")\n\n\nz = 1\n'
+    )
+
+
+def test_an_assignment_by_hand(tmp_path, capsys):
+    """The functions of the concepts are gone, the handout has their docstrings, solutions stay
+    here, and all files compile."""
+    out = tmp_path / "homework"
+    make_assignment.main(make_assignment.parse_args([str(out), "combine", "top_k"]))
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == sorted(
+        [
+            "ASSIGNMENT.md",
+            "README.md",
+            "convnext.py",
+            "eval.py",
+            "inspect_experts.py",
+            "moe.py",
+            "requirements.txt",
+            "tests",
+            "train.py",
+            "vit.py",
+        ]
+    )
+    ours = {"make_assignment.py", "grade.py", "referee.py", "needs.py", "test_the_tests.py"}
+    assert not ours & set(os.listdir(out / "tests"))
+    assert not (out / ".git").exists() and compileall.compile_dir(out, quiet=1)
+    source = (out / "moe.py").read_text("utf-8")
+    assert re.findall('raise NotImplementedError\\("(.*)"\\)', source) == [
+        "top_k: write top_k_gates",
+        "combine: write combine",
+    ]
+    assert "make_assignment" not in (out / "README.md").read_text("utf-8")
+    text = (out / "ASSIGNMENT.md").read_text("utf-8")
+    assert text.index("## top_k") < text.index("## combine"), "in teaching order"
+    for part in (
+        "Choose the k most probable experts",
+        "pytest -m combine",
+        "(it needs dispatch)",
+        "taken from your moe.py, and nothing else",
+        "| 1 to 4 | top_k | 1 |",
+        "3 hours in all",
+        "### `combine` in moe.py",
+        "pip install -r requirements.txt",
+    ):
+        assert part in text
+    assert make_assignment.COMMON not in text, "nothing here has args or a run"
+    assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
+
+
+def test_the_docstring_of_a_class_comes_before_its_methods():
+    """Once, under its own heading: it may be about another method than the first."""
+    text = make_assignment.write_handout(["layer"])
+    headings = re.findall("^### (.*) in moe.py$", text, re.MULTILINE)
+    methods = ["`MoE.__init__`", "`MoE.forward`", "`MoE.route`", "`MoE.assign`"]
+    assert headings == ["class `MoE`", *methods]
+    assert text.count("batch_priority: short of slots") == 1 and text.count("noise_std, ") >= 1
+    assert text.count("As the docstring of MoE says.") == 2
+
+
+def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
+    """A table that names a function which is not there: an error, and no folder with the solutions
+    in it."""
+    monkeypatch.setitem(
+        BY_NAME, "top_k", BY_NAME["top_k"]._replace(functions="moe.top_k_gates moe.top_q_gates")
+    )
+    with pytest.raises(ValueError, match="there is no top_q_gates"):
+        make_assignment.make(tmp_path / "homework", ["top_k"])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["EXISTS", "top_k"], "exists already"),
+        (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
+        (["new", "course"], "unknown concept 'course'"),
+        (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
+        ([str(ROOT / "homework"), "top_k"], "is inside the project"),
+        (["new"], "at least one concept"),
+    ],
+)
+def test_an_impossible_assignment_is_one_line_and_writes_nothing(
+    arguments, expected, tmp_path, monkeypatch
+):
+    """A folder that exists, a concept that does not: refused before anything is copied."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tmp_path) if argument == "EXISTS" else argument for argument in arguments]
+    with pytest.raises(ValueError, match=expected):
+        make_assignment.main(make_assignment.parse_args(arguments))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_list_has_every_concept(capsys):
+    """--list prints the table: concept, lesson, functions, what it needs."""
+    make_assignment.main(make_assignment.parse_args(["--list"]))
+    printed = capsys.readouterr().out
+    for concept in CONCEPTS:
+        assert (
+            concept.name in printed and concept.lesson in printed and concept.functions in printed
+        )
+
+
+@pytest.mark.parametrize(
+    "passed, lines, well",
+    [
+        # router is blank: both of its tests turn, one of layer's two does (it needs router), none
+        # of top_k's.
+        (
+            dict(a=0, b=0, c=1, d=0, e=1),
+            "router 2 of 2 turn, expected all, a, b, layer 1 of 2 turn, expected some, d",
+            True,
+        ),
+        (
+            dict(a=0, b=1, c=1, d=0, e=1),
+            "router 1 of 2 turn, expected all WRONG, a, layer 1 of 2 turn, expected some, d",
+            False,
+        ),
+        (
+            dict(a=0, b=0, c=0, d=1, e=1),
+            "router 2 of 2 turn, expected all, a, b, top_k 1 of 1 turn, expected none WRONG, c",
+            False,
+        ),
+    ],
+)
+def test_the_solution_check_by_hand(passed, lines, well):
+    """It reports, concept by concept, how many tests the blanks turn and which, and what is wrong
+    with that."""
+    concepts = dict(a="router", b="router", c="top_k", d="layer", e="layer")
+    complete = {test: (concept, True) for test, concept in concepts.items()}
+    blanked = {test: (concepts[test], bool(ok)) for test, ok in passed.items()}
+    found, is_well = make_assignment.judge(["router"], complete, blanked)
+    assert ", ".join(" ".join(line.split()) for line in found) == lines and is_well == well
+
+
+# ---------------------------------------------------------------- grading: only bodies are taken
+
+
+def test_a_body_and_nothing_else_is_taken():
+    """Default values, decorators, annotations, other functions and module code stay behind."""
+    ours = '''@fast
+def f(x, k=1):
+    """Ours."""
+    raise NotImplementedError("top_k: write f")
+'''
+    theirs = '''import os
+os._exit(0)
+
+@print
+def f(x: print(1), k=print(2)) -> print(3):
+    """Theirs."""
+    def helper(y):
+        return y + 1
+
+    return helper(x)
+
+def g():
+    return 2
+'''
+    source, reason = grade.graft(ours, "f", "top_k", theirs)
+    assert source == '''@fast
+def f(x, k=1):
+    """Ours."""
+    def helper(y):
+        return y + 1
+    return helper(x)
+'''
+    assert reason == ""
+    assert body_of("def f(x): return x", "f") == "return x"
+    assert body_of("def f(x): return 1\ndef f(x): return 2", "f") == "return 2", "as in Python"
+
+
+@pytest.mark.parametrize(
+    "theirs, words",
+    [
+        ("def g(x): return 1", "there is no f"),
+        ("f = print", "there is no f"),
+        ("class f: pass", "f is not a function"),
+        ("async def f(x): return 1", "f is not a function"),
+        ("def f(y): return 1", "expected ['x']"),
+        ("def f(x): nonlocal x", "nonlocal"),
+        ("def f(x) return 1", "expected ':'"),
+        ("def f(x): return \0", "null byte"),
+        ("", "there is no f"),
+    ],
+)
+def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words):
+    """The reason is told, and the other concepts are graded all the same."""
+    ours = "def f(x):\n    return 1\n"
+    source, reason = grade.graft(ours, "f", "top_k", theirs)
+    assert source == blank(ours, "f", "top_k") and words in reason
+
+
+def test_words_to_look_at_are_told():
+    """They cost nothing. A body with them should be read."""
+    source = "def f(x):\n    import os\n    torch.testing.close = 1\n    return x.sum()\n"
+    assert grade.suspicious_words(source, "f") == ["os", "testing"]
+
+
+def test_private_tests_are_for_grading_only(tmp_path, monkeypatch):
+    """tests/test_private*.py is in the copy that is graded, and not in the assignment."""
+    monkeypatch.setattr(grade, "TESTS", tmp_path)
+    for name in ("referee.py", "test_private_1.py", "test_other.py"):
+        (tmp_path / name).write_text("")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    grade.write_copy(copy, "top_k", None, copy_miniature)
+    assert sorted(os.listdir(copy / "tests")) == ["referee.py", "test_mini.py", "test_private_1.py"]
+    assert not [name for name in make_assignment.PROJECT if "private" in name]
+
+
+def test_lines_of_somebody_else_are_no_reports():
+    """A report carries the secret. Anything else in the file is left out."""
+    ours = json.dumps(dict(secret="s", test="a", spoiled=False, passed=True))
+    forged = json.dumps(dict(secret="t", test="b", spoiled=False, passed=True))
+    reports = grade.read_reports([forged, "[]", "1", "{", "", ours], "s")
+    assert list(reports) == [("a", False)]
+
+
+# ---------------------------------------------------------------- grading: one function
+
+MINIATURE = {
+    "moe.py": '''
+def top_k_gates(probs, k):
+    """Return the k largest of probs, a list."""
+    return sorted(probs, reverse=True)[:k]
+''',
+    "tests/test_mini.py": '''
+import pytest
+import testing
+from moe import top_k_gates
+
+@pytest.mark.top_k
+def test_two_of_three():
+    testing.assert_close(top_k_gates([1, 3, 2], 2), [3, 2])
+
+@pytest.mark.top_k
+def test_all():
+    assert top_k_gates([1, 2], 2) == [2, 1]
+
+@pytest.mark.top_k
+def test_it_is_a_list():
+    assert type(top_k_gates([1, 2], 1)) is list
+
+@pytest.mark.top_k
+def test_no_place_for_this_one():
+    pytest.skip("not here")
+
+@pytest.mark.router
+def test_of_another_concept():
+    assert False
+''',
+    # as torch.testing has it, but torch takes seconds to import
+    "testing.py": '''
+def assert_close(actual, expected):
+    if actual != expected:
+        raise AssertionError(f"{actual} is not {expected}")
+''',
+}
+
+
+def copy_miniature(folder):
+    (folder / "tests").mkdir()
+    for name, text in MINIATURE.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return grade.expect("top_k", copy_miniature, 60)
+
+
+def grade_body(body, tmp_path, expected, limit=60):
+    """Grade top_k_gates with this body: the result, as in the JSON file."""
+    source = "def top_k_gates(probs, k):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    (tmp_path / "moe.py").write_text(source, encoding="utf-8")
+    return grade.grade_concept("top_k", tmp_path, expected, copy_miniature, limit)
+
+
+@pytest.mark.slow
+def test_our_own_code_says_which_tests_count(expected):
+    """The skipped test does not. Spoiled, the test of the type still passes: it sees no numbers."""
+    passed = {key for key, report in expected.items() if report["passed"]}
+    names = {(test.partition("::")[2], spoiled) for test, spoiled in passed}
+    assert names == {
+        ("test_two_of_three", False),
+        ("test_all", False),
+        ("test_it_is_a_list", False),
+        ("test_it_is_a_list", True),
+    }
+
+
+@pytest.mark.slow
+def test_a_right_body_scores(tmp_path, expected):
+    """Written in another way, with a helper and an import inside the body."""
+    body = """
+        import heapq
+
+        def largest(numbers):
+            return heapq.nlargest(k, numbers)
+
+        return largest(probs)
+    """
+    assert grade_body(body, tmp_path, expected) == dict(
+        score=1, passed=3, tests=3, note="", look=[]
+    )
+
+
+@pytest.mark.slow
+def test_a_wrong_body_scores_nothing_and_is_told_why(tmp_path, expected):
+    """A concept counts as a whole: 2 of 3 tests give no points. The note has the first message."""
+    result = grade_body("return sorted(probs)[::-1][: k - 1] or [2]", tmp_path, expected)
+    assert result["score"] == 0 and result["passed"] == 1
+    assert "test_two_of_three: AssertionError: [3] is not [3, 2]" in result["note"]
+
+
+CHEATS = {  # what a body might do: its code, and a part of the note
+    "end the process": ("import os; os._exit(0)", "not reported"),
+    "leave": ("import sys; sys.exit(0)", "SystemExit"),
+    "leave pytest": ("import pytest; pytest.exit('done', 0)", "not reported"),
+    "skip the tests": ("import pytest; pytest.skip('no')", "skipped"),
+    "run no test": (
+        "import _pytest.python; _pytest.python.Function.runtest = lambda self: None; return [0]",
+        "pass whatever the answer is",
+    ),
+    "compare nothing": (
+        "import testing; testing.assert_close = lambda *args: None; return [0]",
+        "",
+    ),
+    "compare nothing, and guess the rest": (
+        "import testing; testing.assert_close = lambda *args: None; return [2, 1]",
+        "",
+    ),
+    "report what you like": (
+        "import _pytest.reports as r; r.TestReport.outcome = property(lambda s: 'passed',"
+        " lambda s, value: None); return [0]",
+        "",
+    ),
+    "an answer that is equal to all": (
+        "return type('Equal', (list,), {'__eq__': lambda s, o: True, '__ne__': lambda s, o: False})"
+        "(probs)",
+        "",
+    ),
+    "change the referee": (
+        "import testing, __main__; testing.assert_close = lambda *args: None;"
+        " __main__.spoil = None; return [2, 1]",
+        "pass whatever the answer is",
+    ),
+    "write the report and leave": (
+        "import os; open('report.xml', 'w').write('<testsuite failures=\"0\"/>'); os._exit(0)",
+        "not reported",
+    ),
+    "write reports into every file, and leave": (
+        """
+        import json, os
+        for name in ("test_two_of_three", "test_all", "test_it_is_a_list"):
+            for spoiled in (True, False):
+                line = dict(test=f"tests/test_mini.py::{name}", spoiled=spoiled, passed=not spoiled)
+                for number in range(20):
+                    try:
+                        os.write(number, (json.dumps(line) + chr(10)).encode())
+                    except OSError:
+                        pass
+        os._exit(0)
+        """,
+        "not reported",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body, note", CHEATS.values(), ids=CHEATS)
+def test_a_trick_gains_nothing(body, note, tmp_path, expected, monkeypatch):
+    """A body of a line or two that works on pytest instead of on the task scores 0."""
+    monkeypatch.setattr(grade, "RUNS", grade.RUNS[1:])  # no chance in a test
+    result = grade_body(body, tmp_path, expected)
+    assert result["score"] == 0 and result["note"] and note in result["note"], result
+
+
+@pytest.mark.slow
+def test_a_spoiled_run_comes_last(tmp_path, expected, monkeypatch):
+    """What the first call changes, the first test does not see yet, but the last run does."""
+    assert all(runs.endswith("plain spoiled") for runs in grade.RUNS)
+    monkeypatch.setattr(grade, "RUNS", grade.RUNS[:1])
+    body = "import testing; testing.assert_close = lambda *args: None; return [2, 1]"
+    assert grade_body(body, tmp_path, expected)["score"] == 0
+
+
+@pytest.mark.slow
+def test_a_loop_for_ever_is_stopped(tmp_path, expected):
+    """After the limit the process is killed with all that it has started."""
+    body = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'while True: pass'])"
+    result = grade_body(body + "\nwhile True: pass", tmp_path, expected, limit=2)
+    assert result["score"] == 0 and "not reported" in result["note"]
+
+
+@pytest.mark.slow
+def test_the_environment_is_empty(tmp_path, expected, monkeypatch):
+    """Keys and tokens in the environment of the one who grades stay there."""
+    monkeypatch.setenv("SECRET_TOKEN", "1")
+    body = "import os; assert 'SECRET_TOKEN' not in os.environ; return sorted(probs)[::-1][:k]"
+    result = grade_body(body, tmp_path, expected)
+    assert result["score"] == 1 and result["look"] == ["os"]
+
+
+@pytest.mark.slow
+def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
+    """A CSV line per submission, details in JSON. A submission may be a folder or the file."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("homework")
+    (tmp_path / "homework/ASSIGNMENT.md").write_text("")
+    (tmp_path / "homework/moe.py").write_text(blank(MINIATURE["moe.py"], "top_k_gates", "top_k"))
+    os.mkdir("alice")
+    shutil.copy("homework/moe.py", "alice/moe.py")
+    (tmp_path / "bob.py").write_text("1 / 0\n" + MINIATURE["moe.py"])
+    os.mkdir("carol, the third")
+    submissions = [tmp_path / name for name in ("alice", "bob.py", "carol, the third")]
+    grade.grade(submissions, tmp_path / "homework", copy_miniature, 60)
+    with open("grades.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["submission", "top_k", "score"]
+    assert lines == [[str(submissions[0]), "0", "0"], [str(submissions[1]), "1", "1"],
+                     [str(submissions[2]), "0", "0"]]
+    alice, bob, carol = json.loads((tmp_path / "grades.json").read_text())
+    assert bob["concepts"]["top_k"] == dict(score=1, passed=3, tests=3, note="", look=[])
+    assert "NotImplementedError: top_k: write top_k_gates" in alice["concepts"]["top_k"]["note"]
+    assert "No such file" in carol["concepts"]["top_k"]["note"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(ValueError, match="grades.csv exists already"):
+        grade.grade(submissions, tmp_path / "homework", copy_miniature, 60)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--grade", "nobody"], "--against ASSIGNMENT"),
+        (["--grade", "nobody", "--against", "."], "no ASSIGNMENT.md in ."),
+        (["--grade", "nobody", "--against", "homework"], "no submission at nobody"),
+        (["--grade", "homework", "--against", "complete"], "nothing is to be written in complete"),
+    ],
+)
+def test_what_cannot_be_graded_is_one_line(arguments, expected, tmp_path, monkeypatch):
+    """Refused before any test runs, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("homework", blank(MINIATURE["moe.py"], "top_k_gates", "top_k")),
+                       ("complete", MINIATURE["moe.py"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ASSIGNMENT.md").write_text("")
+        (tmp_path / name / "moe.py").write_text(text)
+    with pytest.raises(ValueError, match=expected):
+        make_assignment.main(make_assignment.parse_args(arguments))
+    assert sorted(os.listdir(tmp_path)) == ["complete", "homework"]
+
+
+# ---------------------------------------------------------------- rules that a course may change
+
+
+@pytest.mark.slow
+def test_changed_rules_change_all_that_follows(tmp_path):
+    """Both changes of rules.py, in constants and functions: all quick tests of them pass."""
+    make_assignment.copy_project(tmp_path)
+    changes = [
+        ("tests/rules.py", "ROUND = math.ceil", "ROUND = math.floor"),
+        ("tests/rules.py", "LATER_TOKEN_FIRST = False", "LATER_TOKEN_FIRST = True"),
+        ("moe.py", "math.ceil(round(", "math.floor(round("),
+        ("moe.py", "priority.argsort(descending=True, stable=True)",
+         "priority.argsort(stable=True).flip(0)"),
+    ]
+    for file, old, new in changes:
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{old} in {file}: rules.py names it"
+        (tmp_path / file).write_text(text.replace(old, new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-m"]
+    command += ["(capacity or expert_choice or soft) and not slow", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, "tests"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
