@@ -122,6 +122,13 @@ vit.resize_positions
 eval.shift
     data.masks.rot90(1, (1, 2)) -> data.masks  # the picture is turned, the mask is not
     255 - images -> 256 - images  # one too bright
+eval.draw_glyphs
+    nearest.argmin(1) -> nearest.argmax(1)  # the farthest stroke
+    light.argmax(1) -> dark.argmax(1)
+eval.distances
+    dx[:, :, p].unsqueeze(2) -> dx[:, :, p].unsqueeze(3)  # a diagonal
+eval.open_pictures
+    any(map(is_image, list_files(spec))) -> False  # class folders are no own pictures
 eval.hold_out
     files[:fifth] if split == 'val' else files[fifth:] -> files[fifth:]
     file.partition('/')[2] -> file  # the class folder counts
@@ -140,6 +147,17 @@ eval.FolderImages.__getitem__
 eval.count_batch
     min(5, logits.shape[1]) -> 5
     hits.any(1) -> hits  # two answers count twice
+    (answers[:, 0], best[:, 0]) -> (best[:, 0], answers[:, 0])  # columns are the true classes
+eval.class_probabilities
+    logits.sigmoid() -> logits.softmax(1)
+eval.accuracy_per_class
+    confusion.sum(1) -> confusion.sum(0)
+eval.worst_pairs
+    true != predicted -> true >= 0  # what is right is no mistake
+    images.argsort(descending=True, stable=True) -> images.argsort(stable=True)
+eval.classify
+    shares[i % len(shares)][i // len(shares)] -> shares[i // len(best)][i % len(best)]
+    unreadable >= 0 -> False  # a black picture has a class
 eval.eval_loader
     indices[rank::world] -> indices[::world]  # all count the same
 eval.image_losses
@@ -164,7 +182,8 @@ train.fit_to_data
 train.paper_row
     options.items() <= model.items() -> True  # all are dense
 train.find_recipe
-    FINE_TUNING -> RECIPES
+    FINE_TUNING[args.model] -> RECIPES[args.model]
+    os.path.isdir(args.data) -> True  # drawn pictures are cropped, too
 train.ema_decay
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
 train.parameter_groups
@@ -194,6 +213,12 @@ train.check_and_agree
     losses.isfinite().all() & norm.isfinite() -> losses.isfinite().all()  # NaN weights
 train.restore
     torch.empty_like(like).copy_(value) -> value.clone()  # permuted moments
+train.print_continuation
+    not run.config.out -> False
+inspect_experts.points_of
+    math.isfinite(value) -> True
+inspect_experts.known_factors
+    shares.argmax(0) -> shares.argmin(0)
 inspect_experts.similarity
     2 * shared.double() -> shared.double()
 inspect_experts.mutual_information
