@@ -232,7 +232,7 @@ def start_loader(loader):
 
 # ---------------------------------------------------------------- models and checkpoints
 
-VITS = "vit_pico vit_nano vit_micro vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
+VITS = "vit_nano vit_pico vit_micro vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
 CONVNEXTS = (
     "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b")
 MODELS = {name: getattr(vit, name) for name in VITS.split()}

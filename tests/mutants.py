@@ -182,7 +182,7 @@ train.fit_to_data
 train.paper_row
     options.items() <= model.items() -> True  # all are dense
 train.find_recipe
-    FINE_TUNING[args.model] -> RECIPES[args.model]
+    FINE_TUNING[args.model] -> recipe
     os.path.isdir(args.data) -> True  # drawn pictures are cropped, too
 train.ema_decay
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start

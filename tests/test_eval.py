@@ -1507,7 +1507,7 @@ def test_the_sums_of_all_processes_are_added(monkeypatch):
 @pytest.mark.checkpoints
 def test_every_model_has_a_name():
     """build_model() makes each preset from its name and options, and changes no config."""
-    vits = "vit_nano vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
+    vits = "vit_nano vit_pico vit_micro vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
     convnexts = "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b"
     assert list(MODELS) == [*vits.split(), *convnexts.split()]
     config = dict(model="convnext_nano", num_classes=3, moe_layers="last2")
@@ -1520,7 +1520,7 @@ def test_every_model_has_a_name():
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_ti, vit_s, "),
+        (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_pico, "),
         (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
         (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
         (
