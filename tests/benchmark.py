@@ -1,4 +1,4 @@
-"""What does sparse cost? `python tests/benchmark.py` prints three tables, and a fourth with --models.
+"""What does sparse cost? `python tests/benchmark.py` prints three tables.
 
 1. Parameters and multiply-adds of our models beside the paper's Table 1.
 2. The time of a whole MoE layer (router, dispatch, experts, combine, losses) beside that of a dense
@@ -6,6 +6,7 @@
    float32 on a CPU, bfloat16 autocast on a GPU. All candidates take turns, so that all meet the
    same moods of the machine.
 3. The same for the other ways to route: experts that choose tokens, and Soft MoE.
+With --models it prints another one:
 4. For each model with the experts of its recipe: images/s of forward and backward, and how much
    memory one more image in the batch takes (a minute per large model, which needs 10 GB).
 """
@@ -153,8 +154,8 @@ def print_model_costs():
                 results.append(pool.apply(step_cost, (options, B)))
         (_, small), (seconds, large) = results
         print(f"{name:<16}{size:>7}{total / 1e6:>10.2f}{active / 1e6:>10.2f}"
-              f"{count_flops(model, size) / 1e9:>8.2g}{many / seconds:>10.3g}"
-              f"{(large - small) / (many - few):>14.2g}", flush=True)
+              f"{count_flops(model, size) / 1e9:>8.3f}{many / seconds:>10.1f}"
+              f"{(large - small) / (many - few):>14.1f}", flush=True)
 
 
 def step_cost(options, B):

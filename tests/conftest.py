@@ -1,8 +1,10 @@
 """What all tests share: each belongs to one concept of concepts.py, and is repeatable.
 
     python -m pytest -q             all that a student needs
-    python -m pytest -q --mutants   what a maintainer needs besides (minutes): do the tests notice
-                                    mistakes (test_the_tests.py), do the README's commands run?
+    python -m pytest -q --slow -m slow
+                                    what a maintainer needs besides (minutes): runs with several
+                                    processes, do the tests notice mistakes (test_the_tests.py), do
+                                    the README's commands run?
 
 With -q a dot is ten tests that passed. The last lines of a run have one line per concept.
 """
@@ -29,16 +31,15 @@ from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
 
 
 def pytest_addoption(parser):
-    text = "run only the long tests of the course itself: mutants, blanks, the README's commands"
-    parser.addoption("--mutants", action="store_true", help=text)
+    text = "also run what starts processes or takes long: mutants, blanks, the README's commands"
+    parser.addoption("--slow", action="store_true", help=text)
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning"
     )
-    config.addinivalue_line("markers", "slow: starts processes of its own; skip with -m 'not slow'")
-    config.addinivalue_line("markers", "mutants: runs only with --mutants")
+    config.addinivalue_line("markers", "slow: starts processes or takes long; runs with --slow")
     for concept in CONCEPTS:
         config.addinivalue_line("markers", f"{concept.name}: {concept.lesson}")
     if importlib.util.find_spec("needs"):  # not in an assignment
@@ -62,7 +63,7 @@ def concept_of(item):
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose among them
 def pytest_collection_modifyitems(items, config):
-    """Sort the tests by concept, and count them. Keep those of --mutants, or all others."""
+    """Sort the tests by concept, and count them. Without --slow leave out the slow ones."""
     for item in items:
         names = [mark.name for mark in item.iter_markers() if mark.name in BY_NAME]
         if len(names) != 1:
@@ -71,8 +72,8 @@ def pytest_collection_modifyitems(items, config):
                 f" tests/concepts.py, as in @pytest.mark.{CONCEPTS[0].name}"
             )
         item.user_properties.append(("concept", names[0]))  # for --junitxml
-    mutants = config.getoption("mutants")
-    items[:] = [item for item in items if bool(item.get_closest_marker("mutants")) == mutants]
+    if not config.getoption("slow"):
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
     totals.update(collections.Counter(concept_of(item) for item in items))
 

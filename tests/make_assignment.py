@@ -57,7 +57,7 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 
 ```sh
 python -m pytest -x -m "{mine}"   # stops at the next thing to learn
-python -m pytest -m "not slow"   # everything that is quick: what still waits for yours?
+python -m pytest   # everything: what still waits for yours?
 ```
 """
 PLAN_HEAD = """

@@ -116,7 +116,7 @@ def main(concept, *functions):
     for run in runs:
         spoiled = run == "spoiled"
         is_spoiled.now, is_spoiled.depth = spoiled, 0
-        flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", concept, str(here)]
+        flags = ["-q", "--slow", "--tb=short", "-p", "no:cacheprovider", "-m", concept, str(here)]
         pytest.main(flags, plugins=[Reporter(send, spoiled)])
 
 

@@ -3,7 +3,7 @@
 To change a rule, change all places that are named with it: the constant here, the function, and the
 docstrings, which are the handout. The tests follow the constant. The instructor's copy has the new
 lines of code in tests/test_assignment.py, test_changed_rules_change_all_that_follows. Then run
-`python -m pytest -m "not slow"`, and make the assignment after that.
+`python -m pytest`, and make the assignment after that.
 """
 
 import math

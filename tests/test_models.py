@@ -1112,7 +1112,7 @@ def test_sparse_costs_k_experts_whatever_their_number():
 
 
 @pytest.mark.costs
-@pytest.mark.mutants  # takes 5 s
+@pytest.mark.slow  # takes 5 s
 def test_the_printed_table_holds_what_it_says(capsys):
     """Our sizes are Table 1's within 2%, but where the row's note says that the paper is wrong."""
     benchmark.print_paper_table()

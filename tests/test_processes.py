@@ -89,8 +89,7 @@ def interrupt(processes, run, number):
     return step
 
 
-@pytest.mark.parametrize("world, workers", [
-    (1, "2"), pytest.param(2, "0", marks=pytest.mark.mutants)])  # the second takes 10 s
+@pytest.mark.parametrize("world, workers", [(1, "2"), (2, "0")])
 def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_path):
     """SIGTERM, then SIGKILL, then to the end: the same bits as a run that was left alone.
 

@@ -127,7 +127,7 @@ def test_the_mixer_takes_a_step():
     assert len(routings) == 4 and logits.shape == (4, 16)
 
 
-@pytest.mark.mutants  # takes two minutes
+@pytest.mark.slow  # takes two minutes
 def test_the_mixer_learns():
     """As printed, it names more than 80% of pictures that it has not seen."""
     _, accuracy = train_the_mixer(1000)
@@ -138,7 +138,7 @@ def test_the_mixer_learns():
 ELSEWHERE = ("/imagenet", "path/to", "/shared", "a/best.pt", "best.pt", "runs/dense/best.pt", "../")
 
 
-@pytest.mark.mutants  # takes 10 s
+@pytest.mark.slow  # takes 10 s
 def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, capsys):
     """On few pictures, for one epoch, in one process: what a command needs has been made before."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """Do the tests notice mistakes, and does the summary tell what is so?
 
-With --mutants one place of the project is broken at a time (mutants.py), or one concept is left
+With --slow one place of the project is broken at a time (mutants.py), or one concept is left
 unwritten, and the tests of the concerned concepts run. That no test calls what its concept does not
 need is checked in every run, by needs.py: so no mistake can redden a concept that does not need it.
 
@@ -137,7 +137,7 @@ def outcomes(request, tmp_path_factory):
     threads.shutdown(cancel_futures=True)
 
 
-@pytest.mark.mutants
+@pytest.mark.slow
 @forked.needs_fork
 @pytest.mark.parametrize("mutant", MUTANTS, ids=" ".join)
 def test_a_mistake_is_noticed_by_its_own_concept(mutant, outcomes):
@@ -155,7 +155,7 @@ def waiting_for(concept):
             if concept in other.needs.split() and (other.name, concept) not in UNSEEN]
 
 
-@pytest.mark.mutants
+@pytest.mark.slow
 @forked.needs_fork
 @pytest.mark.parametrize("unwritten", WRITTEN)
 def test_without_a_concept_its_tests_and_those_that_need_it_do_not_pass(unwritten, outcomes):
@@ -219,7 +219,7 @@ SUITE = dict(
     (["tests/test_it.py", "-k", "test_a"], ["layer 0/1 of 2 waits for router"]),
     (["tests"], ["router 0/2 not written yet", "top_k 2/2 done", "balance 0/2 BROKEN",
                  "layer 1/2 waits for router"]),
-    (["--mutants"], []),
+    (["-m", "slow"], []),
 ])
 def test_the_summary_by_hand(flags, expected, tmp_path):
     """A line per concept: tests passed and run, of how many, and what that says."""

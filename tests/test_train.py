@@ -1443,7 +1443,7 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 
 
 @pytest.mark.training
-@pytest.mark.mutants  # takes 10 s; test_processes.py does the same with forked processes
+@pytest.mark.slow  # takes 10 s; test_processes.py does the same with forked processes
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
     command = [
