@@ -282,7 +282,9 @@ def test_private_tests_are_for_grading_only(tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     copy.mkdir()
     grade.write_copy(copy, "top_k", None, copy_miniature)
-    assert sorted(os.listdir(copy / "tests")) == ["referee.py", "test_mini.py", "test_private_1.py"]
+    assert sorted(os.listdir(copy / "tests")) == [
+        "conftest.py", "referee.py", "test_mini.py", "test_private_1.py"
+    ]
     assert not [name for name in make_assignment.PROJECT if "private" in name]
 
 
@@ -297,6 +299,7 @@ def test_lines_of_somebody_else_are_no_reports():
 # ---------------------------------------------------------------- grading: one function
 
 MINIATURE = {
+    "tests/conftest.py": 'def pytest_addoption(parser): parser.addoption("--slow", action="store_true")',
     "moe.py": '''
 def top_k_gates(probs, k):
     """Return the k largest of probs, a list."""
