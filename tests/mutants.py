@@ -156,7 +156,6 @@ eval.worst_pairs
     true != predicted -> true >= 0  # what is right is no mistake
     images.argsort(descending=True, stable=True) -> images.argsort(stable=True)
 eval.classify
-    shares[i % len(shares)][i // len(shares)] -> shares[i // len(best)][i % len(best)]
     unreadable >= 0 -> False  # a black picture has a class
 eval.eval_loader
     indices[rank::world] -> indices[::world]  # all count the same

@@ -52,6 +52,7 @@ from eval import (
     read_image,
     distances,
     draw_characters,
+    draw_glyphs,
     drawn_size,
     worst_pairs,
 )
@@ -311,6 +312,18 @@ def test_distances_from_a_stroke():
     assert found[2, 3] == 0
     assert found[2, 5] == 32**2 and found[3, 4] == 16**2 + 16**2
     assert found[31, 31] == 2 * 126**2
+
+
+@pytest.mark.shapes
+def test_a_mask_tells_the_strokes_apart():
+    """Three strokes that are dots, beside each other, in the middle and below: 1, 2 and 3."""
+    dots = torch.tensor([[-200, 0], [0, 0], [0, 200]], dtype=torch.int32)  # x, y of each
+    character = dots.view(1, 3, 1, 2).expand(1, 3, 3, 2)
+    drawn = draw_glyphs(character, torch.Generator().manual_seed(0), n=20)
+    for mask in drawn["masks"]:
+        rows, columns = zip(*[(mask == s).nonzero().double().mean(0).tolist() for s in (1, 2, 3)])
+        assert columns[0] < columns[1] - 3, "stroke 1 is left of 2"
+        assert rows[2] > rows[1] + 3, "stroke 3 is below 2"
 
 
 @pytest.mark.shapes
