@@ -191,7 +191,8 @@ CONCEPTS = (
     # ---- train.py: from a recipe to a checkpoint
     Concept(
         "recipe",
-        "train.parse_args train.blocks train.resolve train.find_recipe train.is_nano train.fit_to_data "
+        "train.parse_args train.blocks train.resolve train.find_recipe train.is_nano "
+        "train.fit_to_data "
         "train.paper_row",
         "",
         "Published hyperparameters, overridden by flags, refused before any work when they cannot "

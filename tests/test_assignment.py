@@ -299,7 +299,10 @@ def test_lines_of_somebody_else_are_no_reports():
 # ---------------------------------------------------------------- grading: one function
 
 MINIATURE = {
-    "tests/conftest.py": 'def pytest_addoption(parser): parser.addoption("--slow", action="store_true")',
+    "tests/conftest.py": '''
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true")
+''',
     "moe.py": '''
 def top_k_gates(probs, k):
     """Return the k largest of probs, a list."""

@@ -269,7 +269,7 @@ def test_the_size_of_shapes():
      "glyphs:100001", "glyphs:10:1", "glyphs:10:10001", "glyphs:10:10:10"],
 )
 def test_a_wrong_number_of_pictures_or_classes(spec):
-    """Only a count of 1 to 100000, and for glyphs one of 2 to 10000 classes, can follow the name."""
+    """Only 1 to 100000 pictures, and for glyphs 2 to 10000 classes, can follow the name."""
     with pytest.raises(ValueError, match=r"expected `shapes\[:COUNT\]` .* 1 to 100000 images"):
         open_dataset(spec, "train")
 
@@ -282,7 +282,8 @@ def test_the_same_glyphs_on_every_machine():
     """The first eight glyphs to train on are these, bit by bit, with every PyTorch."""
     data = Glyphs(500, seed=1)
     checksum = hashlib.sha256(data.images[:8].numpy().tobytes()).hexdigest()
-    assert checksum == "b007c5fcd45012880eb1bf41fdcc9c0cc43cccea2ffc2810fc018d0d730afe33", "was a draw changed?"
+    expected = "b007c5fcd45012880eb1bf41fdcc9c0cc43cccea2ffc2810fc018d0d730afe33"
+    assert checksum == expected, "was a draw changed?"
 
 
 @pytest.mark.shapes
@@ -305,7 +306,7 @@ def test_a_character_is_the_same_in_every_set():
 
 @pytest.mark.shapes
 def test_distances_from_a_stroke():
-    """A point in the middle of pixel (3, 2): 16 units to the next, at most 126 in each direction."""
+    """A point in the middle of pixel (3, 2): 16 units to the next, at most 126 each way."""
     x = torch.full((1, 3, 1), 16 * 3 + 8, dtype=torch.int32)
     y = torch.full((1, 3, 1), 16 * 2 + 8, dtype=torch.int32)
     found = distances(x, y)[0, 1]  # (32 rows, 32 columns)

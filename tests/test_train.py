@@ -1655,7 +1655,8 @@ def test_the_summary_says_how_a_folder_is_augmented(capsys):
     """Of pictures in a folder, with two flags to try; nothing of drawn ones."""
     make_folder(Path("d"), images=10)
     for data, expected in (("d", ["25% to 100%", "--flip 1", "--epochs"]), ("shapes:96", [])):
-        train.print_summary(train.Run(train.parse_args([*TINY, "--data", data, "--batch-size", "4"])))
+        args = train.parse_args([*TINY, "--data", data, "--batch-size", "4"])
+        train.print_summary(train.Run(args))
         told = capsys.readouterr().out
         assert ("augment  " in told) == bool(expected)
         assert all(words in told for words in expected)
