@@ -283,6 +283,7 @@ def test_upcycling_copies_the_experts_and_says_what_is_fresh(router, preset):
 def test_a_run_with_another_router(router, model, tmp_path, monkeypatch):
     """One epoch of three steps: the weights of every expert and of the codes have moved."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (48, 1, 300))
     flags = "--data shapes:48 --batch-size 16 --epochs 1 --experts 4 --workers 0 --out r".split()
     args = train.parse_args([*flags, "--model", model, "--router", router])
     state = train.Run(args)

@@ -29,7 +29,8 @@ from moe import MoE
 from vit import vit_nano
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--data shapes:96 --model vit_nano --batch-size 32 --workers 0".split()  # 3 steps per epoch
+# 3 steps per epoch
+TINY = "--data shapes:96 --model vit_pico --experts 4 --batch-size 32 --workers 0".split()
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
         ("--batch-size 1000", "up to 96, the number of training images: use 96"),
         ("--freeze-backbone", "give --init-from"),
         ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
-        ("--init-from torchvision", "torchvision has no weights for vit_nano"),
+        ("--init-from torchvision", "torchvision has no weights for vit_pico"),
     ],
 )
 def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tmp_path):
@@ -444,11 +445,12 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
 @pytest.mark.training
 def test_each_group_has_its_share_of_the_rate(monkeypatch):
     """With --layer-decay 0.5 the head has the whole rate, the stem 0.5 ** 13 of it."""
-    flags = "--model convnext_t --image-size 32 --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
+    flags = "--model convnext_t --moe-layers none --image-size 32 --data shapes:8 --batch-size 8"
+    flags += " --layer-decay 0.5 --warmup-epochs 0 --epochs 1"
     monkeypatch.setattr(train, "save", lambda *_: None)  # 28 million parameters
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.train(state)
-    peak = train.learning_rate(2, 3, state.config)  # of the last of three steps
+    peak = train.learning_rate(0, 1, state.config)  # of the only step
     rates = {round(math.log2(peak / group["lr"])) for group in state.optimizer.param_groups}
     assert rates == {0, 1, 8, 9, 10, 11, 12, 13}, "head, last stage, third, second, first, stem"
 
@@ -750,7 +752,7 @@ def test_both_losses_in_the_log_are_of_one_kind(loss):
 @pytest.mark.training
 def test_the_summary_says_what_was_scaled(capsys):
     """A warm-up longer than the run is printed with its new length."""
-    flags = "--model vit_s --image-size 32 --epochs 1 --out r"
+    flags = "--model vit_ti --moe-layers none --image-size 32 --epochs 1 --out r"
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
@@ -922,8 +924,8 @@ def test_a_finished_run_says_so(capsys):
 def test_another_configuration_does_not_continue_a_run():
     """The differing options are named with both values, and the run is left alone."""
     run("--epochs", "1", "--out", "r")
-    with pytest.raises(ValueError, match=r"another configuration \(--experts 8 there, 4 now\)"):
-        run("--epochs", "1", "--out", "r", "--experts", "4")
+    with pytest.raises(ValueError, match=r"another configuration \(--experts 4 there, 8 now\)"):
+        run("--epochs", "1", "--out", "r", "--experts", "8")
 
 
 @pytest.mark.training
@@ -957,7 +959,7 @@ def test_runs_are_numbered():
     """Without --out every run gets a folder of its own."""
     run("--epochs", "1")
     run("--epochs", "1")
-    assert sorted(os.listdir("runs")) == ["vit_nano-shapes-96-1", "vit_nano-shapes-96-2"]
+    assert sorted(os.listdir("runs")) == ["vit_pico-shapes-96-1", "vit_pico-shapes-96-2"]
 
 
 @pytest.mark.training
@@ -1166,7 +1168,7 @@ def test_a_stopped_run_says_how_to_continue(out, monkeypatch, capsys):
     train.save(state, "last.pt")
     train.print_continuation(state)
     *_, command = capsys.readouterr().out.splitlines()
-    folder = out or "runs/vit_nano-shapes-96-1"
+    folder = out or "runs/vit_pico-shapes-96-1"
     python, *words = shlex.split(command.removeprefix("continue    "))
     assert (python, words[0]) == ("python", "train.py")
     state.log.close()
@@ -1333,7 +1335,7 @@ def test_moments_are_restored_in_the_layout_of_their_parameter():
 def test_what_a_loaders_process_gets_can_be_sent_to_it():
     """Where processes do not fork (macOS, Windows, Python 3.14) all that they need is pickled."""
     make_folder(Path("d"), images=10)
-    flags = "--data d --model vit_s --image-size 32 --batch-size 8 --workers 1"
+    flags = "--data d --model vit_ti --moe-layers none --image-size 32 --batch-size 8 --workers 1"
     state = train.Run(train.parse_args(flags.split()))
     for loader, item in ((state.loader, (0, 3)), (state.val_loader, 3)):
         assert pickle.loads(pickle.dumps(loader.worker_init_fn)) is evaluation.leave_signals
