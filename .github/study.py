@@ -1,20 +1,28 @@
-"""Collect, draw and tabulate the study on glyphs (study.sh).
+"""Collect, tabulate and draw the study on glyphs (study.sh).
 
-    python .github/study.py --add study/E8-0     append a finished run to study.jsonl
-    python .github/study.py                      draw study.svg, write study.md
+    python .github/study.py --add run study/E8-0    append what a run reached to study.jsonl
+    python .github/study.py                         write study.md, study.svg and follows.svg
+
+study.jsonl has three kinds of lines: "run" (the last epoch of a run, not its best), "shifts"
+(accuracy on pictures that training never shows) and "follows" (what the experts of a run follow).
 """
 
 import json
+import math
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "study.jsonl"
 
+# ---------------------------------------------------------------- collect
 
-def add(folder):
-    """Append what a finished run reached to study.jsonl: its last epoch, not its best."""
+
+def what_a_run_reached(folder):
+    """Return the results of a run's last epoch and the options that matter, a dict."""
     sys.path.insert(0, str(HERE.parent))
     import torch
 
@@ -24,18 +32,345 @@ def add(folder):
     args, last = checkpoint["args"], log[-1]
     if checkpoint["epoch"] != args["epochs"]:
         raise ValueError(f"{folder} is not finished")
-    name, _, seed = folder.name.rpartition("-")
-    found = dict(run=name, seed=int(seed), top1=last["top1"], val_loss=last["val_loss"])
-    found["train_loss"] = last["train_loss"]
+    found = {name: last[name] for name in ("top1", "val_loss", "train_loss")}
     found["unevenness"] = [statistics.pstdev(load) * len(load) for load in last["load"]]
     found["seconds"] = round(sum(line["seconds"] for line in log))
     names = ("data", "model", "moe_layers", "experts", "k", "expert_ratio", "router", "lr",
              "balance_weight", "epochs")
-    found |= {name: args[name] for name in names} | dict(torch=torch.__version__)
+    return found | {name: args[name] for name in names} | dict(torch=torch.__version__)
+
+
+def accuracy_on_shifts(folder):
+    """Return top-1 in % per data set, from what eval.py wrote into the run's folder."""
+    [result] = json.loads((folder / "shifts.json").read_text())["results"]
+    return dict(top1={name.split("-")[1]: data["top1"] for name, data in result["data"].items()})
+
+
+def what_experts_follow(folder):
+    """Return for each layer [mutual information, the same by chance] per factor."""
+    summary = json.loads((folder / "inspect" / "summary.json").read_text())
+    layers = {}
+    for layer in summary["layers"]:
+        layers[f"block {layer['block']}"] = {
+            name: [round(found["normalized"], 4), round(found["normalized_by_chance"], 4)]
+            for name, found in layer["information"].items()}
+    return dict(top1=summary["top1"], layers=layers)
+
+
+KINDS = dict(run=what_a_run_reached, shifts=accuracy_on_shifts, follows=what_experts_follow)
+
+
+def add(kind, folder):
+    """Append a line to study.jsonl about a run: its folder is NAME-SEED."""
+    name, _, seed = folder.name.rpartition("-")
+    line = {kind: name, "seed": int(seed)} | KINDS[kind](folder)
     with open(RESULTS, "a") as file:
-        print(json.dumps(found), file=file)
+        print(json.dumps(line), file=file)
+
+
+# ---------------------------------------------------------------- means and differences
+
+# 97.5% of Student's t distribution are below this, by degrees of freedom
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
+           9: 2.262, 14: 2.145, 19: 2.093}
+
+
+class Mean(NamedTuple):
+    """A mean, the standard deviation, and of how many; the mean's 95% interval is ± half."""
+
+    mean: float
+    deviation: float
+    n: int
+
+    @property
+    def half(self):
+        degrees = max(d for d in STUDENT if d <= self.n - 1)  # fewer: a wider interval
+        return STUDENT[degrees] * self.deviation / math.sqrt(self.n)
+
+
+def mean_of(values):
+    values = list(values)
+    return Mean(statistics.mean(values), statistics.stdev(values), len(values))
+
+
+class Study:
+    """The lines of study.jsonl by kind and name: study.runs["E8"][seed] is a line."""
+
+    def __init__(self, file=RESULTS):
+        found = {kind: defaultdict(dict) for kind in KINDS}
+        for line in map(json.loads, open(file)):
+            kind = next(iter(line))
+            found[kind][line[kind]][line["seed"]] = line
+        self.runs, self.shifts, self.follows = (found[kind] for kind in KINDS)
+
+    def has(self, *names):
+        """Tell whether all of these runs have two seeds or more."""
+        return all(len(self.runs[name]) > 1 for name in names)
+
+    def top1(self, name):
+        """Return the Mean of a run's top-1 accuracy in % over its seeds."""
+        return mean_of(line["top1"] for line in self.runs[name].values())
+
+    def gain(self, name, base="dense"):
+        """Return the Mean of the differences to another run with the same seeds: a paired test.
+
+        The same seed means the same pictures in the same order, but not the same start.
+        """
+        seeds = sorted(set(self.runs[name]) & set(self.runs[base]))
+        return mean_of(self.runs[name][s]["top1"] - self.runs[base][s]["top1"] for s in seeds)
+
+    def unevenness(self, name):
+        """Return the Mean over the seeds of the load's coefficient of variation in the last layer.
+
+        0: every expert has as many tokens as the others.
+        """
+        return mean_of(line["unevenness"][-1] for line in self.runs[name].values())
+
+
+# ---------------------------------------------------------------- tables
+
+SIZES = {"none": "dense", "4": "E4", "8": "E8", "16": "E16"}
+TABLES = {  # title: (what the gain is over, {row: run})
+    "a. How many experts? vit_nano, one per token":
+        ("dense", {"none": "dense"} | {f"{E}": f"E{E}" for E in (1, 2, 4, 8, 16, 32)}),
+    "a. A dense network as wide as eight experts":
+        ("dense", {f"learning rate {lr}": f"wide-{lr}" for lr in ("3e-3", "1e-3", "3e-4")}),
+    "b. In which of the blocks 0 to 3? 8 experts":
+        ("E8", {"1 and 3 (last2)": "E8", "1": "blocks-1", "3": "blocks-3",
+                "0 to 3": "blocks-0,1,2,3"}),
+    "c. How many of 8 per token, how wide?":
+        ("E8", {"1 of ratio 4": "E8", "2 of ratio 4": "k2", "2 of ratio 2": "k2-half",
+                "4 of ratio 1": "k4-quarter"}),
+    "d. Which router? 8 experts":
+        ("E8", {"linear": "E8", "cosine": "cosine", "l2": "l2", "expert choice": "expert_choice",
+                "soft": "soft"}),
+    "e. 4,000 pictures, in as many steps":
+        ("4000-dense", {E: f"4000-{run}" for E, run in SIZES.items()}),
+    "e. 64,000 pictures, in as many steps":
+        ("64000-dense", {E: f"64000-{run}" for E, run in SIZES.items()}),
+    "f. Half the width, vit_pico":
+        ("pico-dense", {E: f"pico-{run}" for E, run in SIZES.items()}),
+    "f. Twice the width, vit_micro":
+        ("micro-dense", {E: f"micro-{run}" for E, run in SIZES.items()}),
+    "h. How strong a balance?":
+        ("E8", {"8 experts, weight 0": "E8-balance-0", "8, 0.005": "E8",
+                "8, 0.05": "E8-balance-0.05", "16, 0": "E16-balance-0", "16, 0.005": "E16",
+                "16, 0.05": "E16-balance-0.05"}),
+    "i. convnext_nano":
+        ("convnext-dense", {E: f"convnext-{run}" for E, run in SIZES.items()}),
+}
+
+
+def in_words(mean, sign=""):
+    """Return a Mean as text: "74.6 ± 2.9", or with sign "+" its interval: "+3.4 (1.5 to 5.3)"."""
+    if sign:
+        low, high = mean.mean - mean.half, mean.mean + mean.half
+        return f"{mean.mean:+.1f} ({low:.1f} to {high:.1f})"
+    return f"{mean.mean:.1f} ± {mean.deviation:.1f}"
+
+
+def table(study, title, base, rows):
+    """Return the lines of one table in Markdown, of the rows that have run at least twice."""
+    lines = [f"### {title}", "", f"| | top-1 % | n | more than {base} (95%) | load, CV |",
+             "|---|---|---|---|---|"]
+    for label, name in rows.items():
+        if not study.has(name, base):
+            continue
+        top1 = study.top1(name)
+        gain = in_words(study.gain(name, base), "+") if name != base else ""
+        sparse = study.runs[name][0]["unevenness"]
+        load = f"{study.unevenness(name).mean:.2f}" if sparse else ""
+        lines.append(f"| {label} | {in_words(top1)} | {top1.n} | {gain} | {load} |")
+    return lines + [""] if len(lines) > 5 else []
+
+
+def table_of_shifts(study):
+    """Return the lines of the table of shifted pictures."""
+    lines = []
+    for name, seeds in study.shifts.items():
+        kinds = next(iter(seeds.values()))["top1"]
+        lines = lines or ["### g. Pictures that training never shows, top-1 %", "",
+                          f"| | {' | '.join(kinds)} | n |", "|---" * (len(kinds) + 2) + "|"]
+        means = [in_words(mean_of(line["top1"][kind] for line in seeds.values()))
+                 for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(means)} | {len(seeds)} |")
+    return lines + [""] if lines else []
+
+
+def write_tables(study):
+    """Return the text of study.md."""
+    count = sum(len(seeds) for seeds in study.runs.values())
+    seconds = sorted(line["seconds"] for seeds in study.runs.values() for line in seeds.values())
+    lines = [f"""# The study on glyphs
+
+`bash .github/study.sh` ran it, `python .github/study.py` wrote this page from study.jsonl.
+{count} runs, median {seconds[count // 2]} s on one core of a shared AMD EPYC beside another run
+(torch 2.14, float32). The data are `glyphs`: 300 characters of an invented script, 16,000 pictures
+to train on, 2,000 others. All runs take about 2,000 steps of 64 pictures. Where nothing else is
+said they have vit_nano with experts in two of its four blocks, and one expert per token.
+
+Top-1 accuracy in % after the last epoch: mean ± standard deviation over n seeds. The gain is the
+mean difference between runs of the same seed, with the 95% interval of a paired t-test. Of twenty
+such intervals one excludes 0 by chance. "Load, CV" is the deviation of the experts' loads over
+their mean in the last layer: 0 is even.
+"""]
+    for title, (base, rows) in TABLES.items():
+        lines += table(study, title, base, rows)
+        if title.startswith("f. Twice"):
+            lines += table_of_shifts(study)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito's
+STYLE = """<style>
+  text { font: 13px system-ui, sans-serif }
+  .title { font-weight: 600 }
+  .small { font-size: 12px }
+  .grid { stroke: #e3e3e3 }
+</style>
+"""
+
+
+def page(width, height, title, parts):
+    """Return an SVG file's text. The white ground makes it readable on a dark page, too."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
+            f'<title>{title}</title>\n{STYLE}<rect width="100%" height="100%" fill="white"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def text(x, y, words, kind="", anchor="start", ink="#222"):
+    return (f'<text x="{x:.0f}" y="{y:.0f}" class="{kind}" text-anchor="{anchor}" fill="{ink}">'
+            f"{words}</text>")
+
+
+class Panel:
+    """One of the small multiples: accuracy in % over the number of experts, drawn into .parts."""
+
+    def __init__(self, left, title, experts, low, high, top=58, width=150, height=220):
+        self.left, self.top, self.width, self.height = left, top, width, height
+        self.experts, self.low, self.high = experts, low, high
+        self.parts = [text(left, top - 34, title, "title")]
+        for percent in range(low, high + 1, 10):
+            y = self.y(percent)
+            self.parts += [f'<path class="grid" d="M{left} {y:.1f}h{width}"/>',
+                           text(left - 6, y + 4, percent, "small", "end")]
+        for E in experts:
+            self.parts.append(text(self.x(E), top + height + 18, E, "small", "middle"))
+        self.parts.append(text(left + width / 2, top + height + 36, "experts", "small", "middle"))
+
+    def x(self, E):
+        """Return the place of E experts: doubling it is one step."""
+        steps = math.log2(self.experts[-1] / self.experts[0])
+        return self.left + 12 + (self.width - 24) * math.log2(E / self.experts[0]) / steps
+
+    def y(self, percent):
+        return self.top + self.height * (self.high - percent) / (self.high - self.low)
+
+    def dense(self, mean, colour):
+        """Draw the accuracy without experts: a dashed line."""
+        self.parts.append(f'<path d="M{self.left} {self.y(mean.mean):.1f}h{self.width}" fill="none"'
+                          f' stroke="{colour}" stroke-width="1.5" stroke-dasharray="5 4"/>')
+
+    def sparse(self, means, colour):
+        """Draw the accuracy with experts, {E: Mean}: a line, with a deviation up and down."""
+        points = [(self.x(E), self.y(mean.mean)) for E, mean in means.items()]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        self.parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for (x, y), mean in zip(points, means.values()):
+            up, down = self.y(mean.mean + mean.deviation), self.y(mean.mean - mean.deviation)
+            self.parts += [
+                f'<path d="M{x:.1f} {up:.1f}V{down:.1f}" stroke="{colour}" stroke-width="1.5"/>',
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>']
+
+    def label(self, lines):
+        """Name the lines at their right ends, at least 14 pixels apart: {label: (mean, colour)}."""
+        y = -math.inf
+        for label, (mean, colour) in sorted(lines.items(), key=lambda line: -line[1][0].mean):
+            y = max(y + 14, self.y(mean.mean) + 4)
+            self.parts.append(text(self.left + self.width + 4, y, label, "small", ink=colour))
+
+
+PANELS = {  # title: {line: (what its runs' names begin with, colour)}
+    "How many experts?": {"width 64": ("", BLUE)},
+    "More pictures?": {"64,000": ("64000-", ORANGE), "16,000": ("", BLUE),
+                       "4,000": ("4000-", GREEN)},
+    "A wider model?": {"width 128": ("micro-", ORANGE), "width 64": ("", BLUE),
+                       "width 32": ("pico-", GREEN)},
+}
+
+
+def draw_study(study):
+    """Return study.svg: accuracy over experts, for more pictures, for wider models."""
+    means = {name: study.top1(name) for name in study.runs if study.has(name)}
+    shown = [mean for name, mean in means.items() if not name.startswith(("wide", "convnext"))]
+    low = 10 * math.floor(min(mean.mean - mean.deviation for mean in shown) / 10)
+    high = 10 * math.ceil(max(mean.mean + mean.deviation for mean in shown) / 10)
+    parts = []
+    for i, (title, lines) in enumerate(PANELS.items()):
+        experts = (1, 2, 4, 8, 16, 32) if i == 0 else (4, 8, 16)
+        panel, labels = Panel(40 + 246 * i, title, experts, low, high), {}
+        for label, (start, colour) in lines.items():
+            found = {E: means[f"{start}E{E}"] for E in experts if f"{start}E{E}" in means}
+            if f"{start}dense" in means and found:
+                panel.dense(means[f"{start}dense"], colour)
+                panel.sparse(found, colour)
+                labels[label] = found[max(found)], colour
+        panel.label(labels)
+        parts += panel.parts
+    legend = "Top-1 %. Dashed: without experts, at the same multiply-adds."
+    parts.append(text(40, 44, legend, "small"))
+    return page(748, 328, "Accuracy over the number of experts", parts)
+
+
+FOLLOWED = {  # what it is called in study.jsonl: title
+    "E8": "ViT, glyphs", "convnext-E8": "ConvNeXt, glyphs",
+    "shapes-vit": "ViT, shapes", "shapes-convnext": "ConvNeXt, shapes",
+}
+FACTORS = ("class", "object", "shape", "texture", "stroke", "colour", "position")
+
+
+def draw_follows(study):
+    """Return follows.svg: per layer, what a patch's expert tells about the picture."""
+    parts = [text(150 + 80 * i, 24, name, "title", "middle") for i, name in enumerate(FACTORS)]
+    y = 36
+    for name, title in FOLLOWED.items():
+        if name not in study.follows:
+            continue
+        runs = list(study.follows[name].values())
+        parts.append(text(8, y + 16, title, "title"))
+        for layer in runs[0]["layers"]:
+            y += 28
+            parts.append(text(8, y + 16, layer, "small"))
+            for i, factor in enumerate(FACTORS):
+                pairs = [run["layers"][layer][factor] for run in runs
+                         if factor in run["layers"][layer]]
+                if pairs:
+                    parts += cell(114 + 80 * i, y, *map(statistics.mean, zip(*pairs)))
+        y += 36
+    return page(684, y + 4, "What a patch's expert tells about the picture", parts)
+
+
+def cell(x, y, found, chance):
+    """Return a cell with a number, the darker the more it exceeds what chance gives."""
+    excess = max(0.0, found - chance)
+    dark = min(1.0, 2 * excess)
+    ink = "white" if dark > 0.75 else "#222"
+    return [f'<rect x="{x}" y="{y}" width="72" height="24" fill="{BLUE}" fill-opacity="{dark:.2f}"'
+            ' stroke="#ccc"/>',
+            text(x + 36, y + 16, f"{found:.2f} ({chance:.2f})", "small", "middle", ink)]
+
+
+def main():
+    study = Study()
+    (HERE / "study.md").write_text(write_tables(study))
+    (HERE / "study.svg").write_text(draw_study(study))
+    (HERE / "follows.svg").write_text(draw_follows(study))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--add"]:
-        add(Path(sys.argv[2]))
+        add(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()

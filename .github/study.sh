@@ -2,16 +2,39 @@
 # where it stopped: what stands in .github/study.jsonl is done. From the top folder:
 #
 #     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
+#     python .github/study.py                           draw the pictures, write the tables
 #
 # Two at a time, with different parts, use two cores best.
 
-run() {  # NAME FLAGS...: train with each of the seeds, and append a line to the results
+train() {  # FLAGS...: the run of $name and $seed. One that is finished says so and ends at once
+  python train.py --data glyphs --workers 0 --epochs 8 --k 1 --seed $seed --out $out "$@"
+}
+
+once() {  # KIND NAME COMMAND...: for each of the seeds, unless the results have such a line
   for seed in $seeds; do
-    out=study/$1-$seed
-    grep -qs "\"run\": \"$1\", \"seed\": $seed," .github/study.jsonl && continue
-    python train.py --data glyphs --workers 0 --epochs 8 --k 1 --seed $seed --out $out "${@:2}" &&
-      python .github/study.py --add $out
+    name=$2 out=study/$2-$seed
+    grep -qs "\"$1\": \"$name\", \"seed\": $seed," .github/study.jsonl && continue
+    "${@:3}" && python .github/study.py --add $1 $out
   done
+}
+
+run() {  # NAME FLAGS...: train, and append a line to the results
+  once run $1 train "${@:2}"
+}
+
+shifts() {  # NAME FLAGS...: accuracy on pictures that training never shows
+  shifted() {
+    train "$@" && python eval.py $out/last.pt --workers 0 --json $out/shifts.json \
+      --data glyphs-noise --data glyphs-blur --data glyphs-rotated --data glyphs-inverted
+  }
+  once shifts $1 shifted "${@:2}"
+}
+
+follows() {  # NAME DATA FLAGS...: what the experts follow
+  inspected() {
+    train --data "$@" && python inspect_experts.py $out/last.pt --data $1 --out $out/inspect
+  }
+  once follows $1 inspected "${@:2}"
 }
 
 sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
@@ -20,8 +43,8 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
 }
 
 nano="--model vit_nano"
-seeds="0 1 2 3 4"
-for part in ${@:-a b c d e f h i w}; do
+for part in ${@:-a b c d e f g h i s w}; do
+  seeds="0 1 2 3 4"
   case $part in
     a)  # how many experts? The main effect has ten seeds
       seeds="0 1 2 3 4 5 6 7 8 9"
@@ -52,6 +75,10 @@ for part in ${@:-a b c d e f h i w}; do
       sizes pico --model vit_pico
       sizes micro --model vit_micro
       ;;
+    g)  # other pictures
+      shifts dense $nano --moe-layers none
+      shifts E8 $nano --experts 8
+      ;;
     h)  # how strong a balance?
       for weight in 0 0.05; do
         for E in 8 16; do run E$E-balance-$weight $nano --experts $E --balance-weight $weight; done
@@ -59,6 +86,13 @@ for part in ${@:-a b c d e f h i w}; do
       ;;
     i)  # a ConvNeXt
       sizes convnext --model convnext_nano
+      ;;
+    s)  # what do experts follow, on glyphs and on shapes?
+      seeds="0 1 2"
+      follows E8 glyphs $nano --experts 8
+      follows convnext-E8 glyphs --model convnext_nano --experts 8
+      follows shapes-vit shapes $nano --experts 8
+      follows shapes-convnext shapes --model convnext_nano --experts 8
       ;;
   esac
 done

@@ -26,13 +26,16 @@ from concepts import BY_NAME, CONCEPTS, PLAN, all_needs
 from grade import LIMIT, grade
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = (
-    "moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md"
-    " .gitignore .ci/run .github/routing.png tests/benchmark.py tests/checks.py tests/concepts.py"
-    " tests/conftest.py tests/forked.py tests/rules.py tests/test_moe.py"
-    " tests/test_other_routers.py tests/test_models.py tests/test_eval.py tests/test_robustness.py"
-    " tests/test_train.py tests/test_processes.py tests/test_inspect.py"
-).split()
+PROJECT = """
+    moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md
+    .gitignore .ci/run .github/layer.svg .github/report.png .github/study.svg .github/follows.svg
+    .github/study.sh .github/study.py .github/study.jsonl .github/study.md .github/costs.md
+    .github/differences.md .github/training.md
+    tests/benchmark.py tests/checks.py tests/concepts.py tests/conftest.py tests/forked.py
+    tests/rules.py tests/test_moe.py tests/test_other_routers.py tests/test_models.py
+    tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py
+    tests/test_inspect.py
+""".split()
 COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
 `resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
 `device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
