@@ -3,10 +3,16 @@
 import json
 import math
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
 
+import eval as evaluation
+import inspect_experts
+import train
 from make_assignment import ROOT
 
 sys.path.append(str(ROOT / ".github"))
@@ -36,3 +42,25 @@ def test_the_pages_are_those_of_the_results():
              "follows.svg": study.draw_follows}
     for name, write in pages.items():
         assert (ROOT / ".github" / name).read_text() == write(found), name
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash runs the study")
+def test_the_loop_makes_every_row_of_the_tables(tmp_path):
+    """All commands of study.sh have flags that exist, and no row waits for a run that never comes.
+
+    In an empty folder, where nothing is done yet, it says its commands in place of running them.
+    """
+    say = 'python() { printf "%q " "$@"; echo; }; . ' + shlex.quote(f"{ROOT}/.github/study.sh")
+    said = subprocess.run(["bash", "-c", say], capture_output=True, text=True, cwd=tmp_path)
+    programs = {"train.py": train, "eval.py": evaluation, "inspect_experts.py": inspect_experts}
+    runs = {"run": set(), "shifts": set(), "follows": set()}
+    for program, *words in map(shlex.split, said.stdout.splitlines()):
+        if program in programs:
+            programs[program].parse_args(words)
+        else:
+            flag, kind, folder = words
+            assert (program, flag) == (".github/study.py", "--add")
+            runs[kind].add(folder.removeprefix("study/").rpartition("-")[0])
+    rows = {name for _, table in study.TABLES.values() for name in table.values()}
+    assert rows == runs["run"] and runs["shifts"] == {"dense", "E8"}
+    assert set(study.FOLLOWED) == runs["follows"]
