@@ -112,7 +112,7 @@ NANO = BASE | dict(
     label_smoothing=0.0, mixup=0.0, cutmix=0.0, randaug=0, erasing=0.0, crop_scale=1.0, flip=0,
     image_size=32, crop_ratio=1.0, capacity_factor=0.0, drop_path=0.0, ema=0.0)
 
-VIT_NANO = NANO | dict(k=2, base_lr=3e-3, steps=1750)
+VIT_NANO = NANO | dict(k=2, base_lr=3e-3, steps=1750)  # the rate goes with 1 / width
 
 RECIPES = dict(
     convnext_nano=NANO | dict(k=1, base_lr=4e-3, steps=1250),
@@ -121,7 +121,8 @@ RECIPES = dict(
     convnext_b=CONVNEXT | dict(drop_path=0.5),
     convnext_iso_s=CONVNEXT_ISO | dict(drop_path=0.1),
     convnext_iso_b=CONVNEXT_ISO | dict(drop_path=0.2),
-    vit_pico=VIT_NANO, vit_nano=VIT_NANO, vit_micro=VIT_NANO,
+    vit_pico=VIT_NANO | dict(base_lr=6e-3), vit_nano=VIT_NANO,
+    vit_micro=VIT_NANO | dict(base_lr=1.5e-3),
     vit_ti=VIT, vit_s=VIT, vit_b=VIT, vit_b32=VIT, vit_l=VIT,
     vmoe_s32=VMOE)
 

@@ -152,6 +152,8 @@ TABLES = {  # title: (what the gain is over, {row: run})
         ("pico-dense", {E: f"pico-{run}" for E, run in SIZES.items()}),
     "f. Twice the width, vit_micro":
         ("micro-dense", {E: f"micro-{run}" for E, run in SIZES.items()}),
+    "f. Without experts, at vit_nano's learning rate":
+        ("dense", {"width 64": "dense", "width 32": "pico-3e-3", "width 128": "micro-3e-3"}),
     "h. How strong a balance?":
         ("E8", {"8 experts, weight 0": "E8-balance-0", "8, 0.005": "E8",
                 "8, 0.05": "E8-balance-0.05", "16, 0": "E16-balance-0", "16, 0.005": "E16",

@@ -71,9 +71,11 @@ for part in ${@:-a b c d e f g h i s w}; do
       sizes 4000 $nano --data glyphs:4000 --epochs 32
       sizes 64000 $nano --data glyphs:64000 --epochs 2
       ;;
-    f)  # half and twice the width
+    f)  # half and twice the width. Their recipes have twice and half the learning rate
       sizes pico --model vit_pico
       sizes micro --model vit_micro
+      run pico-3e-3 --model vit_pico --moe-layers none --lr 3e-3
+      run micro-3e-3 --model vit_micro --moe-layers none --lr 3e-3
       ;;
     g)  # other pictures
       shifts dense $nano --moe-layers none
