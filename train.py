@@ -1170,7 +1170,8 @@ def print_summary(run):
     if is_nano(config) and isinstance(run.train_set, FolderImages):
         print(f"augment     random crops of {config.crop_scale:.0%} to 100% of the area, "
               f"CutMix {config.cutmix:g}")
-        print("            worth trying: --flip 1, but not for letters, and twice the --epochs")
+        flip = "" if config.flip else "--flip 1, but not for letters, and "
+        print(f"            worth trying: {flip}twice the --epochs")
     print(f"machine     {run.device}, {str(run.dtype).removeprefix('torch.')}")
     print(f"results     {run.folder}/")
     values = ", ".join(f"{name} {getattr(config, name)}" for name in sorted(recipe))

@@ -133,7 +133,7 @@ def test_the_mixer_learns():
 
 
 # what needs data, weights or runs that a laptop does not have
-ELSEWHERE = ("/imagenet", "torchvision", "vit_s", "a/best.pt", "best.pt", "runs/dense/best.pt")
+ELSEWHERE = ("/imagenet", "torchvision", "a/best.pt", "best.pt")
 
 
 @pytest.mark.slow  # takes 10 s

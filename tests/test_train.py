@@ -1654,10 +1654,12 @@ def test_on_a_folder_the_nano_models_crop_and_mix(model, changed):
 
 @pytest.mark.training
 def test_the_summary_says_how_a_folder_is_augmented(capsys):
-    """Of pictures in a folder, with two flags to try; nothing of drawn ones."""
+    """Of pictures in a folder, with two flags to try, or one; nothing of drawn ones."""
     make_folder(Path("d"), images=10)
-    for data, expected in (("d", ["25% to 100%", "--flip 1", "--epochs"]), ("shapes:96", [])):
-        args = train.parse_args([*TINY, "--data", data, "--batch-size", "4"])
+    for flags, expected in [("--data d", ["25% to 100%", "--flip 1, ", "twice the --epochs"]),
+                            ("--data d --flip 1", ["worth trying: twice the --epochs"]),
+                            ("--data shapes:96", [])]:
+        args = train.parse_args([*TINY, *flags.split(), "--batch-size", "4"])
         train.print_summary(train.Run(args))
         told = capsys.readouterr().out
         assert ("augment  " in told) == bool(expected)
