@@ -129,10 +129,11 @@ class Study:
 
 # ---------------------------------------------------------------- tables
 
+EXPERTS = (1, 2, 4, 8, 16, 32)
 SIZES = {"none": "dense", "4": "E4", "8": "E8", "16": "E16"}
 TABLES = {  # title: (what the gain is over, {row: run})
     "a. How many experts? vit_nano, one per token":
-        ("dense", {"none": "dense"} | {f"{E}": f"E{E}" for E in (1, 2, 4, 8, 16, 32)}),
+        ("dense", {"none": "dense"} | {f"{E}": f"E{E}" for E in EXPERTS}),
     "a. A dense network as wide as eight experts":
         ("dense", {f"learning rate {lr}": f"wide-{lr}" for lr in ("3e-3", "1e-3", "3e-4")}),
     "b. In which of the blocks 0 to 3? 8 experts":
@@ -305,13 +306,14 @@ PANELS = {  # title: {line: (what its runs' names begin with, colour)}
 
 def draw_study(study):
     """Return study.svg: accuracy over experts, for more pictures, for wider models."""
-    means = {name: study.top1(name) for name in study.runs if study.has(name)}
-    shown = [mean for name, mean in means.items() if not name.startswith(("wide", "convnext"))]
-    low = 10 * math.floor(min(mean.mean - mean.deviation for mean in shown) / 10)
-    high = 10 * math.ceil(max(mean.mean + mean.deviation for mean in shown) / 10)
+    starts = [start for lines in PANELS.values() for start, _ in lines.values()]
+    names = [start + run for start in starts for run in ("dense", *map("E{}".format, EXPERTS))]
+    means = {name: study.top1(name) for name in names if study.has(name)}
+    low = 10 * math.floor(min(mean.mean - mean.deviation for mean in means.values()) / 10)
+    high = 10 * math.ceil(max(mean.mean + mean.deviation for mean in means.values()) / 10)
     parts = []
     for i, (title, lines) in enumerate(PANELS.items()):
-        experts = (1, 2, 4, 8, 16, 32) if i == 0 else (4, 8, 16)
+        experts = EXPERTS if i == 0 else (4, 8, 16)
         panel, labels = Panel(40 + 246 * i, title, experts, low, high), {}
         for label, (start, colour) in lines.items():
             found = {E: means[f"{start}E{E}"] for E in experts if f"{start}E{E}" in means}
