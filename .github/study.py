@@ -161,6 +161,8 @@ TABLES = {  # title: (what the gain is over, {row: run})
                 "16, 0.05": "E16-balance-0.05"}),
     "i. convnext_nano":
         ("convnext-dense", {E: f"convnext-{run}" for E, run in SIZES.items()}),
+    "l. Three times as many steps":
+        ("long-dense", {"none": "long-dense", "8": "long-E8"}),
 }
 
 

@@ -43,7 +43,7 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
 }
 
 nano="--model vit_nano"
-for part in ${@:-a b c d e f g h i s w}; do
+for part in ${@:-a b c d e f g h i l s w}; do
   seeds="0 1 2 3 4"
   case $part in
     a)  # how many experts? The main effect has ten seeds
@@ -88,6 +88,10 @@ for part in ${@:-a b c d e f g h i s w}; do
       ;;
     i)  # a ConvNeXt
       sizes convnext --model convnext_nano
+      ;;
+    l)  # three times as many steps: less luck
+      run long-dense $nano --moe-layers none --epochs 24
+      run long-E8 $nano --experts 8 --epochs 24
       ;;
     s)  # what do experts follow, on glyphs and on shapes?
       seeds="0 1 2"
