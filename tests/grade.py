@@ -124,14 +124,8 @@ def run_concept(folder, concept, limit, runs):
     command = [sys.executable, "tests/referee.py", concept, *BY_NAME[concept].functions.split()]
     with tempfile.TemporaryFile() as channel:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={},
-            stdin=subprocess.PIPE,
-            stdout=channel,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+            command, cwd=folder, env={}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=channel, stderr=subprocess.DEVNULL)
         try:
             process.communicate(f"{secret} {runs}\n".encode(), timeout=limit)
         except subprocess.TimeoutExpired:

@@ -224,11 +224,8 @@ def run_tests(folder, *flags):
                 f"the tests in {folder} cannot be run:"
                 f" {(done.stdout + done.stderr).strip().splitlines()[-1]}"
             )
-        cases = [
-            case
-            for case in ElementTree.parse(report).iter("testcase")
-            if case.find("skipped") is None
-        ]
+        cases = [case for case in ElementTree.parse(report).iter("testcase")
+                 if case.find("skipped") is None]
     return {f"{case.get('classname')}::{case.get('name')}": (
         case.find("properties/property[@name='concept']").get("value"),
         case.find("failure") is None and case.find("error") is None) for case in cases}

@@ -25,37 +25,12 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from eval import (
-    CHECKPOINT_KEYS,
-    MODELS,
-    PALETTE,
-    Glyphs,
-    Shapes,
-    TensorImages,
-    accuracy_per_class,
-    auto_workers,
-    autocast,
-    best_dtype,
-    build_model,
-    class_probabilities,
-    eval_loader,
-    eval_transform,
-    evaluate,
-    hold_out,
-    image_losses,
-    load_checkpoint,
-    match_classes,
-    normalize,
-    number,
-    open_dataset,
-    open_pictures,
-    read_image,
-    distances,
-    draw_characters,
-    draw_glyphs,
-    drawn_size,
-    worst_pairs,
-)
+from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, Glyphs, Shapes, TensorImages,
+                  accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
+                  class_probabilities, distances, draw_characters, draw_glyphs, drawn_size,
+                  eval_loader, eval_transform, evaluate, hold_out, image_losses, load_checkpoint,
+                  match_classes, normalize, number, open_dataset, open_pictures, read_image,
+                  worst_pairs)
 
 CPU = torch.device("cpu")
 
@@ -75,22 +50,10 @@ def test_labels_are_what_one_sees():
     """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
     data = Shapes(500, seed=1)
     assert [data.classes[data[i][1]] for i in range(16)] == [
-        "cross-stripes",
-        "cross-dots",
-        "cross-stripes",
-        "circle-plain",
-        "cross-plain",
-        "triangle-stripes",
-        "circle-dots",
-        "square-plain",
-        "square-dots",
-        "circle-stripes",
-        "square-dots",
-        "square-plain",
-        "circle-plain",
-        "square-plain",
-        "circle-checks",
-        "cross-plain",
+        "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
+        "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
+        "square-dots", "circle-stripes", "square-dots", "square-plain",
+        "circle-plain", "square-plain", "circle-checks", "cross-plain",
     ]
 
 
@@ -120,22 +83,10 @@ def test_classes_are_shape_times_texture():
     """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
     data = Shapes(500, seed=1)
     assert data.classes == [
-        "circle-plain",
-        "circle-stripes",
-        "circle-checks",
-        "circle-dots",
-        "square-plain",
-        "square-stripes",
-        "square-checks",
-        "square-dots",
-        "triangle-plain",
-        "triangle-stripes",
-        "triangle-checks",
-        "triangle-dots",
-        "cross-plain",
-        "cross-stripes",
-        "cross-checks",
-        "cross-dots",
+        "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
+        "square-plain", "square-stripes", "square-checks", "square-dots",
+        "triangle-plain", "triangle-stripes", "triangle-checks", "triangle-dots",
+        "cross-plain", "cross-stripes", "cross-checks", "cross-dots",
     ]
     assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
 
@@ -451,18 +402,8 @@ def tiff(bits, numbers, zero_is=1, kind=1):
     if bits == 12:  # two numbers in three bytes
         data = bytes.fromhex("".join(f"{number:03x}" for number in numbers))
     # width, height, bits, not compressed, what 0 is, place of the data, samples, rows, bytes, kind
-    tags = {
-        256: len(numbers),
-        257: 1,
-        258: bits,
-        259: 1,
-        262: zero_is,
-        273: 8,
-        277: 1,
-        278: 1,
-        279: len(data),
-        339: kind,
-    }
+    tags = {256: len(numbers), 257: 1, 258: bits, 259: 1, 262: zero_is, 273: 8, 277: 1, 278: 1,
+            279: len(data), 339: kind}
     entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
     header = b"II*\0" + struct.pack("<I", 8 + len(data))
     return header + data + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
@@ -614,12 +555,9 @@ def saved(kind):
 
 
 BROKEN = {
-    "empty.png": b"",
-    "text.png": b"this is no image",
-    "half.jpg": saved("jpeg")[:400],
-    "half.png": saved("png")[:90],
-    "half.gif": saved("gif")[:60],
-    "half.bmp": saved("bmp")[:500],
+    "empty.png": b"", "text.png": b"this is no image",
+    "half.jpg": saved("jpeg")[:400], "half.png": saved("png")[:90],
+    "half.gif": saved("gif")[:60], "half.bmp": saved("bmp")[:500],
 }
 
 
@@ -740,14 +678,8 @@ def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
     followed."""
     root = make_folder(tmp_path / "data", [f"{name}/{i}.png" for name in "ab" for i in range(10)])
     make_folder(tmp_path / "elsewhere", ["20.png"])
-    for link, target in [
-        ("a/up", ".."),
-        ("b/up", ".."),
-        ("a/b", "../b"),
-        ("above", "../.."),
-        ("a/self", "self"),
-        ("a/more", "../../elsewhere"),
-    ]:
+    for link, target in [("a/up", ".."), ("b/up", ".."), ("a/b", "../b"), ("above", "../.."),
+                         ("a/self", "self"), ("a/more", "../../elsewhere")]:
         os.symlink(target, tmp_path / "data" / link)
     data = open_dataset(root, "all")
     assert data.classes == ["a", "b"] and len(data) == 21 and "a/more/20.png" in names(data)
@@ -787,13 +719,10 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "files",
-    [
-        ["my_dataset/a/1.png", "my_dataset/b/2.png"],
-        ["archive/train/a/1.png", "archive/val/a/2.png"],
-    ],
-)
+@pytest.mark.parametrize("files", [
+    ["my_dataset/a/1.png", "my_dataset/b/2.png"],
+    ["archive/train/a/1.png", "archive/val/a/2.png"],
+])
 def test_one_class_is_nothing_to_learn(tmp_path, files):
     """A folder too high has one class, on which the accuracy would be 100%: training refuses it."""
     root = make_folder(tmp_path, files)
@@ -818,12 +747,8 @@ def test_one_corruption_has_no_classes(tmp_path):
         open_dataset(root, "all")
     stars = make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"])
     assert open_dataset(stars, "all").classes == ["1", "5"]
-    files = [
-        f"{split}/{name}/patient{i}/x.png"
-        for split in ("train", "val")
-        for name in "12"
-        for i in "ab"
-    ]
+    files = [f"{split}/{name}/patient{i}/x.png"
+             for split in ("train", "val") for name in "12" for i in "ab"]
     grades = make_folder(tmp_path / "grades", files)
     assert open_dataset(grades, "val").classes == ["1", "2"], "a folder per patient in each class"
 
@@ -928,12 +853,8 @@ def test_a_flat_folder_holds_out_a_fifth(tmp_path):
     train, val, everything = (names(open_dataset(root, split)) for split in ("train", "val", "all"))
     # 11 // 5 = 2 of 11. `printf 03.png | sha256sum` begins with 0490, of 06.png with 0ba7; the
     # third, 02.png, with 0ec4.
-    assert val == [
-        "a/03.png",
-        "a/06.png",
-        "b/03.png",
-        "b/06.png",
-    ], "is the class folder a part of the name?"
+    assert val == ["a/03.png", "a/06.png", "b/03.png", "b/06.png"], (
+        "is the class folder a part of the name?")
     assert sorted(train + val) == everything == files and not set(train) & set(val)
 
 
@@ -983,21 +904,14 @@ def test_a_transform_sees_every_image(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "make, expected",
-    [
-        (lambda root: None, "no data at"),
-        (lambda root: (root.parent / "here").write_text("a file"), "is a file: to train, give a"),
-        (lambda root: root.mkdir(), "no class folders in"),
-        (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
-        (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
-        (
-            lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])),
-            "no class folders in",
-        ),
-    ],
-    ids=["missing", "a file", "empty", "no classes", "no images", "empty val"],
-)
+@pytest.mark.parametrize("make, expected", [
+    (lambda root: None, "no data at"),
+    (lambda root: (root.parent / "here").write_text("a file"), "is a file: to train, give a"),
+    (lambda root: root.mkdir(), "no class folders in"),
+    (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
+    (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
+    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "no class folders in"),
+], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
     """A data set that is not there is an error with the place and the expected tree."""
     root = tmp_path / "here"
@@ -1534,18 +1448,13 @@ def test_every_model_has_a_name():
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize(
-    "config, expected",
-    [
-        (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_pico, "),
-        (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
-        (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
-        (
-            dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3),
-            "k = 3: expected 1 to 2",
-        ),
-    ],
-)
+@pytest.mark.parametrize("config, expected", [
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_pico, "),
+    (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
+    (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
+    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3),
+     "k = 3: expected 1 to 2"),
+])
 def test_a_wrong_config_lists_what_exists(config, expected):
     """An option that does not exist is a ValueError that lists the valid ones."""
     with pytest.raises(ValueError) as error:
@@ -1595,12 +1504,8 @@ def test_a_checkpoint_comes_back(tmp_path):
 def test_averaged_weights_are_preferred(saved_model):
     """Averaged weights (EMA) are loaded if there are any, with raw=True the plain ones."""
     _, folder = saved_model
-    for name, raw, says in [
-        ("both.pt", False, 2),
-        ("both.pt", True, 1),
-        ("plain.pt", False, 1),
-        ("plain.pt", True, 1),
-    ]:
+    for name, raw, says in [("both.pt", False, 2), ("both.pt", True, 1),
+                            ("plain.pt", False, 1), ("plain.pt", True, 1)]:
         model, _ = load_checkpoint(str(folder / name), CPU, raw)
         assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
 
@@ -1617,78 +1522,53 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+NO_CHECKPOINTS = {  # how it is made, and a part of the message
+    "missing": (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
+    "folder": (lambda path: path.mkdir(), "no checkpoint at {path}"),
+    "cut off": (
+        cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+    "empty": (
+        lambda path: path.write_bytes(b""),
+        "{path} cannot be opened as a checkpoint, it is empty"),
+    "text": (
+        lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
+    "zip": (
+        lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
+    "image": (
+        lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
+    "foreign dict": (
+        lambda path: torch.save(dict(model={}, epoch=3), path),
+        "{path} is not a checkpoint of train.py: it lacks args,"),
+    "number": (
+        lambda path: torch.save(7, path),
+        "{path} is not a checkpoint of train.py: it lacks args,"),
+    "other width": (
+        lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
+        "the weights in {path} do not fit its own config"),
+    "other depth": (
+        lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
+        "the weights in {path} do not fit its own config"),
+    "other model": (
+        lambda path: write_checkpoint(path, {"model": "resnet"}),
+        "unknown model 'resnet': expected one of vit_nano,"),
+    "unknown option": (
+        lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
+        "the config in {path} does not describe a model"),
+    "no model": (
+        lambda path: write_checkpoint(path, {"dim": 16}),
+        "the config in {path} does not describe a model"),
+    "few classes": (
+        lambda path: write_checkpoint(path, classes=["a", "b"]),
+        "{path} names 2 classes, but its model has 3 outputs"),
+    "stacked experts": (
+        lambda path: write_checkpoint(
+            path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
+        "{path} is from an older version, whose experts were stacked weights"),
+}
+
+
 @pytest.mark.checkpoints
-@pytest.mark.parametrize(
-    "make, expected",
-    [
-        (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
-        (lambda path: path.mkdir(), "no checkpoint at {path}"),
-        (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
-        (
-            lambda path: path.write_bytes(b""),
-            "{path} cannot be opened as a checkpoint, it is empty",
-        ),
-        (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
-        (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
-        (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
-        (
-            lambda path: torch.save(dict(model={}, epoch=3), path),
-            "{path} is not a checkpoint of train.py: it lacks args,",
-        ),
-        (
-            lambda path: torch.save(7, path),
-            "{path} is not a checkpoint of train.py: it lacks args,",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
-            "the weights in {path} do not fit its own config",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
-            "the weights in {path} do not fit its own config",
-        ),
-        (
-            lambda path: write_checkpoint(path, {"model": "resnet"}),
-            "unknown model 'resnet': expected one of vit_nano,",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
-            "the config in {path} does not describe a model",
-        ),
-        (
-            lambda path: write_checkpoint(path, {"dim": 16}),
-            "the config in {path} does not describe a model",
-        ),
-        (
-            lambda path: write_checkpoint(path, classes=["a", "b"]),
-            "{path} names 2 classes, but its model has 3 outputs",
-        ),
-        (
-            lambda path: write_checkpoint(
-                path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}
-            ),
-            "{path} is from an older version, whose experts were stacked weights",
-        ),
-    ],
-    ids=[
-        "missing",
-        "folder",
-        "cut off",
-        "empty",
-        "text",
-        "zip",
-        "image",
-        "foreign dict",
-        "number",
-        "other width",
-        "other depth",
-        "other model",
-        "unknown option",
-        "no model",
-        "few classes",
-        "stacked experts",
-    ],
-)
+@pytest.mark.parametrize("make, expected", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, one line names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -1750,14 +1630,11 @@ def table_row(lines, checkpoint):
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize(
-    "flag, interval, right, wrong",
-    [
-        ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
-        ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
-        ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
-    ],
-)
+@pytest.mark.parametrize("flag, interval, right, wrong", [
+    ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
+    ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
+    ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
+])
 def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
     """[ and ] include an end of an interval, ( and ) leave it out; any other number ends the
     program with status 2."""
@@ -1789,21 +1666,8 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
     two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
     both, plain = folder / "both.pt", folder / "plain.pt"
-    run(
-        monkeypatch,
-        both,
-        plain,
-        "--data",
-        one,
-        "--data",
-        two,
-        "--batch-size",
-        2,
-        "--workers",
-        0,
-        "--json",
-        folder / "out.json",
-    )
+    flags = f"--data {one} --data {two} --batch-size 2 --workers 0 --json {folder}/out.json"
+    run(monkeypatch, both, plain, *flags.split())
     *_, names, header, first, second = capsys.readouterr().out.splitlines()
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
