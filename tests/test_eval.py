@@ -1,6 +1,7 @@
 """Tests of eval.py: drawn pictures, folders, counting, checkpoints and the command line."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,6 +26,7 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
+from checks import on_meta
 from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, Glyphs, Shapes, TensorImages,
                   accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
                   class_probabilities, distances, draw_characters, draw_glyphs, drawn_size,
@@ -169,10 +171,9 @@ def test_only_plain_objects_have_one_colour():
     """Within a plain object a channel varies by the noise of +-12 only, else by more."""
     data = Shapes(500, seed=1)
     inside = data.masks.unsqueeze(1)
-    spread = (
-        data.images.masked_fill(~inside, 0).amax((2, 3)).int()
-        - data.images.masked_fill(~inside, 255).amin((2, 3)).int()
-    ).amax(1)
+    highest = data.images.masked_fill(~inside, 0).amax((2, 3)).int()
+    lowest = data.images.masked_fill(~inside, 255).amin((2, 3)).int()
+    spread = (highest - lowest).amax(1)
     assert torch.equal(spread <= 24, data.factors["texture"] == 0)
 
 
@@ -489,16 +490,13 @@ def test_only_jpeg_goes_to_torchvision(tmp_path, monkeypatch):
     """The first bytes decide, not the name: torchvision's decoder of PNG can end the process at one
     wrong bit."""
     seen = []
-    monkeypatch.setattr(
-        evaluation.torchvision.io,
-        "decode_jpeg",
-        lambda content, *_, **__: seen.append(bytes(content[:2])),
-    )
+    see = lambda content, *_, **__: seen.append(content[:2].tolist())
+    monkeypatch.setattr(evaluation.torchvision.io, "decode_jpeg", see)
     monkeypatch.delattr(evaluation.torchvision.io, "decode_image")
     for kind in ("jpeg", "png", "gif", "bmp"):
         (tmp_path / "any.jpg").write_bytes(saved(kind))
         read_image(str(tmp_path / "any.jpg"))
-    assert seen == [bytes([0xFF, 0xD8])]
+    assert seen == [[0xFF, 0xD8]], "it takes a tensor of bytes"
 
 
 @pytest.mark.folders
@@ -690,15 +688,12 @@ def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "train, val",
-    [("train", "valid"), ("Train", "Val"), ("TRAINING", "validation"), ("train", "test")],
-)
+@pytest.mark.parametrize("train, val", [
+    ("train", "valid"), ("Train", "Val"), ("TRAINING", "validation"), ("train", "test")])
 def test_other_names_of_the_splits(tmp_path, train, val):
     """Folders of other usual names, also in capitals, are the splits, and not classes."""
-    root = make_folder(
-        tmp_path, [f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png"]
-    )
+    files = f"{train}/a/1.png {train}/b/2.png {val}/a/3.png {val}/b/4.png"
+    root = make_folder(tmp_path, files.split())
     assert names(open_dataset(root, "train")) == ["a/1.png", "b/2.png"]
     for split in ("val", "all"):
         assert names(open_dataset(root, split)) == ["a/3.png", "b/4.png"]
@@ -710,10 +705,8 @@ def test_a_class_may_be_called_train(tmp_path):
     split alone."""
     root = make_folder(tmp_path / "flat", ["bus/1.png", "train/2.png"])
     assert open_dataset(root, "all").classes == ["bus", "train"]
-    root = make_folder(
-        tmp_path / "alone",
-        [f"train/{name}/{i}.png" for name in "ab" for i in range(5)] + ["other/c/1.png"],
-    )
+    files = [f"train/{name}/{i}.png" for name in "ab" for i in range(5)] + ["other/c/1.png"]
+    root = make_folder(tmp_path / "alone", files)
     assert open_dataset(root, "val").labels.tolist() == [0, 1]
     assert len(open_dataset(root, "train")) == 8
 
@@ -726,10 +719,9 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_one_class_is_nothing_to_learn(tmp_path, files):
     """A folder too high has one class, on which the accuracy would be 100%: training refuses it."""
     root = make_folder(tmp_path, files)
-    with pytest.raises(
-        ValueError,
-        match=f"only one class folder, {files[0].split('/')[0]}, in .*: give the folder that holds",
-    ):
+    top = files[0].split("/")[0]
+    told = f"only one class folder, {top}, in .*: give the folder that holds"
+    with pytest.raises(ValueError, match=told):
         open_dataset(root, "train")
 
 
@@ -737,13 +729,10 @@ def test_one_class_is_nothing_to_learn(tmp_path, files):
 def test_one_corruption_has_no_classes(tmp_path):
     """The severities 1 to 5 of one corruption of ImageNet-C are not classes; folders 1 to 5 with
     images in them are."""
-    root = make_folder(
-        tmp_path / "fog", [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
-    )
-    with pytest.raises(
-        ValueError,
-        match="fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class",
-    ):
+    files = [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
+    root = make_folder(tmp_path / "fog", files)
+    told = "fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class"
+    with pytest.raises(ValueError, match=told):
         open_dataset(root, "all")
     stars = make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"])
     assert open_dataset(stars, "all").classes == ["1", "5"]
@@ -773,11 +762,35 @@ def test_new_processes_of_a_loader_get_no_signal():
 
 
 @pytest.mark.counting
+def test_a_loader_starts_where_signals_cannot_be_blocked(monkeypatch):
+    """On Windows there is no pthread_sigmask."""
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    assert list(evaluation.start_loader(DataLoader([1, 2], batch_size=None))) == [1, 2]
+
+
+@pytest.mark.counting
 def test_an_error_without_words_is_not_lost():
     """together() raises whatever error it caught, also one that says nothing."""
     with pytest.raises(ValueError, match="OSError"):
         with evaluation.together():
             raise OSError
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("errors, met", [
+    ([None, None], None), (["no data", None], "^no data$"), ([None, "full"], "^process 1: full$")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all(errors, met, rank, monkeypatch):
+    """Rank 0 raises it and names the process. The others leave with status 2, if there is one."""
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank)
+    gather = lambda found, own: found.__setitem__(slice(None), errors)
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    ending = pytest.raises(SystemExit if rank else ValueError, match="2" if rank else met)
+    with ending if met else contextlib.nullcontext(), evaluation.together():
+        if errors[rank]:
+            raise ValueError(errors[rank])
 
 
 @pytest.mark.folders
@@ -801,16 +814,12 @@ def test_one_name_in_two_spellings(tmp_path):
     """macOS stores é as e and an accent: in train/ and val/ it is the same class, and the file is
     found under its own name."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    root = make_folder(
-        tmp_path,
-        [f"train/{composed}/1.png", "train/b/2.png", f"val/{decomposed}/3.png", "val/b/4.png"],
-    )
+    files = f"train/{composed}/1.png train/b/2.png val/{decomposed}/3.png val/b/4.png"
+    root = make_folder(tmp_path, files.split())
     train, val = (open_dataset(root, split) for split in ("train", "val"))
     assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
-    one, other = (
-        open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
-        for name in (composed, decomposed)
-    )
+    one, other = (open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
+                  for name in (composed, decomposed))
     assert one.fingerprint() == other.fingerprint(), "a copy on another system is the same data"
 
 
@@ -884,10 +893,8 @@ def test_a_class_of_few_images_is_named(tmp_path, capsys):
     assert open_dataset(root, "train").classes == ["a", "b", "c", "d"]
     told = f"warning: 2 of 4 classes of {root} have fewer than 5 images, and so no validation image"
     assert capsys.readouterr().err == told + ": c, d\n", "once, although it was opened twice"
-    with pytest.raises(
-        ValueError,
-        match="1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth",
-    ):
+    told = "1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth"
+    with pytest.raises(ValueError, match=told):
         open_dataset(make_folder(tmp_path / "none", files[:4]), "val")
 
 
@@ -1019,10 +1026,8 @@ def test_pictures_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "spec, expected",
-    [("d/a.png", "d/a.png is a file: to train, give"), ("d", "no class folders in d.* expected")],
-)
+@pytest.mark.parametrize("spec, expected", [
+    ("d/a.png", "d/a.png is a file: to train, give"), ("d", "no class folders in d.* expected")])
 def test_pictures_without_classes_are_nothing_to_learn(tmp_path, monkeypatch, spec, expected):
     """For training they are one line, which says what is expected."""
     monkeypatch.chdir(tmp_path)
@@ -1038,6 +1043,8 @@ def test_a_fingerprint_is_of_names(tmp_path):
     names = ["a/1.png", "b/2.png", "b/3.png"]
     first = open_dataset(make_folder(tmp_path / "first", names), "all").fingerprint()
     assert (first["classes"], first["images"]) == (["a", "b"], [1, 2])
+    none_of_b = evaluation.TensorImages(torch.zeros(2, 3, 1, 1), torch.tensor([0, 0]), ["a", "b"])
+    assert evaluation.fingerprint(none_of_b, b"")["images"] == [2, 0]
     assert open_dataset(make_folder(tmp_path / "copy", names), "all").fingerprint() == first
     for i, other in enumerate(
         [names[:2], ["a/1.png", "b/2.png", "b/4.png"], ["a/1.png", "a/2.png", "b/3.png"]]
@@ -1143,6 +1150,13 @@ def test_normalize_by_hand():
 
 
 @pytest.mark.counting
+def test_normalize_works_on_the_device_of_the_images():
+    """Mean and std are tensors there, too: on a GPU nothing else can be computed with."""
+    images = on_meta(1, 3, 2, 2, dtype=torch.uint8)
+    assert normalize(images, (0.5,) * 3, (0.25,) * 3).is_meta
+
+
+@pytest.mark.counting
 def test_autocast_is_on_for_bfloat16_only():
     """Under autocast() a matrix product is computed in the dtype of the run."""
     a = torch.ones(2, 2)
@@ -1181,6 +1195,8 @@ def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
     files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
     assert auto_workers(Shapes(500, seed=1)) == 0
     assert [auto_workers(files, world) for world in (1, 8, 100)] == [12, 8, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # by torchrun: 8 of the 100 are on this machine
+    assert auto_workers(files, 100) == 8
 
 
 # ---------------------------------------------------------------- counting
@@ -1323,6 +1339,20 @@ def test_output_goes_on_when_nobody_reads_it(tmp_path):
     os.close(reader)
     for _ in range(3):
         print("a line", file=out, flush=True)
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("name, on_a_terminal, shown", [
+    ("val", True, True), ("", True, False), ("val", False, False)])
+def test_a_progress_bar_is_for_a_terminal(name, on_a_terminal, shown, monkeypatch):
+    """It has a name, and it is gone when the last batch is done."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: on_a_terminal
+    monkeypatch.setattr(sys, "stderr", terminal)
+    loader = eval_loader(Shapes(4, seed=1), 2, 0, CPU)
+    assert len(list(evaluation.show_progress(loader, name))) == 2
+    assert (f"{name}: " in terminal.getvalue()) == shown
+    assert not shown or terminal.getvalue().endswith(" \r"), "the line is not empty at the end"
 
 
 @pytest.mark.counting
@@ -1687,6 +1717,7 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
 
     written = json.loads((folder / "out.json").read_text())
     assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
+    assert written["dtype"] == "torch.float32" and written["torch"] == torch.__version__
     row = written["results"][1]
     assert (row["checkpoint"], row["weights"]) == (str(plain), "raw")
     assert (row["params"], row["active"]) == (params, active)

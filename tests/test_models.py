@@ -494,6 +494,14 @@ def test_a_head_for_other_classes_stays_fresh(module, theirs, ours):
 
 
 @pytest.mark.weights
+def test_positions_of_the_same_image_size_stay():
+    """There is nothing to interpolate, nor in the weights of a model without positions."""
+    ours = small_vit(image_size=32)
+    for state in (ours.state_dict(), {"a": torch.zeros(1)}):
+        assert vit.resize_positions(state, ours) is state
+
+
+@pytest.mark.weights
 def test_positions_of_another_image_size():
     """Position embeddings linear in the row stay linear. The class token's is not touched."""
     ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
@@ -618,6 +626,15 @@ def test_a_dropped_token_keeps_its_convolution():
 
 
 @pytest.mark.vit
+def test_the_head_reads_the_class_token_with_its_position():
+    """Without blocks the logits are those of class token + position 0, whatever the image."""
+    model = with_random_weights(ViT(image_size=8, patch_size=4, dim=8, depth=0, heads=2))
+    token = model.class_token[0, 0] + model.pos_embed[0, 0]
+    logits = model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert_close(logits, model.head(model.norm(token)).expand(2, -1))
+
+
+@pytest.mark.vit
 def test_with_one_expert_a_sparse_vit_is_the_dense_one():
     """With a single expert every gate is 1, and the model is the dense ViT of the same weights."""
     dense = with_random_weights(vit_nano(num_classes=5, dim=16))
@@ -655,10 +672,8 @@ def test_gamma_starts_at_layer_scale():
         for width, block in zip((4, 8), blocks_of(model)):
             # assert_close would take 1e-5 for 1e-6
             assert block.gamma.tolist() == pytest.approx([expected] * width)
-    assert (
-        ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None).stages[0][0].gamma
-        is None
-    )
+    without = ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None)
+    assert without.stages[0][0].gamma is None
 
 
 # ---------------------------------------------------------------- drop path
@@ -913,20 +928,16 @@ def test_a_sparse_model_is_loaded_as_it_is():
     _, first = dense_and_sparse(convnext_nano, k=1)
     _, second = dense_and_sparse(convnext_nano, k=1)
     assert upcycle(first.state_dict(), second) == []
-    assert all(
-        torch.equal(weight, first.state_dict()[name])
-        for name, weight in second.state_dict().items()
-    )
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, first.state_dict()[name]), name
 
 
 @pytest.mark.weights
 def test_experts_of_another_size_cannot_be_upcycled():
     """expert_ratio 2 against an MLP of ratio 4: the error names the expert and both sizes."""
+    narrow = vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2)
     with pytest.raises(ValueError) as error:
-        upcycle(
-            vit_nano(num_classes=5).state_dict(),
-            vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2),
-        )
+        upcycle(vit_nano(num_classes=5).state_dict(), narrow)
     says(error, "blocks.3.mlp.experts.0.0.bias", "(256,)", "(128,)")
 
 
@@ -997,15 +1008,16 @@ def test_the_printed_table_holds_what_it_says(capsys):
 
 
 @pytest.mark.costs
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router, router_cost", [
     # codes; projection, codes
     ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6 + 4 * 3)])
-def test_flops_of_a_layer_by_hand(router, router_cost):
+def test_flops_of_a_layer_by_hand(router, router_cost, k):
     """A token costs the router and k of the E experts of 2 * 6 * 10 each."""
-    layer = FirstOutput(MoE(6, 10, 4, 2, router))
+    layer = FirstOutput(MoE(6, 10, 4, k, router))
     model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), layer)
     stem = 4 * 6 * (3 * 2 * 2)  # a 4 x 4 image: 2 x 2 positions, 6 outputs of 12 inputs each
-    assert count_flops(model, 4) == stem + 4 * (router_cost + 2 * 2 * 6 * 10)
+    assert count_flops(model, 4) == stem + 4 * (router_cost + k * 2 * 6 * 10)
 
 
 @pytest.mark.costs

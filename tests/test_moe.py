@@ -695,16 +695,23 @@ def test_no_two_experts_start_alike():
         assert (a != b).all()
 
 
+@pytest.mark.experts
+def test_without_a_gpu_the_loop_is_taken(monkeypatch):
+    """There it is the faster way, also where the kernel fits: bfloat16 and multiples of 8."""
+    experts = Experts(2, 8, 16).bfloat16()
+    monkeypatch.setattr(experts, "grouped", lambda *_: pytest.fail("the kernel was called"))
+    rows, counts = torch.randn(3, 8).bfloat16(), torch.tensor([2, 1])
+    close(experts(rows, counts), experts.loop(rows, counts))
+
+
 # ---------------------------------------------------------------- the two ways to run the experts
 
 PATHS = "loop", "grouped"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param("loop", marks=pytest.mark.experts),
-     pytest.param("grouped", marks=pytest.mark.grouped)],
-)
+@pytest.mark.parametrize("path", [
+    pytest.param("loop", marks=pytest.mark.experts),
+    pytest.param("grouped", marks=pytest.mark.grouped)])
 def test_every_new_tensor_is_on_the_device_of_the_rows(path):
     """The default device is meta here, and the rows are on the CPU: the two do not mix."""
     experts, rows, counts = Experts(2, 16, 32), torch.randn(5, 16), torch.tensor([2, 1])
@@ -1126,10 +1133,8 @@ def test_noise_moves_the_choice_but_not_logits_and_probs():
     gates, experts = noisy.softmax(-1).sort(descending=True)
     close(routing.experts, experts[:, :2])
     close(routing.gates, gates[:, :2], "the gates of the clean probabilities, or another sigma?")
-    close(
-        routing.balance_loss,
-        importance_loss(logits.softmax(-1)) + load_loss(logits, noisy, 2, sigma),
-    )
+    importance, load = importance_loss(logits.softmax(-1)), load_loss(logits, noisy, 2, sigma)
+    close(routing.balance_loss, importance + load)
 
 
 @pytest.mark.layer
@@ -1137,10 +1142,8 @@ def test_balance_loss_in_evaluation():
     """Evaluation draws no noise, but its load loss has the sigma of training, noise / E."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2)).eval(), randn(20, 6)
     logits, routing = layer.router(x), layer(x)[1]
-    close(
-        routing.balance_loss,
-        importance_loss(logits.softmax(-1)) + load_loss(logits, logits, 2, 1 / 4),
-    )
+    importance, load = importance_loss(logits.softmax(-1)), load_loss(logits, logits, 2, 1 / 4)
+    close(routing.balance_loss, importance + load)
 
 
 @pytest.mark.layer
@@ -1325,13 +1328,14 @@ def test_k_must_fit_the_experts(k):
 
 
 @pytest.mark.costs
-@pytest.mark.parametrize("k, active", [(1, 31), (2, 48), (4, 82)])
-def test_parameters_by_hand(k, active):
+@pytest.mark.parametrize("E, k, total, active", [
+    (4, 1, 82, 31), (4, 2, 82, 48), (4, 4, 82, 82), (1, 1, 25, 25)])
+def test_parameters_by_hand(E, k, total, active):
     """total counts everything, active k experts per MoE layer and all the rest."""
-    model = nn.Sequential(nn.Linear(2, 2), MoE(dim=2, hidden=3, num_experts=4, k=k))
-    # Linear 2 * 2 + 2 = 6, router 4 * 2 = 8, an expert 2 * 3 + 3 + 3 * 2 + 2 = 17: 6 + 8 + 4 * 17 =
-    # 82 in all, and 6 + 8 + 17 = 31 active with k = 1.
-    assert count_parameters(model) == (82, active)
+    model = nn.Sequential(nn.Linear(2, 2), MoE(dim=2, hidden=3, num_experts=E, k=k))
+    # Linear 2 * 2 + 2 = 6, router E * 2, an expert 2 * 3 + 3 + 3 * 2 + 2 = 17. With E = 4:
+    # 6 + 8 + 4 * 17 = 82 in all, and 6 + 8 + 17 = 31 active with k = 1.
+    assert count_parameters(model) == (total, active)
 
 
 @pytest.mark.balance

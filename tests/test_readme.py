@@ -63,10 +63,8 @@ def test_every_command_has_flags_that_exist(capsys):
             try:
                 PROGRAMS[program].parse_args(arguments)
             except SystemExit:
-                pytest.fail(
-                    f"python {program} {shlex.join(arguments)}:"
-                    f" {capsys.readouterr().err.splitlines()[-1]}"
-                )
+                *_, told = capsys.readouterr().err.splitlines()
+                pytest.fail(f"python {program} {shlex.join(arguments)}: {told}")
         elif program == "-m":
             assert arguments[0] == "pytest"
             if "-m" in arguments:

@@ -103,7 +103,11 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tm
     "--epochs 0", "--lr nan", "--lr -1", "--ema 1.5", "--ema 1", "--crop-ratio 0", "--k 1.5",
     "--crop-scale -1", "--randaug 20", "--label-smoothing 2", "--capacity-factor inf",
     "--mixup -1", "--weight-decay -1", "--warmup-epochs -1", "--moe-layers 1-3",
-    "--expert-ratio 0", "--workers -1", "--accumulate 0", "--model resnet",
+    "--expert-ratio 0", "--workers -1", "--accumulate 0", "--model resnet", "--seed -1",
+    "--experts 0", "--router-noise -1", "--balance-weight -1", "--batch-size 0", "--min-lr -1",
+    "--decay step", "--expert-weight-decay -1", "--layer-decay 0", "--head-scale -1",
+    "--clip-grad -1", "--drop-path 1", "--loss hinge", "--cutmix -1", "--erasing 2", "--flip 2",
+    "--image-size 0", "--dtype float16", "--save-every-minutes -1",
 ])
 def test_a_number_out_of_range_is_refused(flag, capsys):
     """The last line names the flag and the value, and the exit status is 2."""
@@ -112,6 +116,23 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
     name, value = flag.split()
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and name in last and value in last
+
+
+@pytest.mark.recipe
+def test_a_flag_without_a_recipe_has_a_default():
+    """What is not given and not None here is in no recipe."""
+    given = {name: value for name, value in vars(train.parse_args([])).items() if value is not None}
+    assert given == dict(
+        data="shapes", model="convnext_nano", seed=0, accumulate=1, dtype="auto",
+        save_every_minutes=30.0, freeze_backbone=False, compile=False)
+
+
+@pytest.mark.recipe
+def test_a_random_backbone_is_not_frozen():
+    """--freeze-backbone needs weights from somewhere."""
+    with pytest.raises(ValueError, match="give --init-from"):
+        resolve("--freeze-backbone")
+    assert resolve("--freeze-backbone --init-from x.pt").freeze_backbone
 
 
 @pytest.mark.recipe
@@ -297,6 +318,18 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
     make_folder(tmp_path / "d" / "val", ("cat", "emu"))
     with pytest.raises(ValueError, match="different classes; only one of them has dog, emu"):
         run("--data d")
+
+
+@pytest.mark.training
+def test_of_many_classes_five_are_named(monkeypatch):
+    """Of six that only one of train and val has, the message leaves out the last."""
+    for val, named in (("abcdef", "has b, c, d, e, f"), ("abcdefg", "has b, c, d, e, f, ...")):
+        classes = dict(train=["a"], val=list(val))
+        monkeypatch.setattr(train, "open_dataset", lambda data, split, transform:
+                            SimpleNamespace(classes=classes[split]))
+        with pytest.raises(ValueError) as error:
+            train.open_data(resolve(" ".join(TINY)))
+        assert str(error.value).endswith(named)
 
 
 # ---------------------------------------------------------------- optimisation
@@ -530,10 +563,8 @@ def test_seeds_of_neighbours_are_far_apart():
     seeds = {train.draw_seed(*numbers) for numbers in itertools.product(range(20), repeat=3)}
     assert len(seeds) == 8000 and all(0 <= seed < 2**32 for seed in seeds)
     assert train.draw_seed(1, 2, 3) == train.draw_seed(1, 2, 3) != train.draw_seed(1, 3, 2)
-    draws = [
-        torch.rand(50, generator=torch.Generator().manual_seed(train.draw_seed(0, 0, i)))
-        for i in range(20)
-    ]
+    generators = [torch.Generator().manual_seed(train.draw_seed(0, 0, i)) for i in range(20)]
+    draws = [torch.rand(50, generator=generator) for generator in generators]
     assert (
         torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.6
     ), "50 draws: chance gives up to about 0.5"
@@ -563,9 +594,16 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(data[1, 2][0], first)
     before = torch.get_rng_state()
     data[0, 0]
-    assert torch.equal(
-        torch.get_rng_state(), before
-    ), "loading in the main process must not disturb its other draws"
+    assert torch.equal(torch.get_rng_state(), before), (
+        "loading in the main process must not disturb its other draws")
+
+
+@pytest.mark.batches
+def test_augmentation_does_not_ask_a_gpu(monkeypatch):
+    """A loader's process that touches the GPU fails: only the generator of the CPU is put back."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: pytest.fail("asked the GPU"))
+    train.Augmented(evaluation.Shapes(4, 1), seed=0)[0, 1]
 
 
 OPERATIONS = (
@@ -714,10 +752,8 @@ def test_the_summary_says_what_was_scaled(capsys):
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is not shorter than this run)"
-        in printed
-    )
+    told = "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is not shorter than this run)"
+    assert told in printed
 
 
 @pytest.mark.training
@@ -727,10 +763,7 @@ def test_accumulation_changes_nothing_but_memory():
     for passes in ("1", "2"):
         flags = f"--epochs 2 --accumulate {passes} --out {passes}"
         run(f"{flags} --router-noise 0 --balance-weight 0")
-    losses = [
-        [json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")]
-        for passes in ("1", "2")
-    ]
+    losses = [[line["train_loss"] for line in read_log(passes)] for passes in ("1", "2")]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
@@ -761,18 +794,14 @@ def test_a_run_leaves_checkpoints_and_a_log(capsys):
     assert sorted(os.listdir("r")) == ["best.pt", "last.pt", "log.jsonl"]
     lines = [json.loads(line) for line in open("r/log.jsonl")]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
-    fields = (
-        "epoch step lr train_loss balance_loss val_loss top1 top5 "
-        "images_per_s data_wait seconds dropped load"
-    )
+    fields = "epoch step lr train_loss balance_loss val_loss top1 top5"
+    fields += " images_per_s data_wait seconds dropped load"
     assert set(fields.split()) <= set(lines[0])
     assert len(lines[0]["load"]) == 2, "one list per MoE layer"
     assert all(math.isclose(sum(shares), 1) for shares in lines[0]["load"])
     out = capsys.readouterr().out
-    assert (
-        "python eval.py r/best.pt --data shapes:96" in out
-        and "python inspect_experts.py r/best.pt" in out
-    )
+    assert "python eval.py r/best.pt --data shapes:96" in out
+    assert "python inspect_experts.py r/best.pt" in out
 
 
 @pytest.mark.training
@@ -804,7 +833,7 @@ def read_log(folder):
 
 
 @pytest.mark.training
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch, capsys):
     """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result
     is the same."""
     flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2"
@@ -821,7 +850,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
     monkeypatch.setattr(train, "check_and_agree", agree_and_interrupt)
     with pytest.raises(SystemExit) as stop:
         run(f"{flags} --out broken")
-    assert stop.value.code == 143
+    assert stop.value.code == 143 and "\ncontinue    python " in capsys.readouterr().out
     saved = torch.load("broken/last.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 5)
     monkeypatch.setattr(train, "check_and_agree", original)
@@ -1112,6 +1141,14 @@ def test_a_stopped_run_says_how_to_continue(out, monkeypatch, capsys):
 
 
 @pytest.mark.training
+def test_a_log_that_cannot_be_written_is_a_warning(capsys):
+    """A full disk costs a line of the log, and not the run."""
+    with open(os.devnull) as readable_only:
+        train.write_log(SimpleNamespace(log=readable_only), dict(epoch=1))
+    assert "warning: cannot write log.jsonl (not writable)" in capsys.readouterr().err
+
+
+@pytest.mark.training
 def test_lines_of_the_log_that_are_blank_or_cut_do_no_harm():
     """They are left out when the run goes on, and so is what a killed process wrote about an epoch
     that is not saved."""
@@ -1191,20 +1228,22 @@ def test_a_folder_in_use_is_refused():
 
 
 @pytest.mark.training
-def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(averaged, monkeypatch):
     """The step that breaks the weights is an epoch's last: no loss shows it any more. And yet
     nothing is written."""
     save = train.save
 
     def break_weights(state, *names):
         if state.step == 6:
-            state.model.head.weight.data[0, 0] = math.inf
+            broken = state.ema.module if averaged else state.model
+            broken.head.weight.data[0, 0] = math.inf
         save(state, *names)
 
     monkeypatch.setattr(train, "save", break_weights)
     expected = "weights are not finite after step 6; .*r/last.pt"
     with pytest.raises(FloatingPointError, match=expected):
-        run("--epochs 3 --out r")
+        run(f"--epochs 3 --out r --ema {0.9 if averaged else 0}")
     assert epoch_and_step("r/last.pt") == epoch_and_step("r/best.pt") == (1, 3)
 
 
@@ -1318,6 +1357,21 @@ def test_routing_is_counted_before_anything_is_dropped():
     meter = train.Meter(state)
     meter.count([SimpleNamespace(experts=experts, kept=kept)])
     assert meter.load.tolist() == [[3, 1, 0]] and meter.dropped.item() == 1
+
+
+@pytest.mark.training
+def test_the_line_of_an_epoch_by_hand():
+    """4 steps of 32 images in 8 s, of which 2 s waited: 16 images/s. 3 of 12 choices dropped."""
+    config = SimpleNamespace(experts=2, batch_size=32)
+    state = SimpleNamespace(model=SimpleNamespace(moe_blocks=[5]), device="cpu", config=config,
+                            world=1, unreadable={"a.png"})
+    meter = train.Meter(state)
+    meter.steps, meter.seconds, meter.wait = 4, 8.0, 2.0
+    meter.losses[:] = torch.tensor([6.0, 2.0])
+    meter.load[:], meter.dropped[...] = torch.tensor([[9, 3]]), 3
+    assert meter.summary(state) == dict(
+        train_loss=1.5, balance_loss=0.5, seconds=8.0, data_wait=0.25, images_per_s=16.0,
+        dropped=0.25, unreadable=1, load=[[0.75, 0.25]])
 
 
 @pytest.mark.training
@@ -1467,14 +1521,29 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     weights = torchvision.models.convnext_tiny().state_dict()
     torch.save(weights, tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
     model = evaluation.build_model(dict(model="convnext_t", num_classes=1000))
-    assert (
-        train.start_from(model, SimpleNamespace(init_from="torchvision", model="convnext_t"), [])
-        == []
-    )
-    assert torch.equal(model.head.weight, weights["classifier.2.weight"])
     args = SimpleNamespace(init_from="torchvision", model="convnext_t")
+    assert train.start_from(model, args, []) == []
+    assert torch.equal(model.head.weight, weights["classifier.2.weight"])
     fresh = train.start_from(model, args, [f"bird {i}" for i in range(1000)])
     assert fresh == ["head.weight", "head.bias"], "as many classes, but others"
+
+
+class Burglar:
+    """Unpickled the old way, it would create a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("was here",)
+
+
+@pytest.mark.training
+def test_torchvisions_weights_cannot_run_code(tmp_path, monkeypatch):
+    """A file in the place of torchvision's that would execute something is refused."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(Burglar(), tmp_path / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
+    with pytest.raises(ValueError, match="weights for convnext_t cannot be loaded"):
+        train.torchvision_weights("convnext_t")
+    assert not os.path.exists("was here")
 
 
 @pytest.mark.training
@@ -1482,14 +1551,11 @@ def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
     """One line says what to download, from where, and where to put it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    with pytest.raises(
-        ValueError,
-        match=r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)",
-    ) as error:
+    told = r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)"
+    with pytest.raises(ValueError, match=told) as error:
         train.torchvision_weights("convnext_t")
-    assert str(tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in str(
-        error.value
-    )
+    place = tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth"
+    assert str(place) in str(error.value)
     with pytest.raises(ValueError, match="no weights for convnext_nano: expected one of vit_b, "):
         train.torchvision_weights("convnext_nano")
 
