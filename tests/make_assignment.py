@@ -288,7 +288,7 @@ def parse_args(argv=None):
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
     parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
-                        help="grade folders (or single .py files); needs --against")
+                        help="grade folders (or .py files, if all is in one); needs --against")
     parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
                         help="the folder OUT as it was handed out")
     parser.add_argument("--limit", type=float, default=LIMIT,

@@ -4,6 +4,7 @@ Grading starts a process for each submission and concept. So most tests here gra
 function, in which pytest takes less than a second.
 """
 
+import ast
 import compileall
 import csv
 import json
@@ -18,7 +19,7 @@ import pytest
 
 import grade
 import make_assignment
-from blanks import blank, body_of
+from blanks import blank, body_of, find
 from concepts import BY_NAME, CONCEPTS
 from make_assignment import ROOT, handout
 
@@ -229,10 +230,42 @@ def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words):
     assert source == blank(ours, "f", "top_k") and words in reason
 
 
+def test_all_our_bodies_can_be_taken():
+    """Whatever is in them (decorators, nested functions, f-strings), they come out as they are."""
+    for function in FUNCTIONS:
+        file, _, path = function.partition(".")
+        source = (ROOT / f"{file}.py").read_text("utf-8")
+        node, _ = find(source, path)
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        taken = ast.parse(body_of(source, path)).body
+        assert list(map(ast.dump, taken)) == list(map(ast.dump, body)), function
+
+
 def test_words_to_look_at_are_told():
     """They cost nothing. A body with them should be read."""
     source = "def f(x):\n    import os\n    torch.testing.close = 1\n    return x.sum()\n"
     assert grade.suspicious_words(source, "f") == ["os", "testing"]
+
+
+def test_words_that_ours_needs_are_not_told(tmp_path):
+    """Who writes a checkpoint opens a file. Who looks for modules should say why."""
+    def copy_ours(folder):
+        copy_miniature(folder)
+        (folder / "moe.py").write_text("def top_k_gates(probs, k):\n    return open(probs)\n")
+
+    theirs = tmp_path / "moe.py"
+    theirs.write_text("def top_k_gates(probs, k):\n    return open(sys.modules)\n")
+    (tmp_path / "copy").mkdir()
+    _, look = grade.write_copy(tmp_path / "copy", "top_k", theirs, copy_ours)
+    assert look == ["modules", "sys"]
+
+
+def test_one_file_is_no_submission_for_two(tmp_path):
+    """place_moe is in vit.py and in convnext.py: one file would be taken for both."""
+    (tmp_path / "ASSIGNMENT.md").write_text("")
+    (tmp_path / "vit.py").write_text('raise NotImplementedError("placement: write place_moe")')
+    with pytest.raises(ValueError, match="vit.py is one file, .* in convnext.py, vit.py: expected"):
+        grade.grade([tmp_path / "vit.py"], tmp_path, copy_miniature)
 
 
 def test_private_tests_are_for_grading_only(tmp_path, monkeypatch):
