@@ -1012,7 +1012,10 @@ KEY_NUMBERS = {  # columns of the table at the top: the cells of a layer, and wh
 
 
 def panel_svg(panel, x=0, y=0):
-    """Return a panel with its title above it, for the page, or at (x, y) of a file."""
+    """Return a panel with its title above it, for the page, or at (x, y) of a file.
+
+    The title has 14 pixels. It is also the alt text: role "img" and aria-label.
+    """
     marks = text(0, -10, panel.title, size=14) + "".join(panel.marks)
     height = math.ceil(TITLE + panel.height)
     return element("svg", marks, x=x, y=y, width=WIDTH, height=height, overflow="visible",

@@ -33,7 +33,8 @@ from concepts import BY_NAME
 TESTS = Path(__file__).resolve().parent
 LIMIT = 600  # seconds for all runs of one concept's tests
 RUNS = ["plain spoiled", "spoiled plain spoiled"]  # see referee.py
-# Words that a layer does not need. They cost nothing, but somebody should read such a body.
+# Words that a body seldom needs. They cost nothing, but where ours does without them somebody
+# should read it.
 LOOK = set(
     "os sys gc inspect ctypes pytest testing subprocess importlib builtins exec eval open globals"
     " setattr __import__ __dict__ __class__ __globals__ __main__ _getframe referee modules unittest"
@@ -107,7 +108,7 @@ def write_copy(folder, concept, submission, copy_project):
         if reason:
             missing.append(reason)
         else:
-            look += suspicious_words(theirs, path)
+            look += set(suspicious_words(theirs, path)) - set(suspicious_words(ours, path))
     return missing, sorted(set(look))
 
 
@@ -124,14 +125,8 @@ def run_concept(folder, concept, limit, runs):
     command = [sys.executable, "tests/referee.py", concept, *BY_NAME[concept].functions.split()]
     with tempfile.TemporaryFile() as channel:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={},
-            stdin=subprocess.PIPE,
-            stdout=channel,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+            command, cwd=folder, env={}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=channel, stderr=subprocess.DEVNULL)
         try:
             process.communicate(f"{secret} {runs}\n".encode(), timeout=limit)
         except subprocess.TimeoutExpired:
@@ -227,9 +222,14 @@ def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")
     if not (assignment / "ASSIGNMENT.md").exists():
         raise ValueError(f"no ASSIGNMENT.md in {assignment}: give the folder that was handed out")
     concepts = blanked_concepts(assignment)
+    functions = " ".join(BY_NAME[name].functions for name in concepts).split()
+    sources = sorted({f"{function.split('.')[0]}.py" for function in functions})
     for submission in submissions:
         if not submission.exists():
             raise ValueError(f"no submission at {submission}: expected a folder, or a .py file")
+        if submission.suffix == ".py" and len(sources) > 1:  # it would be taken for all of them
+            raise ValueError(f"{submission} is one file, but the assignment is in "
+                             f"{', '.join(sources)}: expected a folder")
     files = [out.with_suffix(suffix) for suffix in (".csv", ".json")]
     for file in files:
         if file.exists():

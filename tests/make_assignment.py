@@ -227,11 +227,8 @@ def run_tests(folder, *flags):
                 f"the tests in {folder} cannot be run:"
                 f" {(done.stdout + done.stderr).strip().splitlines()[-1]}"
             )
-        cases = [
-            case
-            for case in ElementTree.parse(report).iter("testcase")
-            if case.find("skipped") is None
-        ]
+        cases = [case for case in ElementTree.parse(report).iter("testcase")
+                 if case.find("skipped") is None]
     return {f"{case.get('classname')}::{case.get('name')}": (
         case.find("properties/property[@name='concept']").get("value"),
         case.find("failure") is None and case.find("error") is None) for case in cases}
@@ -294,7 +291,7 @@ def parse_args(argv=None):
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
     parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
-                        help="grade folders (or single .py files); needs --against")
+                        help="grade folders (or .py files, if all is in one); needs --against")
     parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
                         help="the folder OUT as it was handed out")
     parser.add_argument("--limit", type=float, default=LIMIT,

@@ -89,12 +89,8 @@ class Reporter:
             crash = getattr(report.longrepr, "reprcrash", None)
             self.messages[test] = getattr(crash, "message", report.outcome)
         if report.when == "teardown":
-            self.send(
-                test=test,
-                spoiled=self.spoiled,
-                passed=test not in self.messages,
-                message=self.messages.get(test, ""),
-            )
+            self.send(test=test, spoiled=self.spoiled, passed=test not in self.messages,
+                      message=self.messages.get(test, ""))
 
 
 def main(concept, *functions):

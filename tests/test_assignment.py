@@ -4,6 +4,7 @@ Grading starts a process for each submission and concept. So most tests here gra
 function, in which pytest takes less than a second.
 """
 
+import ast
 import compileall
 import csv
 import json
@@ -18,7 +19,7 @@ import pytest
 
 import grade
 import make_assignment
-from blanks import blank, body_of
+from blanks import blank, body_of, find
 from concepts import BY_NAME, CONCEPTS
 from make_assignment import ROOT, handout
 
@@ -85,41 +86,21 @@ def test_an_assignment_by_hand(tmp_path, capsys):
     here, and all files compile."""
     out = tmp_path / "homework"
     make_assignment.main(make_assignment.parse_args([str(out), "combine", "top_k"]))
-    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == sorted(
-        [
-            "ASSIGNMENT.md",
-            "README.md",
-            "convnext.py",
-            "eval.py",
-            "inspect_experts.py",
-            "moe.py",
-            "requirements.txt",
-            "tests",
-            "train.py",
-            "vit.py",
-        ]
-    )
+    files = "ASSIGNMENT.md README.md requirements.txt tests"
+    files += " convnext.py eval.py inspect_experts.py moe.py train.py vit.py"
+    assert {path.name for path in out.iterdir() if path.name[0] != "."} == set(files.split())
     ours = {"make_assignment.py", "grade.py", "referee.py", "needs.py", "test_the_tests.py"}
     assert not ours & set(os.listdir(out / "tests"))
     assert not (out / ".git").exists() and compileall.compile_dir(out, quiet=1)
     source = (out / "moe.py").read_text("utf-8")
-    assert re.findall('raise NotImplementedError\\("(.*)"\\)', source) == [
-        "top_k: write top_k_gates",
-        "combine: write combine",
-    ]
+    blanks = re.findall('raise NotImplementedError\\("(.*)"\\)', source)
+    assert blanks == ["top_k: write top_k_gates", "combine: write combine"]
     assert "make_assignment" not in (out / "README.md").read_text("utf-8")
     text = (out / "ASSIGNMENT.md").read_text("utf-8")
     assert text.index("## top_k") < text.index("## combine"), "in teaching order"
-    for part in (
-        "Choose the k most probable experts",
-        "pytest -m combine",
-        "(it needs dispatch)",
-        "taken from your moe.py, and nothing else",
-        "| 1 to 4 | top_k | 1 |",
-        "3 hours in all",
-        "### `combine` in moe.py",
-        "pip install -r requirements.txt",
-    ):
+    for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)",
+                 "taken from your moe.py, and nothing else", "| 1 to 4 | top_k | 1 |",
+                 "3 hours in all", "### `combine` in moe.py", "pip install -r requirements.txt"):
         assert part in text
     assert make_assignment.COMMON not in text, "nothing here has args or a run"
     assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
@@ -146,17 +127,14 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (["EXISTS", "top_k"], "exists already"),
-        (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
-        (["new", "course"], "unknown concept 'course'"),
-        (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
-        ([str(ROOT / "homework"), "top_k"], "is inside the project"),
-        (["new"], "at least one concept"),
-    ],
-)
+@pytest.mark.parametrize("arguments, expected", [
+    (["EXISTS", "top_k"], "exists already"),
+    (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
+    (["new", "course"], "unknown concept 'course'"),
+    (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
+    ([str(ROOT / "homework"), "top_k"], "is inside the project"),
+    (["new"], "at least one concept"),
+])
 def test_an_impossible_assignment_is_one_line_and_writes_nothing(
     arguments, expected, tmp_path, monkeypatch
 ):
@@ -173,33 +151,20 @@ def test_the_list_has_every_concept(capsys):
     make_assignment.main(make_assignment.parse_args(["--list"]))
     printed = capsys.readouterr().out
     for concept in CONCEPTS:
-        assert (
-            concept.name in printed and concept.lesson in printed and concept.functions in printed
-        )
+        for words in (concept.name, concept.lesson, concept.functions):
+            assert words in printed
 
 
-@pytest.mark.parametrize(
-    "passed, lines, well",
-    [
-        # router is blank: both of its tests turn, one of layer's two does (it needs router), none
-        # of top_k's.
-        (
-            dict(a=0, b=0, c=1, d=0, e=1),
-            "router 2 of 2 turn, expected all, a, b, layer 1 of 2 turn, expected some, d",
-            True,
-        ),
-        (
-            dict(a=0, b=1, c=1, d=0, e=1),
-            "router 1 of 2 turn, expected all WRONG, a, layer 1 of 2 turn, expected some, d",
-            False,
-        ),
-        (
-            dict(a=0, b=0, c=0, d=1, e=1),
-            "router 2 of 2 turn, expected all, a, b, top_k 1 of 1 turn, expected none WRONG, c",
-            False,
-        ),
-    ],
-)
+@pytest.mark.parametrize("passed, lines, well", [
+    # router is blank: both of its tests turn, one of layer's two does (it needs router), none of
+    # top_k's.
+    (dict(a=0, b=0, c=1, d=0, e=1),
+     "router 2 of 2 turn, expected all, a, b, layer 1 of 2 turn, expected some, d", True),
+    (dict(a=0, b=1, c=1, d=0, e=1),
+     "router 1 of 2 turn, expected all WRONG, a, layer 1 of 2 turn, expected some, d", False),
+    (dict(a=0, b=0, c=0, d=1, e=1),
+     "router 2 of 2 turn, expected all, a, b, top_k 1 of 1 turn, expected none WRONG, c", False),
+])
 def test_the_solution_check_by_hand(passed, lines, well):
     """It reports, concept by concept, how many tests the blanks turn and which, and what is wrong
     with that."""
@@ -247,20 +212,17 @@ def f(x, k=1):
     assert body_of("def f(x): return 1\ndef f(x): return 2", "f") == "return 2", "as in Python"
 
 
-@pytest.mark.parametrize(
-    "theirs, words",
-    [
-        ("def g(x): return 1", "there is no f"),
-        ("f = print", "there is no f"),
-        ("class f: pass", "f is not a function"),
-        ("async def f(x): return 1", "f is not a function"),
-        ("def f(y): return 1", "expected ['x']"),
-        ("def f(x): nonlocal x", "nonlocal"),
-        ("def f(x) return 1", "expected ':'"),
-        ("def f(x): return \0", "null byte"),
-        ("", "there is no f"),
-    ],
-)
+@pytest.mark.parametrize("theirs, words", [
+    ("def g(x): return 1", "there is no f"),
+    ("f = print", "there is no f"),
+    ("class f: pass", "f is not a function"),
+    ("async def f(x): return 1", "f is not a function"),
+    ("def f(y): return 1", "expected ['x']"),
+    ("def f(x): nonlocal x", "nonlocal"),
+    ("def f(x) return 1", "expected ':'"),
+    ("def f(x): return \0", "null byte"),
+    ("", "there is no f"),
+])
 def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words):
     """The reason is told, and the other concepts are graded all the same."""
     ours = "def f(x):\n    return 1\n"
@@ -268,10 +230,42 @@ def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words):
     assert source == blank(ours, "f", "top_k") and words in reason
 
 
+def test_all_our_bodies_can_be_taken():
+    """Whatever is in them (decorators, nested functions, f-strings), they come out as they are."""
+    for function in FUNCTIONS:
+        file, _, path = function.partition(".")
+        source = (ROOT / f"{file}.py").read_text("utf-8")
+        node, _ = find(source, path)
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        taken = ast.parse(body_of(source, path)).body
+        assert list(map(ast.dump, taken)) == list(map(ast.dump, body)), function
+
+
 def test_words_to_look_at_are_told():
     """They cost nothing. A body with them should be read."""
     source = "def f(x):\n    import os\n    torch.testing.close = 1\n    return x.sum()\n"
     assert grade.suspicious_words(source, "f") == ["os", "testing"]
+
+
+def test_words_that_ours_needs_are_not_told(tmp_path):
+    """Who writes a checkpoint opens a file. Who looks for modules should say why."""
+    def copy_ours(folder):
+        copy_miniature(folder)
+        (folder / "moe.py").write_text("def top_k_gates(probs, k):\n    return open(probs)\n")
+
+    theirs = tmp_path / "moe.py"
+    theirs.write_text("def top_k_gates(probs, k):\n    return open(sys.modules)\n")
+    (tmp_path / "copy").mkdir()
+    _, look = grade.write_copy(tmp_path / "copy", "top_k", theirs, copy_ours)
+    assert look == ["modules", "sys"]
+
+
+def test_one_file_is_no_submission_for_two(tmp_path):
+    """place_moe is in vit.py and in convnext.py: one file would be taken for both."""
+    (tmp_path / "ASSIGNMENT.md").write_text("")
+    (tmp_path / "vit.py").write_text('raise NotImplementedError("placement: write place_moe")')
+    with pytest.raises(ValueError, match="vit.py is one file, .* in convnext.py, vit.py: expected"):
+        grade.grade([tmp_path / "vit.py"], tmp_path, copy_miniature)
 
 
 def test_private_tests_are_for_grading_only(tmp_path, monkeypatch):
@@ -365,12 +359,8 @@ def test_our_own_code_says_which_tests_count(expected):
     """The skipped test does not. Spoiled, the test of the type still passes: it sees no numbers."""
     passed = {key for key, report in expected.items() if report["passed"]}
     names = {(test.partition("::")[2], spoiled) for test, spoiled in passed}
-    assert names == {
-        ("test_two_of_three", False),
-        ("test_all", False),
-        ("test_it_is_a_list", False),
-        ("test_it_is_a_list", True),
-    }
+    assert names == {("test_two_of_three", False), ("test_all", False),
+                     ("test_it_is_a_list", False), ("test_it_is_a_list", True)}
 
 
 @pytest.mark.slow
@@ -384,9 +374,8 @@ def test_a_right_body_scores(tmp_path, expected):
 
         return largest(probs)
     """
-    assert grade_body(body, tmp_path, expected) == dict(
-        score=1, passed=3, tests=3, note="", look=[]
-    )
+    result = grade_body(body, tmp_path, expected)
+    assert result == dict(score=1, passed=3, tests=3, note="", look=[])
 
 
 @pytest.mark.slow
@@ -513,15 +502,12 @@ def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
         grade.grade(submissions, tmp_path / "homework", copy_miniature, 60)
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (["--grade", "nobody"], "--against ASSIGNMENT"),
-        (["--grade", "nobody", "--against", "."], "no ASSIGNMENT.md in ."),
-        (["--grade", "nobody", "--against", "homework"], "no submission at nobody"),
-        (["--grade", "homework", "--against", "complete"], "nothing is to be written in complete"),
-    ],
-)
+@pytest.mark.parametrize("arguments, expected", [
+    ("--grade nobody", "--against ASSIGNMENT"),
+    ("--grade nobody --against .", "no ASSIGNMENT.md in ."),
+    ("--grade nobody --against homework", "no submission at nobody"),
+    ("--grade homework --against complete", "nothing is to be written in complete"),
+])
 def test_what_cannot_be_graded_is_one_line(arguments, expected, tmp_path, monkeypatch):
     """Refused before any test runs, and nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -531,7 +517,7 @@ def test_what_cannot_be_graded_is_one_line(arguments, expected, tmp_path, monkey
         (tmp_path / name / "ASSIGNMENT.md").write_text("")
         (tmp_path / name / "moe.py").write_text(text)
     with pytest.raises(ValueError, match=expected):
-        make_assignment.main(make_assignment.parse_args(arguments))
+        make_assignment.main(make_assignment.parse_args(arguments.split()))
     assert sorted(os.listdir(tmp_path)) == ["complete", "homework"]
 
 

@@ -1,6 +1,7 @@
 """Tests of eval.py: drawn pictures, folders, counting, checkpoints and the command line."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,37 +26,13 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from eval import (
-    CHECKPOINT_KEYS,
-    MODELS,
-    PALETTE,
-    Glyphs,
-    Shapes,
-    TensorImages,
-    accuracy_per_class,
-    auto_workers,
-    autocast,
-    best_dtype,
-    build_model,
-    class_probabilities,
-    eval_loader,
-    eval_transform,
-    evaluate,
-    hold_out,
-    image_losses,
-    load_checkpoint,
-    match_classes,
-    normalize,
-    number,
-    open_dataset,
-    open_pictures,
-    read_image,
-    distances,
-    draw_characters,
-    draw_glyphs,
-    drawn_size,
-    worst_pairs,
-)
+from checks import on_meta
+from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, Glyphs, Shapes, TensorImages,
+                  accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
+                  class_probabilities, distances, draw_characters, draw_glyphs, drawn_size,
+                  eval_loader, eval_transform, evaluate, hold_out, image_losses, load_checkpoint,
+                  match_classes, normalize, number, open_dataset, open_pictures, read_image,
+                  worst_pairs)
 
 CPU = torch.device("cpu")
 
@@ -75,22 +52,10 @@ def test_labels_are_what_one_sees():
     """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
     data = Shapes(500, seed=1)
     assert [data.classes[data[i][1]] for i in range(16)] == [
-        "cross-stripes",
-        "cross-dots",
-        "cross-stripes",
-        "circle-plain",
-        "cross-plain",
-        "triangle-stripes",
-        "circle-dots",
-        "square-plain",
-        "square-dots",
-        "circle-stripes",
-        "square-dots",
-        "square-plain",
-        "circle-plain",
-        "square-plain",
-        "circle-checks",
-        "cross-plain",
+        "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
+        "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
+        "square-dots", "circle-stripes", "square-dots", "square-plain",
+        "circle-plain", "square-plain", "circle-checks", "cross-plain",
     ]
 
 
@@ -120,22 +85,10 @@ def test_classes_are_shape_times_texture():
     """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
     data = Shapes(500, seed=1)
     assert data.classes == [
-        "circle-plain",
-        "circle-stripes",
-        "circle-checks",
-        "circle-dots",
-        "square-plain",
-        "square-stripes",
-        "square-checks",
-        "square-dots",
-        "triangle-plain",
-        "triangle-stripes",
-        "triangle-checks",
-        "triangle-dots",
-        "cross-plain",
-        "cross-stripes",
-        "cross-checks",
-        "cross-dots",
+        "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
+        "square-plain", "square-stripes", "square-checks", "square-dots",
+        "triangle-plain", "triangle-stripes", "triangle-checks", "triangle-dots",
+        "cross-plain", "cross-stripes", "cross-checks", "cross-dots",
     ]
     assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
 
@@ -218,10 +171,9 @@ def test_only_plain_objects_have_one_colour():
     """Within a plain object a channel varies by the noise of +-12 only, else by more."""
     data = Shapes(500, seed=1)
     inside = data.masks.unsqueeze(1)
-    spread = (
-        data.images.masked_fill(~inside, 0).amax((2, 3)).int()
-        - data.images.masked_fill(~inside, 255).amin((2, 3)).int()
-    ).amax(1)
+    highest = data.images.masked_fill(~inside, 0).amax((2, 3)).int()
+    lowest = data.images.masked_fill(~inside, 255).amin((2, 3)).int()
+    spread = (highest - lowest).amax(1)
     assert torch.equal(spread <= 24, data.factors["texture"] == 0)
 
 
@@ -451,18 +403,8 @@ def tiff(bits, numbers, zero_is=1, kind=1):
     if bits == 12:  # two numbers in three bytes
         data = bytes.fromhex("".join(f"{number:03x}" for number in numbers))
     # width, height, bits, not compressed, what 0 is, place of the data, samples, rows, bytes, kind
-    tags = {
-        256: len(numbers),
-        257: 1,
-        258: bits,
-        259: 1,
-        262: zero_is,
-        273: 8,
-        277: 1,
-        278: 1,
-        279: len(data),
-        339: kind,
-    }
+    tags = {256: len(numbers), 257: 1, 258: bits, 259: 1, 262: zero_is, 273: 8, 277: 1, 278: 1,
+            279: len(data), 339: kind}
     entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
     header = b"II*\0" + struct.pack("<I", 8 + len(data))
     return header + data + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(4)
@@ -548,16 +490,13 @@ def test_only_jpeg_goes_to_torchvision(tmp_path, monkeypatch):
     """The first bytes decide, not the name: torchvision's decoder of PNG can end the process at one
     wrong bit."""
     seen = []
-    monkeypatch.setattr(
-        evaluation.torchvision.io,
-        "decode_jpeg",
-        lambda content, *_, **__: seen.append(bytes(content[:2])),
-    )
+    see = lambda content, *_, **__: seen.append(content[:2].tolist())
+    monkeypatch.setattr(evaluation.torchvision.io, "decode_jpeg", see)
     monkeypatch.delattr(evaluation.torchvision.io, "decode_image")
     for kind in ("jpeg", "png", "gif", "bmp"):
         (tmp_path / "any.jpg").write_bytes(saved(kind))
         read_image(str(tmp_path / "any.jpg"))
-    assert seen == [bytes([0xFF, 0xD8])]
+    assert seen == [[0xFF, 0xD8]], "it takes a tensor of bytes"
 
 
 @pytest.mark.folders
@@ -614,12 +553,9 @@ def saved(kind):
 
 
 BROKEN = {
-    "empty.png": b"",
-    "text.png": b"this is no image",
-    "half.jpg": saved("jpeg")[:400],
-    "half.png": saved("png")[:90],
-    "half.gif": saved("gif")[:60],
-    "half.bmp": saved("bmp")[:500],
+    "empty.png": b"", "text.png": b"this is no image",
+    "half.jpg": saved("jpeg")[:400], "half.png": saved("png")[:90],
+    "half.gif": saved("gif")[:60], "half.bmp": saved("bmp")[:500],
 }
 
 
@@ -740,14 +676,8 @@ def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
     followed."""
     root = make_folder(tmp_path / "data", [f"{name}/{i}.png" for name in "ab" for i in range(10)])
     make_folder(tmp_path / "elsewhere", ["20.png"])
-    for link, target in [
-        ("a/up", ".."),
-        ("b/up", ".."),
-        ("a/b", "../b"),
-        ("above", "../.."),
-        ("a/self", "self"),
-        ("a/more", "../../elsewhere"),
-    ]:
+    for link, target in [("a/up", ".."), ("b/up", ".."), ("a/b", "../b"), ("above", "../.."),
+                         ("a/self", "self"), ("a/more", "../../elsewhere")]:
         os.symlink(target, tmp_path / "data" / link)
     data = open_dataset(root, "all")
     assert data.classes == ["a", "b"] and len(data) == 21 and "a/more/20.png" in names(data)
@@ -758,15 +688,12 @@ def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "train, val",
-    [("train", "valid"), ("Train", "Val"), ("TRAINING", "validation"), ("train", "test")],
-)
+@pytest.mark.parametrize("train, val", [
+    ("train", "valid"), ("Train", "Val"), ("TRAINING", "validation"), ("train", "test")])
 def test_other_names_of_the_splits(tmp_path, train, val):
     """Folders of other usual names, also in capitals, are the splits, and not classes."""
-    root = make_folder(
-        tmp_path, [f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png"]
-    )
+    files = f"{train}/a/1.png {train}/b/2.png {val}/a/3.png {val}/b/4.png"
+    root = make_folder(tmp_path, files.split())
     assert names(open_dataset(root, "train")) == ["a/1.png", "b/2.png"]
     for split in ("val", "all"):
         assert names(open_dataset(root, split)) == ["a/3.png", "b/4.png"]
@@ -778,29 +705,23 @@ def test_a_class_may_be_called_train(tmp_path):
     split alone."""
     root = make_folder(tmp_path / "flat", ["bus/1.png", "train/2.png"])
     assert open_dataset(root, "all").classes == ["bus", "train"]
-    root = make_folder(
-        tmp_path / "alone",
-        [f"train/{name}/{i}.png" for name in "ab" for i in range(5)] + ["other/c/1.png"],
-    )
+    files = [f"train/{name}/{i}.png" for name in "ab" for i in range(5)] + ["other/c/1.png"]
+    root = make_folder(tmp_path / "alone", files)
     assert open_dataset(root, "val").labels.tolist() == [0, 1]
     assert len(open_dataset(root, "train")) == 8
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "files",
-    [
-        ["my_dataset/a/1.png", "my_dataset/b/2.png"],
-        ["archive/train/a/1.png", "archive/val/a/2.png"],
-    ],
-)
+@pytest.mark.parametrize("files", [
+    ["my_dataset/a/1.png", "my_dataset/b/2.png"],
+    ["archive/train/a/1.png", "archive/val/a/2.png"],
+])
 def test_one_class_is_nothing_to_learn(tmp_path, files):
     """A folder too high has one class, on which the accuracy would be 100%: training refuses it."""
     root = make_folder(tmp_path, files)
-    with pytest.raises(
-        ValueError,
-        match=f"only one class folder, {files[0].split('/')[0]}, in .*: give the folder that holds",
-    ):
+    top = files[0].split("/")[0]
+    told = f"only one class folder, {top}, in .*: give the folder that holds"
+    with pytest.raises(ValueError, match=told):
         open_dataset(root, "train")
 
 
@@ -808,22 +729,15 @@ def test_one_class_is_nothing_to_learn(tmp_path, files):
 def test_one_corruption_has_no_classes(tmp_path):
     """The severities 1 to 5 of one corruption of ImageNet-C are not classes; folders 1 to 5 with
     images in them are."""
-    root = make_folder(
-        tmp_path / "fog", [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
-    )
-    with pytest.raises(
-        ValueError,
-        match="fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class",
-    ):
+    files = [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
+    root = make_folder(tmp_path / "fog", files)
+    told = "fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class"
+    with pytest.raises(ValueError, match=told):
         open_dataset(root, "all")
     stars = make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"])
     assert open_dataset(stars, "all").classes == ["1", "5"]
-    files = [
-        f"{split}/{name}/patient{i}/x.png"
-        for split in ("train", "val")
-        for name in "12"
-        for i in "ab"
-    ]
+    files = [f"{split}/{name}/patient{i}/x.png"
+             for split in ("train", "val") for name in "12" for i in "ab"]
     grades = make_folder(tmp_path / "grades", files)
     assert open_dataset(grades, "val").classes == ["1", "2"], "a folder per patient in each class"
 
@@ -848,11 +762,39 @@ def test_new_processes_of_a_loader_get_no_signal():
 
 
 @pytest.mark.counting
+def test_a_loader_starts_where_signals_cannot_be_blocked(monkeypatch):
+    """On Windows there is no pthread_sigmask."""
+    monkeypatch.delattr(signal, "pthread_sigmask")
+
+    class Loader(list):
+        num_workers = 1
+
+    assert list(evaluation.start_loader(Loader([1, 2]))) == [1, 2]
+
+
+@pytest.mark.counting
 def test_an_error_without_words_is_not_lost():
     """together() raises whatever error it caught, also one that says nothing."""
     with pytest.raises(ValueError, match="OSError"):
         with evaluation.together():
             raise OSError
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("errors, met", [
+    ([None, None], None), (["no data", None], "^no data$"), ([None, "full"], "^process 1: full$")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all(errors, met, rank, monkeypatch):
+    """Rank 0 raises it and names the process. The others leave with status 2, if there is one."""
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank)
+    gather = lambda found, own: found.__setitem__(slice(None), errors)
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    ending = pytest.raises(SystemExit if rank else ValueError, match="2" if rank else met)
+    with ending if met else contextlib.nullcontext(), evaluation.together():
+        if errors[rank]:
+            raise ValueError(errors[rank])
 
 
 @pytest.mark.folders
@@ -876,16 +818,12 @@ def test_one_name_in_two_spellings(tmp_path):
     """macOS stores é as e and an accent: in train/ and val/ it is the same class, and the file is
     found under its own name."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    root = make_folder(
-        tmp_path,
-        [f"train/{composed}/1.png", "train/b/2.png", f"val/{decomposed}/3.png", "val/b/4.png"],
-    )
+    files = f"train/{composed}/1.png train/b/2.png val/{decomposed}/3.png val/b/4.png"
+    root = make_folder(tmp_path, files.split())
     train, val = (open_dataset(root, split) for split in ("train", "val"))
     assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
-    one, other = (
-        open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
-        for name in (composed, decomposed)
-    )
+    one, other = (open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
+                  for name in (composed, decomposed))
     assert one.fingerprint() == other.fingerprint(), "a copy on another system is the same data"
 
 
@@ -928,12 +866,8 @@ def test_a_flat_folder_holds_out_a_fifth(tmp_path):
     train, val, everything = (names(open_dataset(root, split)) for split in ("train", "val", "all"))
     # 11 // 5 = 2 of 11. `printf 03.png | sha256sum` begins with 0490, of 06.png with 0ba7; the
     # third, 02.png, with 0ec4.
-    assert val == [
-        "a/03.png",
-        "a/06.png",
-        "b/03.png",
-        "b/06.png",
-    ], "is the class folder a part of the name?"
+    assert val == ["a/03.png", "a/06.png", "b/03.png", "b/06.png"], (
+        "is the class folder a part of the name?")
     assert sorted(train + val) == everything == files and not set(train) & set(val)
 
 
@@ -963,10 +897,8 @@ def test_a_class_of_few_images_is_named(tmp_path, capsys):
     assert open_dataset(root, "train").classes == ["a", "b", "c", "d"]
     told = f"warning: 2 of 4 classes of {root} have fewer than 5 images, and so no validation image"
     assert capsys.readouterr().err == told + ": c, d\n", "once, although it was opened twice"
-    with pytest.raises(
-        ValueError,
-        match="1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth",
-    ):
+    told = "1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth"
+    with pytest.raises(ValueError, match=told):
         open_dataset(make_folder(tmp_path / "none", files[:4]), "val")
 
 
@@ -983,21 +915,14 @@ def test_a_transform_sees_every_image(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "make, expected",
-    [
-        (lambda root: None, "no data at"),
-        (lambda root: (root.parent / "here").write_text("a file"), "is a file: to train, give a"),
-        (lambda root: root.mkdir(), "no class folders in"),
-        (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
-        (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
-        (
-            lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])),
-            "no class folders in",
-        ),
-    ],
-    ids=["missing", "a file", "empty", "no classes", "no images", "empty val"],
-)
+@pytest.mark.parametrize("make, expected", [
+    (lambda root: None, "no data at"),
+    (lambda root: (root.parent / "here").write_text("a file"), "is a file: to train, give a"),
+    (lambda root: root.mkdir(), "no class folders in"),
+    (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
+    (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
+    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "no class folders in"),
+], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
     """A data set that is not there is an error with the place and the expected tree."""
     root = tmp_path / "here"
@@ -1105,10 +1030,8 @@ def test_pictures_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "spec, expected",
-    [("d/a.png", "d/a.png is a file: to train, give"), ("d", "no class folders in d.* expected")],
-)
+@pytest.mark.parametrize("spec, expected", [
+    ("d/a.png", "d/a.png is a file: to train, give"), ("d", "no class folders in d.* expected")])
 def test_pictures_without_classes_are_nothing_to_learn(tmp_path, monkeypatch, spec, expected):
     """For training they are one line, which says what is expected."""
     monkeypatch.chdir(tmp_path)
@@ -1124,6 +1047,8 @@ def test_a_fingerprint_is_of_names(tmp_path):
     names = ["a/1.png", "b/2.png", "b/3.png"]
     first = open_dataset(make_folder(tmp_path / "first", names), "all").fingerprint()
     assert (first["classes"], first["images"]) == (["a", "b"], [1, 2])
+    none_of_b = evaluation.TensorImages(torch.zeros(2, 3, 1, 1), torch.tensor([0, 0]), ["a", "b"])
+    assert evaluation.fingerprint(none_of_b, b"")["images"] == [2, 0]
     assert open_dataset(make_folder(tmp_path / "copy", names), "all").fingerprint() == first
     for i, other in enumerate(
         [names[:2], ["a/1.png", "b/2.png", "b/4.png"], ["a/1.png", "a/2.png", "b/3.png"]]
@@ -1229,6 +1154,13 @@ def test_normalize_by_hand():
 
 
 @pytest.mark.counting
+def test_normalize_works_on_the_device_of_the_images():
+    """Mean and std are tensors there, too: on a GPU nothing else can be computed with."""
+    images = on_meta(1, 3, 2, 2, dtype=torch.uint8)
+    assert normalize(images, (0.5,) * 3, (0.25,) * 3).is_meta
+
+
+@pytest.mark.counting
 def test_autocast_is_on_for_bfloat16_only():
     """Under autocast() a matrix product is computed in the dtype of the run."""
     a = torch.ones(2, 2)
@@ -1267,6 +1199,8 @@ def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
     files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
     assert auto_workers(Shapes(500, seed=1)) == 0
     assert [auto_workers(files, world) for world in (1, 8, 100)] == [12, 8, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # by torchrun: 8 of the 100 are on this machine
+    assert auto_workers(files, 100) == 8
 
 
 # ---------------------------------------------------------------- counting
@@ -1412,6 +1346,20 @@ def test_output_goes_on_when_nobody_reads_it(tmp_path):
 
 
 @pytest.mark.counting
+@pytest.mark.parametrize("name, on_a_terminal, shown", [
+    ("val", True, True), ("", True, False), ("val", False, False)])
+def test_a_progress_bar_is_for_a_terminal(name, on_a_terminal, shown, monkeypatch):
+    """It has a name, and it is gone when the last batch is done."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: on_a_terminal
+    monkeypatch.setattr(sys, "stderr", terminal)
+    loader = eval_loader(Shapes(4, seed=1), 2, 0, CPU)
+    assert len(list(evaluation.show_progress(loader, name))) == 2
+    assert (f"{name}: " in terminal.getvalue()) == shown
+    assert not shown or terminal.getvalue().endswith(" \r"), "the line is not empty at the end"
+
+
+@pytest.mark.counting
 def test_top5_with_fewer_than_five_classes():
     """With three classes every label is among the best five: top5 is 100."""
     assert count(torch.randn(6, 3), [0, 1, 2, 0, 1, 2])["top5"] == 100.0
@@ -1534,18 +1482,13 @@ def test_every_model_has_a_name():
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize(
-    "config, expected",
-    [
-        (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_pico, "),
-        (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
-        (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
-        (
-            dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3),
-            "k = 3: expected 1 to 2",
-        ),
-    ],
-)
+@pytest.mark.parametrize("config, expected", [
+    (dict(model="resnet"), "unknown model 'resnet': expected one of vit_nano, vit_pico, "),
+    (dict(model="vit_nano", moe_layers="every3"), "expected one of none, every2, last2, last3"),
+    (dict(model="vit_nano", moe_layers="last2", router="round"), "linear, cosine, l2"),
+    (dict(model="convnext_nano", moe_layers="last2", num_experts=2, k=3),
+     "k = 3: expected 1 to 2"),
+])
 def test_a_wrong_config_lists_what_exists(config, expected):
     """An option that does not exist is a ValueError that lists the valid ones."""
     with pytest.raises(ValueError) as error:
@@ -1595,12 +1538,8 @@ def test_a_checkpoint_comes_back(tmp_path):
 def test_averaged_weights_are_preferred(saved_model):
     """Averaged weights (EMA) are loaded if there are any, with raw=True the plain ones."""
     _, folder = saved_model
-    for name, raw, says in [
-        ("both.pt", False, 2),
-        ("both.pt", True, 1),
-        ("plain.pt", False, 1),
-        ("plain.pt", True, 1),
-    ]:
+    for name, raw, says in [("both.pt", False, 2), ("both.pt", True, 1),
+                            ("plain.pt", False, 1), ("plain.pt", True, 1)]:
         model, _ = load_checkpoint(str(folder / name), CPU, raw)
         assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
 
@@ -1617,78 +1556,53 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+NO_CHECKPOINTS = {  # how it is made, and a part of the message
+    "missing": (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
+    "folder": (lambda path: path.mkdir(), "no checkpoint at {path}"),
+    "cut off": (
+        cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+    "empty": (
+        lambda path: path.write_bytes(b""),
+        "{path} cannot be opened as a checkpoint, it is empty"),
+    "text": (
+        lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
+    "zip": (
+        lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
+    "image": (
+        lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
+    "foreign dict": (
+        lambda path: torch.save(dict(model={}, epoch=3), path),
+        "{path} is not a checkpoint of train.py: it lacks args,"),
+    "number": (
+        lambda path: torch.save(7, path),
+        "{path} is not a checkpoint of train.py: it lacks args,"),
+    "other width": (
+        lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
+        "the weights in {path} do not fit its own config"),
+    "other depth": (
+        lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
+        "the weights in {path} do not fit its own config"),
+    "other model": (
+        lambda path: write_checkpoint(path, {"model": "resnet"}),
+        "unknown model 'resnet': expected one of vit_nano,"),
+    "unknown option": (
+        lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
+        "the config in {path} does not describe a model"),
+    "no model": (
+        lambda path: write_checkpoint(path, {"dim": 16}),
+        "the config in {path} does not describe a model"),
+    "few classes": (
+        lambda path: write_checkpoint(path, classes=["a", "b"]),
+        "{path} names 2 classes, but its model has 3 outputs"),
+    "stacked experts": (
+        lambda path: write_checkpoint(
+            path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
+        "{path} is from an older version, whose experts were stacked weights"),
+}
+
+
 @pytest.mark.checkpoints
-@pytest.mark.parametrize(
-    "make, expected",
-    [
-        (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
-        (lambda path: path.mkdir(), "no checkpoint at {path}"),
-        (cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
-        (
-            lambda path: path.write_bytes(b""),
-            "{path} cannot be opened as a checkpoint, it is empty",
-        ),
-        (lambda path: path.write_text("a\n\ntext"), "{path} cannot be opened as a checkpoint"),
-        (lambda path: path.write_bytes(b"PK\3\4"), "{path} cannot be opened as a checkpoint"),
-        (lambda path: path.write_bytes(saved("png")), "{path} cannot be opened as a checkpoint"),
-        (
-            lambda path: torch.save(dict(model={}, epoch=3), path),
-            "{path} is not a checkpoint of train.py: it lacks args,",
-        ),
-        (
-            lambda path: torch.save(7, path),
-            "{path} is not a checkpoint of train.py: it lacks args,",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
-            "the weights in {path} do not fit its own config",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
-            "the weights in {path} do not fit its own config",
-        ),
-        (
-            lambda path: write_checkpoint(path, {"model": "resnet"}),
-            "unknown model 'resnet': expected one of vit_nano,",
-        ),
-        (
-            lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
-            "the config in {path} does not describe a model",
-        ),
-        (
-            lambda path: write_checkpoint(path, {"dim": 16}),
-            "the config in {path} does not describe a model",
-        ),
-        (
-            lambda path: write_checkpoint(path, classes=["a", "b"]),
-            "{path} names 2 classes, but its model has 3 outputs",
-        ),
-        (
-            lambda path: write_checkpoint(
-                path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}
-            ),
-            "{path} is from an older version, whose experts were stacked weights",
-        ),
-    ],
-    ids=[
-        "missing",
-        "folder",
-        "cut off",
-        "empty",
-        "text",
-        "zip",
-        "image",
-        "foreign dict",
-        "number",
-        "other width",
-        "other depth",
-        "other model",
-        "unknown option",
-        "no model",
-        "few classes",
-        "stacked experts",
-    ],
-)
+@pytest.mark.parametrize("make, expected", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
     """Whatever is wrong with the file, one line names the file or what is valid."""
     path = tmp_path / "last.pt"
@@ -1750,14 +1664,11 @@ def table_row(lines, checkpoint):
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize(
-    "flag, interval, right, wrong",
-    [
-        ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
-        ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
-        ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
-    ],
-)
+@pytest.mark.parametrize("flag, interval, right, wrong", [
+    ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
+    ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
+    ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
+])
 def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
     """[ and ] include an end of an interval, ( and ) leave it out; any other number ends the
     program with status 2."""
@@ -1789,21 +1700,8 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     one = make_folder(folder / "one", ["b/0.png", "b/1.png", "b/2.png", "c/3.png", "c/4.png"])
     two = make_folder(folder / "two", ["a/0.png", "b/1.png", "c/2.png", "c/3.png"])
     both, plain = folder / "both.pt", folder / "plain.pt"
-    run(
-        monkeypatch,
-        both,
-        plain,
-        "--data",
-        one,
-        "--data",
-        two,
-        "--batch-size",
-        2,
-        "--workers",
-        0,
-        "--json",
-        folder / "out.json",
-    )
+    flags = f"--data {one} --data {two} --batch-size 2 --workers 0 --json {folder}/out.json"
+    run(monkeypatch, both, plain, *flags.split())
     *_, names, header, first, second = capsys.readouterr().out.splitlines()
     assert names.split() == [one, two]
     assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
@@ -1823,9 +1721,11 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
 
     written = json.loads((folder / "out.json").read_text())
     assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
+    assert written["dtype"] == "torch.float32" and written["torch"] == torch.__version__
     row = written["results"][1]
     assert (row["checkpoint"], row["weights"]) == (str(plain), "raw")
     assert (row["params"], row["active"]) == (params, active)
+    assert second.split()[3] == f"{row['multiply_adds'] / 1e9:.3g}", "10^9 multiply-adds"
     # the logits of b and c are 5 and 0: -ln(e^5 / (e^5 + 1)) if b is right, -ln(1 / (e^5 + 1)) if c
     # is
     loss = (3 * math.log1p(math.exp(-5)) + 2 * math.log1p(math.exp(5))) / 5

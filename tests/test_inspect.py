@@ -575,6 +575,12 @@ def test_every_expert_has_its_own_colour(num_experts):
 
 
 @pytest.mark.report
+def test_many_colours_are_alternately_dark_and_bright():
+    """The strongest channel is 75% of 255 = 191, and 95% = 242: hues of neighbours are close."""
+    assert [max(colour) for colour in palette(9)] == [191, 242] * 4 + [191]
+
+
+@pytest.mark.report
 @pytest.mark.parametrize("num_experts", [8, 16, 200])
 def test_no_tint_looks_like_no_tint(num_experts):
     """On a grey photograph every expert's tint has a colour: its channels differ by 20 or more."""
@@ -631,7 +637,7 @@ def test_a_curve_by_hand():
     marks, texts = parse(plot("", [[(1, 0), (2, 0.5), (3, 1)], []], [(1, 2, 3), (4, 5, 6)], "time"))
     *axis, curve = marks["polyline"]
     assert curve["points"].split()[:3] == ["40.0,150.0", "174.0,78.0", "308.0,6.0"]
-    assert curve["stroke"] == "rgb(1, 2, 3)"
+    assert curve["stroke"] == "rgb(1, 2, 3)" and curve["stroke-width"] == "2"
     assert len(axis) == 3 and {line["stroke"] for line in axis} == {"rgb(136, 136, 136)"}
     ticks = {(40, 165): "1", (174, 165): "2", (308, 165): "3", (160, 180): "time"}
     heights = {(35, 154): "0", (35, 82): "0.5", (35, 10): "1"}
@@ -647,6 +653,7 @@ def test_a_curve_with_gaps_and_one_of_a_single_point():
     # Epoch 2 is a third of 268 pixels to the right of 40. 8 is the top, 144 pixels high.
     assert gap[:2] == ["40.0,6.0", "308.0,114.0"] and dot == ["129.3,78.0"] * 2
     assert middle == ["40.0,114.0", "308.0,114.0"]
+    assert marks["polyline"][4]["stroke-linecap"] == "round", "else a dot has no size"
     assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 106.67]
     assert texts[14, 201] == "a" and texts[35, 118] == "2"
 
@@ -672,7 +679,9 @@ def test_a_thousand_epochs_are_few_points():
 @pytest.mark.report
 def test_ranking_by_hand():
     """Each row has its label on the left, its note on the right and a bar of its share below."""
-    marks, texts = parse(ranking("", [("a", 0.5, "1 of 2"), ("b", 0, "0 of 9")]))
+    panel = ranking("", [("a", 0.5, "1 of 2"), ("b", 0, "0 of 9")])
+    assert panel.height == 48
+    marks, texts = parse(panel)
     assert [place(bar) for bar in marks["rect"]] == [[0, 17, 160, 4], [0, 41, 1, 4]]
     assert texts == {(0, 12): "a", (320, 12): "1 of 2", (0, 36): "b", (320, 36): "0 of 9"}
 
@@ -721,9 +730,26 @@ def test_large_pictures_are_reduced():
 
 
 @pytest.mark.report
+@pytest.mark.parametrize("colours, height, kind", [(3, 33, "JPEG"), (3, 32, "PNG"), (4, 33, "PNG")])
+def test_a_picture_of_more_than_32_rows_is_a_jpeg(colours, height, kind):
+    """A PNG would be five times as long. A JPEG has no opacity."""
+    image = picture(0, 0, 50, 50, torch.zeros(colours, height, 40).byte())
+    assert pixels(ET.fromstring(image).attrib).format == kind
+
+
+@pytest.mark.report
 def test_texts_are_escaped():
     """Markup in a name is shown and not obeyed."""
     assert ET.fromstring(text(1, 2, "<b>&\"'")).text == "<b>&\"'"
+
+
+@pytest.mark.report
+def test_a_text_has_an_anchor_and_a_size():
+    """At x it starts, is in the middle or ends. 11 pixels are usual."""
+    middle = {"x": "1", "y": "2", "text-anchor": "middle", "font-size": "14"}
+    assert ET.fromstring(text(1, 2, "a", "middle", 14)).attrib == middle
+    usual = {"x": "1", "y": "2", "text-anchor": "start", "font-size": "11"}
+    assert ET.fromstring(text(1, 2, "a")).attrib == usual
 
 
 @pytest.mark.report
@@ -756,8 +782,9 @@ def test_a_panel_of_the_page_has_its_title_above_the_marks():
     assert root.get("aria-label") == "a & b" and root.get("viewBox") == "0 -24 320 54"
     assert (root.get("width"), root.get("height")) == ("320", "54")
     title, inside = root.findall("text")
-    assert (title.text, title.get("y")) == ("a & b", "-10")
+    assert (title.text, title.get("y"), title.get("font-size")) == ("a & b", "-10", "14")
     assert (inside.text, inside.get("y")) == ("inside", "20")
+    assert root.get("role") == "img", "else a screen reader does not read the alt text"
 
 
 @pytest.mark.report
@@ -770,7 +797,9 @@ def test_a_file_has_four_panels_to_a_row():
     # Columns are 320 + 24 pixels apart, and rows 24 (title) + 200 + 24.
     assert len(corners) == 6 and corners[3] == ("1056", "24") and corners[4] == ("24", "272")
     assert (root.get("width"), root.get("height")) == (str(24 + 4 * 344), str(24 + 2 * 248))
-    assert root.find(SVG + "rect").get("fill") == "rgb(255, 255, 255)"
+    white = root.find(SVG + "rect").attrib
+    assert place(white) == [0, 0, 24 + 4 * 344, 24 + 2 * 248]
+    assert white["fill"] == "rgb(255, 255, 255)"
 
 
 # ---------------------------------------------------------------- the files
@@ -828,6 +857,8 @@ def test_the_report_has_a_picture_per_layer(case):
     wrong = run.confusion.sum() > run.confusion.trace()
     panels += 1 + (len(run.classes) <= 40) + int(wrong)
     assert page.open == [] and page.tags.count("svg") == panels
+    assert page.tags.count("h3") == 1, "the name of a single run is said once"
+    assert page.text.startswith("What the experts do")
 
 
 @pytest.mark.report
@@ -1059,6 +1090,15 @@ def test_refusals_come_before_any_work(checkpoint, monkeypatch, argv, message):
 
 
 @pytest.mark.report
+def test_a_report_needs_data_and_a_place(capsys):
+    """Without --data or --out the parser says what is missing, with status 2."""
+    for given, missing in (("--out out", "--data"), ("--data shapes", "--out")):
+        with pytest.raises(SystemExit, match="2"):
+            inspect_experts.parse_args(["a.pt", *given.split()])
+        assert f"required: {missing}" in capsys.readouterr().err
+
+
+@pytest.mark.report
 @pytest.mark.parametrize("flag, least", [
     ("--max-images", 1), ("--examples", 0), ("--batch-size", 1), ("--workers", 0)])
 def test_numbers_that_cannot_be(flag, least, capsys):
@@ -1220,7 +1260,8 @@ def test_a_dense_checkpoint_has_a_report(checkpoint, monkeypatch, capsys):
     expected = ["curves.svg", "fig6.svg", "mistakes.svg", "report.html", "summary.json"]
     assert sorted(os.listdir("out")) == expected
     page = Page(Path("out/report.html").read_text())
-    assert page.open == [] and "it has no experts, so their figures are left out" in page.text
+    assert page.open == [] and page.text.startswith("What the model does")
+    assert "it has no experts, so their figures are left out" in page.text
     summary = json.loads(Path("out/summary.json").read_text())
     assert f"top-1 {summary['top1']:.2f}%; a dense model" in capsys.readouterr().out
 
@@ -1280,6 +1321,10 @@ def test_at_most_fifty_pictures(checkpoint, monkeypatch, capsys):
     found = json.loads(Path("out/summary.json").read_text())["pictures"]
     assert len(found) == 50 and found[49]["file"] == "own/photo 49.png"
     assert "52 pictures in own: the first 50 are shown" in capsys.readouterr().err
+    for i in (50, 51):
+        os.remove(f"own/photo {i}.png")
+    run_main(monkeypatch, path, "--data", "own", "--workers", "0", "--out", "all")
+    assert "pictures in own" not in capsys.readouterr().err
 
 
 @pytest.mark.report

@@ -20,15 +20,8 @@ import benchmark
 import convnext
 import vit
 from checks import says
-from convnext import (
-    ConvNeXt,
-    convnext_b,
-    convnext_iso_b,
-    convnext_iso_s,
-    convnext_nano,
-    convnext_s,
-    convnext_t,
-)
+from convnext import (ConvNeXt, convnext_b, convnext_iso_b, convnext_iso_s, convnext_nano,
+                      convnext_s, convnext_t)
 from eval import count_flops
 from moe import MLP, MoE, balance_loss, count_parameters
 from train import upcycle
@@ -50,16 +43,12 @@ SMALL = {
 
 def by_family(names, vits, convnexts):
     """Parametrize a test with cases of two concepts: ViTs belong to vit, ConvNeXts to convnext."""
-    cases = [(case, pytest.mark.vit) for case in vits] + [
-        (case, pytest.mark.convnext) for case in convnexts
-    ]
-    return pytest.mark.parametrize(
-        names,
-        [
-            pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark)
-            for case, mark in cases
-        ],
-    )
+    cases = []
+    for mark, of_family in ((pytest.mark.vit, vits), (pytest.mark.convnext, convnexts)):
+        for case in of_family:
+            values = case if isinstance(case, tuple) else (case,)
+            cases.append(pytest.param(*values, marks=mark))
+    return pytest.mark.parametrize(names, cases)
 
 
 both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
@@ -67,11 +56,8 @@ both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
 
 def blocks_of(model):
     """All blocks from input to output, whether in one list (ViT) or in stages (ConvNeXt)."""
-    return (
-        list(model.blocks)
-        if isinstance(model, ViT)
-        else [block for stage in model.stages for block in stage]
-    )
+    stages = [model.blocks] if isinstance(model, ViT) else model.stages
+    return [block for stage in stages for block in stage]
 
 
 def with_random_weights(module, std=0.2):
@@ -132,44 +118,20 @@ def test_a_placement_may_be_a_list_of_blocks(place, sizes):
 
 
 @pytest.mark.placement
-@pytest.mark.parametrize(
-    "place, sizes, moe_layers, expected",
-    [
-        (
-            vit.place_moe,
-            12,
-            "stage",
-            "stage none every2 last2 last3",
-        ),
-        (
-            vit.place_moe,
-            12,
-            "every3",
-            "every3 none every2 last2 last3",
-        ),
-        (vit.place_moe, 12, [3, 12], "12 11"),
-        (vit.place_moe, 12, [-1], "-1 11"),
-        (vit.place_moe, 3, "last2", "last2 2 3 1"),
-        (vit.place_moe, 5, "last3", "last3 3 5 2"),
-        (
-            convnext.place_moe,
-            (18,),
-            "stage",
-            "stage none every2 last2 last3",
-        ),
-        (
-            convnext.place_moe,
-            (3, 3, 9, 3),
-            "last4",
-            "last4 none every2 last2 last3 stage",
-        ),
-        (convnext.place_moe, (3, 3, 9, 3), [18], "18 17"),
-        (convnext.place_moe, (3, 3, 9, 3), [-1], "-1 17"),
-        (convnext.place_moe, (5,), "last3", "last3"),
-        # block 3 is middle and last
-        (convnext.place_moe, (3, 1, 1), "last3", "last3"),
-    ],
-)
+@pytest.mark.parametrize("place, sizes, moe_layers, expected", [
+    (vit.place_moe, 12, "stage", "stage none every2 last2 last3"),
+    (vit.place_moe, 12, "every3", "every3 none every2 last2 last3"),
+    (vit.place_moe, 12, [3, 12], "12 11"),
+    (vit.place_moe, 12, [-1], "-1 11"),
+    (vit.place_moe, 3, "last2", "last2 2 3 1"),
+    (vit.place_moe, 5, "last3", "last3 3 5 2"),
+    (convnext.place_moe, (18,), "stage", "stage none every2 last2 last3"),
+    (convnext.place_moe, (3, 3, 9, 3), "last4", "last4 none every2 last2 last3 stage"),
+    (convnext.place_moe, (3, 3, 9, 3), [18], "18 17"),
+    (convnext.place_moe, (3, 3, 9, 3), [-1], "-1 17"),
+    (convnext.place_moe, (5,), "last3", "last3"),
+    (convnext.place_moe, (3, 1, 1), "last3", "last3"),  # block 3 is middle and last
+])
 def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers, expected):
     """A placement that the network does not have is a ValueError that lists what it has."""
     with pytest.raises(ValueError) as error:
@@ -275,15 +237,8 @@ def test_parameters_of_a_vit_by_hand():
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_every_preset_passes_its_options_on(preset):
     """The options of a preset reach each of its MoE layers, and its head."""
-    options = dict(
-        moe_layers="last2",
-        num_experts=6,
-        k=3,
-        expert_ratio=0.5,
-        router="cosine",
-        router_noise=1.5,
-        capacity_factor=1.25,
-    )
+    options = dict(moe_layers="last2", num_experts=6, k=3, expert_ratio=0.5, router="cosine",
+                   router_noise=1.5, capacity_factor=1.25)
     with torch.device("meta"):
         model = preset(num_classes=7, **options)
     layers = [block.mlp for block in blocks_of(model) if isinstance(block.mlp, MoE)]
@@ -292,12 +247,8 @@ def test_every_preset_passes_its_options_on(preset):
         H, D = layer.experts[0][0].weight.shape
         assert (len(layer.experts), H) == (6, D // 2), (
             "the hidden width of an expert is expert_ratio * D, not mlp_ratio * D")
-        assert (layer.num_experts, layer.k, layer.router.kind, layer.capacity_factor) == (
-            6,
-            3,
-            "cosine",
-            1.25,
-        )
+        assert (layer.num_experts, layer.k, layer.router.kind) == (6, 3, "cosine")
+        assert layer.capacity_factor == 1.25
         assert layer.noise_std == 1.5 / 6, "router_noise is in units of 1 / E"
         assert layer.eval_capacity_factor is None, "capacity_factor limits training only"
 
@@ -343,20 +294,13 @@ def test_mlp_ratio_is_the_width_of_the_dense_blocks(preset):
 
 
 @pytest.mark.building
-@pytest.mark.parametrize(
-    "model, expected",
-    [
-        (
-            partial(ViT, image_size=30, patch_size=8),
-            "30 8",
-        ),
-        # stem 4, between stages 2 * 2 * 2
-        (partial(ConvNeXt, image_size=48), "48 32"),
-        (partial(convnext_iso_s, image_size=40), "40 16"),
-        (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "3 2"),
-        (partial(convnext_nano, moe_layers="last2", router="round"), "round linear cosine l2"),
-    ],
-)
+@pytest.mark.parametrize("model, expected", [
+    (partial(ViT, image_size=30, patch_size=8), "30 8"),
+    (partial(ConvNeXt, image_size=48), "48 32"),  # stem 4, between stages 2 * 2 * 2
+    (partial(convnext_iso_s, image_size=40), "40 16"),
+    (partial(vit_nano, moe_layers="last2", num_experts=2, k=3), "3 2"),
+    (partial(convnext_nano, moe_layers="last2", router="round"), "round linear cosine l2"),
+])
 def test_impossible_sizes_are_refused(model, expected):
     """Sizes that do not fit are a ValueError that names the numbers, before any image is seen."""
     with torch.device("meta"), pytest.raises(ValueError) as error:
@@ -443,27 +387,11 @@ def test_tokens_are_in_reading_order(small):
 def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
     """A block computes what nn.TransformerEncoderLayer with norm_first=True does."""
     ours = with_random_weights(vit.Block(16, heads, MLP(16, 48), drop_path=0.0))
-    theirs = (
-        nn.TransformerEncoderLayer(
-            16,
-            heads,
-            48,
-            dropout=0.0,
-            activation="gelu",
-            layer_norm_eps=1e-6,
-            batch_first=True,
-            norm_first=True,
-        )
-        .double()
-        .eval()
-    )
+    like_ours = dict(activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoderLayer(16, heads, 48, dropout=0.0, **like_ours).double().eval()
     names = {
-        "self_attn.in_proj_": "attn.qkv.",
-        "self_attn.out_proj.": "attn.proj.",
-        "linear1.": "mlp.0.",
-        "linear2.": "mlp.2.",
-        "norm1.": "norm1.",
-        "norm2.": "norm2.",
+        "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2.",
     }
     weights = ours.state_dict()
     theirs.load_state_dict(
@@ -476,29 +404,14 @@ def test_a_dense_vit_block_is_torchs_encoder_layer(heads):
 
 
 def official_vit(image_size=24, num_classes=5):
-    return OfficialViT(
-        image_size,
-        patch_size=8,
-        num_layers=3,
-        num_heads=2,
-        hidden_dim=16,
-        mlp_dim=32,
-        num_classes=num_classes,
-    )
+    return OfficialViT(image_size, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16,
+                       mlp_dim=32, num_classes=num_classes)
 
 
 def small_vit(image_size=24, **options):
     """Ours of the same sizes."""
-    return ViT(
-        image_size=image_size,
-        patch_size=8,
-        dim=16,
-        depth=3,
-        heads=2,
-        mlp_ratio=2,
-        num_classes=5,
-        **options,
-    )
+    return ViT(image_size=image_size, patch_size=8, dim=16, depth=3, heads=2, mlp_ratio=2,
+               num_classes=5, **options)
 
 
 def official_convnext(num_classes=5):
@@ -508,14 +421,8 @@ def official_convnext(num_classes=5):
 
 def small_convnext(**options):
     """Ours of the same sizes."""
-    return ConvNeXt(
-        image_size=32,
-        depths=(2, 1, 2),
-        widths=(8, 16, 12),
-        num_classes=5,
-        layer_scale=0.5,
-        **options,
-    )
+    return ConvNeXt(image_size=32, depths=(2, 1, 2), widths=(8, 16, 12), num_classes=5,
+                    layer_scale=0.5, **options)
 
 
 def same_function(ours, theirs, images):
@@ -587,6 +494,14 @@ def test_a_head_for_other_classes_stays_fresh(module, theirs, ours):
 
 
 @pytest.mark.weights
+def test_positions_of_the_same_image_size_stay():
+    """There is nothing to interpolate, nor in the weights of a model without positions."""
+    ours = small_vit(image_size=32)
+    for state in (ours.state_dict(), {"a": torch.zeros(1)}):
+        assert vit.resize_positions(state, ours) is state
+
+
+@pytest.mark.weights
 def test_positions_of_another_image_size():
     """Position embeddings linear in the row stay linear. The class token's is not touched."""
     ours = small_vit(image_size=64)  # 8 x 8 patches; the weights know 4 x 4
@@ -604,21 +519,12 @@ def test_positions_of_another_image_size():
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda state: state.pop("encoder.ln.weight"), ["norm.weight", "missing"]),
-        (
-            lambda state: state.update(extra=torch.zeros(2)),
-            ["extra", "(2,)", "missing"],
-        ),
-        (
-            lambda state: state.update(class_token=torch.zeros(1, 1, 8)),
-            ["class_token", "(1, 1, 8)", "(1, 1, 16)"],
-        ),
-    ],
-    ids=["missing", "unexpected", "shape"],
-)
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.pop("encoder.ln.weight"), ["norm.weight", "missing"]),
+    (lambda state: state.update(extra=torch.zeros(2)), ["extra", "(2,)", "missing"]),
+    (lambda state: state.update(class_token=torch.zeros(1, 1, 8)),
+     ["class_token", "(1, 1, 8)", "(1, 1, 16)"]),
+], ids=["missing", "unexpected", "shape"])
 def test_weights_that_do_not_fit_are_named(change, words):
     """The error names the tensor and its shapes there and here, and nothing has been loaded."""
     state, ours = official_vit().state_dict(), small_vit()
@@ -642,11 +548,8 @@ def test_an_isotropic_convnext_by_hand():
         h = block.dwconv(x).permute(0, 2, 3, 1)
         x = x + block.mlp(block.norm(h)).permute(0, 3, 1, 2)
     assert_close(model(images), model.head(model.norm(x.mean(dim=(2, 3)))))
-    assert not [
-        name
-        for name in model.state_dict()
-        if "gamma" in name or name.startswith(("stem.1", "downsample"))
-    ]
+    for name in model.state_dict():
+        assert "gamma" not in name and not name.startswith(("stem.1", "downsample"))
 
 
 @pytest.mark.building
@@ -685,11 +588,8 @@ def test_a_sparse_convnext_block_has_one_more_skip():
                 position = h[b, :, row, column]  # (16,), one token
                 y, _ = block.mlp(block.norm(position))
                 expected[b, :, row, column] = x[b, :, row, column] + block.gamma * (position + y)
-    assert_close(
-        block(x)[0],
-        expected,
-        msg=lambda m: f"h + MoE(norm(h))? gamma around both? permuted back? {m}",
-    )
+    assert_close(block(x)[0], expected,
+                 msg=lambda m: f"h + MoE(norm(h))? gamma around both? permuted back? {m}")
 
 
 def with_few_slots(dim):
@@ -723,6 +623,15 @@ def test_a_dropped_token_keeps_its_convolution():
     assert dropped.sum() >= 16  # 32 tokens, 2 experts with 8 slots each
     without_experts = (x + block.gamma.view(1, 16, 1, 1) * block.dwconv(x)).permute(0, 2, 3, 1)
     assert_close(y.permute(0, 2, 3, 1)[dropped], without_experts[dropped])
+
+
+@pytest.mark.vit
+def test_the_head_reads_the_class_token_with_its_position():
+    """Without blocks the logits are those of class token + position 0, whatever the image."""
+    model = with_random_weights(ViT(image_size=8, patch_size=4, dim=8, depth=0, heads=2))
+    token = model.class_token[0, 0] + model.pos_embed[0, 0]
+    logits = model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert_close(logits, model.head(model.norm(token)).expand(2, -1))
 
 
 @pytest.mark.vit
@@ -763,24 +672,19 @@ def test_gamma_starts_at_layer_scale():
         for width, block in zip((4, 8), blocks_of(model)):
             # assert_close would take 1e-5 for 1e-6
             assert block.gamma.tolist() == pytest.approx([expected] * width)
-    assert (
-        ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None).stages[0][0].gamma
-        is None
-    )
+    without = ConvNeXt(image_size=8, depths=(1, 1), widths=(4, 8), layer_scale=None)
+    assert without.stages[0][0].gamma is None
 
 
 # ---------------------------------------------------------------- drop path
 
 
 @pytest.mark.building
-@pytest.mark.parametrize(
-    "model",
-    [
-        partial(vit_nano, depth=7),
-        partial(convnext_nano, depths=(2, 3, 2)),
-        partial(convnext_iso_s, depths=(7,)),
-    ],
-)
+@pytest.mark.parametrize("model", [
+    partial(vit_nano, depth=7),
+    partial(convnext_nano, depths=(2, 3, 2)),
+    partial(convnext_iso_s, depths=(7,)),
+])
 def test_drop_path_grows_linearly_with_depth(model):
     """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, through all stages."""
     with torch.device("meta"):
@@ -810,11 +714,8 @@ def test_drop_path_keeps_the_mean(name):
     trained = block.train()(x)[0] - x
     dropped = torch.tensor([torch.equal(image, torch.zeros_like(image)) for image in trained])
     # The mean is 0.75 * 0 + 0.25 * 4 * branch = branch.
-    assert_close(
-        trained[~dropped],
-        4 * branch[~dropped],
-        msg=lambda m: f"not rescaled, or dropped by element? {m}",
-    )
+    assert_close(trained[~dropped], 4 * branch[~dropped],
+                 msg=lambda m: f"not rescaled, or dropped by element? {m}")
     assert 20 < (~dropped).sum() < 80, (
         "of 200 images about 50 keep the branch: is the rate that of keeping?")
 
@@ -845,24 +746,10 @@ def test_a_prediction_does_not_depend_on_the_batch(small):
     [
         SMALL["convnext"],
         partial(SMALL["convnext"], router="l2"),
-        partial(
-            ConvNeXt,
-            image_size=32,
-            depths=(2, 2),
-            widths=(8, 16),
-            num_classes=5,
-            moe_layers="last2",
-            layer_scale=0.1,
-        ),
-        partial(
-            convnext_iso_s,
-            image_size=32,
-            depths=(4,),
-            widths=(16,),
-            num_classes=5,
-            moe_layers="last2",
-            num_experts=2,
-        ),
+        partial(ConvNeXt, image_size=32, depths=(2, 2), widths=(8, 16), num_classes=5,
+                moe_layers="last2", layer_scale=0.1),
+        partial(convnext_iso_s, image_size=32, depths=(4,), widths=(16,), num_classes=5,
+                moe_layers="last2", num_experts=2),
     ],
 )
 def test_the_gradient_reaches_every_parameter(model):
@@ -1041,20 +928,16 @@ def test_a_sparse_model_is_loaded_as_it_is():
     _, first = dense_and_sparse(convnext_nano, k=1)
     _, second = dense_and_sparse(convnext_nano, k=1)
     assert upcycle(first.state_dict(), second) == []
-    assert all(
-        torch.equal(weight, first.state_dict()[name])
-        for name, weight in second.state_dict().items()
-    )
+    for name, weight in second.state_dict().items():
+        assert torch.equal(weight, first.state_dict()[name]), name
 
 
 @pytest.mark.weights
 def test_experts_of_another_size_cannot_be_upcycled():
     """expert_ratio 2 against an MLP of ratio 4: the error names the expert and both sizes."""
+    narrow = vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2)
     with pytest.raises(ValueError) as error:
-        upcycle(
-            vit_nano(num_classes=5).state_dict(),
-            vit_nano(num_classes=5, moe_layers=[3], expert_ratio=2),
-        )
+        upcycle(vit_nano(num_classes=5).state_dict(), narrow)
     says(error, "blocks.3.mlp.experts.0.0.bias", "(256,)", "(128,)")
 
 
@@ -1125,15 +1008,16 @@ def test_the_printed_table_holds_what_it_says(capsys):
 
 
 @pytest.mark.costs
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router, router_cost", [
     # codes; projection, codes
     ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6 + 4 * 3)])
-def test_flops_of_a_layer_by_hand(router, router_cost):
+def test_flops_of_a_layer_by_hand(router, router_cost, k):
     """A token costs the router and k of the E experts of 2 * 6 * 10 each."""
-    layer = FirstOutput(MoE(6, 10, 4, 2, router))
+    layer = FirstOutput(MoE(6, 10, 4, k, router))
     model = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2), ToTokens(), layer)
     stem = 4 * 6 * (3 * 2 * 2)  # a 4 x 4 image: 2 x 2 positions, 6 outputs of 12 inputs each
-    assert count_flops(model, 4) == stem + 4 * (router_cost + 2 * 2 * 6 * 10)
+    assert count_flops(model, 4) == stem + 4 * (router_cost + k * 2 * 6 * 10)
 
 
 @pytest.mark.costs

@@ -108,12 +108,9 @@ def test_the_most_probable_experts_best_first():
     """Each token gets its k largest probabilities and their experts, in descending order."""
     gates, experts = top_k_gates(torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.1, 0.3]]), 2)
     close(experts, [[1, 2], [0, 2]], "best first")
-    close(
-        gates,
-        [[0.5, 0.4], [0.6, 0.3]],
-        "0.5556 instead of 0.5: the gates of a token need not sum to 1; 0.38: probs is a "
-        "softmax already, a second one flattens it",
-    )
+    close(gates, [[0.5, 0.4], [0.6, 0.3]],
+          "0.5556 instead of 0.5: the gates of a token need not sum to 1; 0.38: probs is a "
+          "softmax already, a second one flattens it")
 
 
 @pytest.mark.top_k
@@ -189,53 +186,35 @@ def test_capacity_by_hand(num_tokens, k, num_experts, factor, slots):
 SLOTS = {  # what is tested: experts, capacity, priority, kept, and the likely mistake
     # By position: the 2 slots of expert 0 go to tokens 0 and 1, so token 3 is dropped.
     "one choice, by position": (
-        [[0], [0], [1], [0]],
-        2,
-        None,
-        [[1], [1], [1], [0]],
+        [[0], [0], [1], [0]], 2, None, [[1], [1], [1], [0]],
         "1 slot or 3 instead of 2: the first in line has place 1, and the last one place C",
     ),
     # Expert 0 serves token 1 (0.9), then token 3 (0.3), and drops token 0.
     "one choice, by priority": (
-        [[0], [0], [1], [0]],
-        2,
-        [0.1, 0.9, 0.5, 0.3],
-        [[0], [1], [1], [1]],
+        [[0], [0], [1], [0]], 2, [0.1, 0.9, 0.5, 0.3], [[0], [1], [1], [1]],
         "lowest priority first? answers in the order of the queue, not of the tokens?",
     ),
     # All at one expert with one slot: only the most important token is served.
     "one slot": (
-        [[2], [2], [2]],
-        1,
-        [0.4, 0.8, 0.6],
-        [[0], [1], [0]],
+        [[2], [2], [2]], 1, [0.4, 0.8, 0.6], [[0], [1], [0]],
         "answers in the order of the queue?",
     ),
     # First choices: token 0 takes a slot of expert 0, tokens 1 and 2 both slots of expert 1. Then
     # second choices: token 0 wants expert 1 (full), token 1 takes the other slot of expert 0, token
     # 2 finds it full.
     "two choices, by position": (
-        [[0, 1], [1, 0], [1, 0]],
-        2,
-        None,
-        [[1, 0], [1, 1], [1, 0]],
+        [[0, 1], [1, 0], [1, 0]], 2, None, [[1, 0], [1, 1], [1, 0]],
         "served token by token instead of rank by rank? slots of the first rank forgotten?",
     ),
     # The same in order of token 2, 1, 0: now token 2's second choice gets the other slot of expert
     # 0.
     "two choices, by priority": (
-        [[0, 1], [1, 0], [1, 0]],
-        2,
-        [0.5, 0.6, 0.9],
-        [[1, 0], [1, 0], [1, 1]],
+        [[0, 1], [1, 0], [1, 0]], 2, [0.5, 0.6, 0.9], [[1, 0], [1, 0], [1, 1]],
         "the same order of tokens serves both ranks",
     ),
     # Token 0's second choice (expert 1) waits for token 1's first, and loses.
     "rank before priority": (
-        [[0, 1], [1, 0]],
-        1,
-        [0.9, 0.6],
-        [[1, 0], [1, 0]],
+        [[0, 1], [1, 0]], 1, [0.9, 0.6], [[1, 0], [1, 0]],
         "priority does not lift a second choice over a first",
     ),
 }
@@ -304,16 +283,10 @@ def test_importance_by_hand():
     """Importance is var / mean^2 of the experts' summed probabilities (population variance)."""
     # Sums 1.5 and 0.5: mean 1, both deviate by 0.5. One token alone: mean 0.5, both deviate by
     # 0.25, 0.0625 / 0.25.
-    close(
-        importance_loss(torch.tensor([[0.9, 0.1], [0.6, 0.4]])),
-        0.25,
-        "0.5: var divided by E - 1, or no square",
-    )
-    close(
-        importance_loss(torch.tensor([[0.75, 0.25]])),
-        0.25,
-        "0.0625: not divided by the squared mean",
-    )
+    close(importance_loss(torch.tensor([[0.9, 0.1], [0.6, 0.4]])), 0.25,
+          "0.5: var divided by E - 1, or no square")
+    close(importance_loss(torch.tensor([[0.75, 0.25]])), 0.25,
+          "0.0625: not divided by the squared mean")
 
 
 @pytest.mark.balance
@@ -322,11 +295,8 @@ def test_one_expert_takes_all(E):
     """When one expert gets everything, importance and load are both E - 1."""
     logits = torch.full((5, E), -100.0)
     logits[:, E - 1] = 100.0
-    close(
-        importance_loss(logits.softmax(-1)),
-        float(E - 1),
-        "E instead of E - 1: var divided by E - 1",
-    )
+    close(importance_loss(logits.softmax(-1)), float(E - 1),
+          "E instead of E - 1: var divided by E - 1")
     close(load_loss(logits, logits, 1, 0.0), float(E - 1))
     close(load_loss(logits, logits + 0.1 * torch.randn(5, E), 1, 0.1), float(E - 1))
 
@@ -482,18 +452,12 @@ def test_every_row_knows_its_token_and_its_expert(T, K, E):
     """R = T K rows: row r is token order[r] // K, and each expert's block has its own choices."""
     tokens, experts = randn(T, 4), torch.rand(T, E).topk(K).indices
     rows, counts, order = dispatch(tokens, experts, torch.ones(T, K, dtype=torch.bool), E)
-    assert (
-        rows.shape == (T * K, 4)
-        and counts.shape == (E,)
-        and sorted(order.tolist()) == list(range(T * K))
-    )
+    assert rows.shape == (T * K, 4) and counts.shape == (E,)
+    assert sorted(order.tolist()) == list(range(T * K))
     assert counts.dtype == order.dtype == torch.int64
     close(rows, tokens[order // K])
-    close(
-        experts.flatten()[order],
-        torch.arange(E).repeat_interleave(counts),
-        "rows are not sorted by expert",
-    )
+    close(experts.flatten()[order], torch.arange(E).repeat_interleave(counts),
+          "rows are not sorted by expert")
 
 
 @pytest.mark.dispatch
@@ -568,12 +532,9 @@ def test_combine_by_hand():
     order = torch.tensor([1, 2, 0, 4, 3, 5])
     weights = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.1, 0.2]])
     # 0.5 * 30 + 0.25 * 10 = 17.5      1 * 20 + 0 * 50 = 20      0.1 * 40 + 0.2 * 60 = 16
-    close(
-        combine(rows, weights, order),
-        [[17.5], [20.0], [16.0]],
-        "40, 70, 100: no weights; 8.75, 10, 8: the mean and not the "
-        "sum; else: row r belongs TO place order[r], rows[order] would take it from there",
-    )
+    close(combine(rows, weights, order), [[17.5], [20.0], [16.0]],
+          "40, 70, 100: no weights; 8.75, 10, 8: the mean and not the sum; "
+          "else: row r belongs TO place order[r], rows[order] would take it from there")
 
 
 @pytest.mark.combine
@@ -589,11 +550,8 @@ def test_the_gradient_of_an_answer_is_its_gate():
     combine(
         rows, torch.tensor([[0.5, 0.25], [0.125, 0.0]]), torch.tensor([3, 0, 2, 1])
     ).sum().backward()
-    close(
-        rows.grad,
-        [[0.0, 0.0], [0.5, 0.5], [0.125, 0.125], [0.25, 0.25]],
-        "row 0 holds choice 3, row 1 choice 0, ...",
-    )
+    close(rows.grad, [[0.0, 0.0], [0.5, 0.5], [0.125, 0.125], [0.25, 0.25]],
+          "row 0 holds choice 3, row 1 choice 0, ...")
 
 
 @pytest.mark.combine
@@ -737,16 +695,23 @@ def test_no_two_experts_start_alike():
         assert (a != b).all()
 
 
+@pytest.mark.experts
+def test_without_a_gpu_the_loop_is_taken(monkeypatch):
+    """There it is the faster way, also where the kernel fits: bfloat16 and multiples of 8."""
+    experts = Experts(2, 8, 16).bfloat16()
+    monkeypatch.setattr(experts, "grouped", lambda *_: pytest.fail("the kernel was called"))
+    rows, counts = torch.randn(3, 8).bfloat16(), torch.tensor([2, 1])
+    close(experts(rows, counts), experts.loop(rows, counts))
+
+
 # ---------------------------------------------------------------- the two ways to run the experts
 
 PATHS = "loop", "grouped"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param("loop", marks=pytest.mark.experts),
-     pytest.param("grouped", marks=pytest.mark.grouped)],
-)
+@pytest.mark.parametrize("path", [
+    pytest.param("loop", marks=pytest.mark.experts),
+    pytest.param("grouped", marks=pytest.mark.grouped)])
 def test_every_new_tensor_is_on_the_device_of_the_rows(path):
     """The default device is meta here, and the rows are on the CPU: the two do not mix."""
     experts, rows, counts = Experts(2, 16, 32), torch.randn(5, 16), torch.tensor([2, 1])
@@ -941,23 +906,16 @@ def test_torch_export_in_bfloat16():
 # ---------------------------------------------------------------- Router
 
 
+def cosine(a, b):
+    return a @ b / (a.norm() * b.norm())
+
+
 @pytest.mark.router
-@pytest.mark.parametrize(
-    "kind, score",
-    [
-        ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
-        (
-            "cosine",
-            lambda r, x, e: r.log_scale.exp()
-            * (r.proj @ x)
-            @ r.codes[e]
-            / (r.proj @ x).norm()
-            / r.codes[e].norm(),
-        ),
-        # the nearest wins
-        ("l2", lambda r, x, e: -r.log_scale.exp() * ((r.proj @ x - r.codes[e]) ** 2).sum().sqrt()),
-    ],
-)
+@pytest.mark.parametrize("kind, score", [
+    ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
+    ("cosine", lambda r, x, e: r.log_scale.exp() * cosine(r.proj @ x, r.codes[e])),
+    ("l2", lambda r, x, e: -r.log_scale.exp() * (r.proj @ x - r.codes[e]).norm()),  # nearest wins
+])
 def test_router_formulas(kind, score):
     """Each logit is the formula of its kind, token by token. float64 tokens stay float64."""
     router, x = randomise(Router(6, 3, kind)), randn(5, 6)
@@ -1088,22 +1046,16 @@ def test_layer_against_a_loop_over_tokens(router, k):
     x = randn(2, 5, 6)
     y, routing = layer(x)
     assert y.shape == x.shape and routing.probs.shape == (10, 4) and routing.gates.shape == (10, k)
-    close(
-        layer(x.transpose(0, 1))[0],
-        y.transpose(0, 1),
-        "view() of x, whose memory may be in another order: reshape()",
-    )
+    close(layer(x.transpose(0, 1))[0], y.transpose(0, 1),
+          "view() of x, whose memory may be in another order: reshape()")
     mlps = [dense_copy(layer.experts, e) for e in range(4)]
     for token, answer in zip(x.view(10, 6), y.view(10, 6)):
         # over all experts, before the choice
         probs = layer.router(token.unsqueeze(0))[0].softmax(-1)
         best = probs.argsort(descending=True)[:k]
-        close(
-            answer,
-            sum(probs[e] * mlps[e](token) for e in best),
-            f"k = {k}; if only k = 4 is right, "
-            "the gates are renormalised; if none is: two softmaxes, none, or no gate?",
-        )
+        close(answer, sum(probs[e] * mlps[e](token) for e in best),
+              f"k = {k}; if only k = 4 is right, the gates are renormalised; "
+              "if none is: two softmaxes, none, or no gate?")
 
 
 @pytest.mark.layer
@@ -1181,10 +1133,8 @@ def test_noise_moves_the_choice_but_not_logits_and_probs():
     gates, experts = noisy.softmax(-1).sort(descending=True)
     close(routing.experts, experts[:, :2])
     close(routing.gates, gates[:, :2], "the gates of the clean probabilities, or another sigma?")
-    close(
-        routing.balance_loss,
-        importance_loss(logits.softmax(-1)) + load_loss(logits, noisy, 2, sigma),
-    )
+    importance, load = importance_loss(logits.softmax(-1)), load_loss(logits, noisy, 2, sigma)
+    close(routing.balance_loss, importance + load)
 
 
 @pytest.mark.layer
@@ -1192,10 +1142,8 @@ def test_balance_loss_in_evaluation():
     """Evaluation draws no noise, but its load loss has the sigma of training, noise / E."""
     layer, x = randomise(MoE(6, 8, num_experts=4, k=2)).eval(), randn(20, 6)
     logits, routing = layer.router(x), layer(x)[1]
-    close(
-        routing.balance_loss,
-        importance_loss(logits.softmax(-1)) + load_loss(logits, logits, 2, 1 / 4),
-    )
+    importance, load = importance_loss(logits.softmax(-1)), load_loss(logits, logits, 2, 1 / 4)
+    close(routing.balance_loss, importance + load)
 
 
 @pytest.mark.layer
@@ -1234,15 +1182,8 @@ def test_evaluation_does_not_depend_on_the_batch(router):
 )
 def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
     """capacity_factor limits training only, eval_capacity_factor evaluation only, None nothing."""
-    layer = MoE(
-        6,
-        8,
-        4,
-        k=2,
-        capacity_factor=train_factor,
-        eval_capacity_factor=eval_factor,
-        router_noise=0.0,
-    )
+    factors = dict(capacity_factor=train_factor, eval_capacity_factor=eval_factor)
+    layer = MoE(6, 8, 4, k=2, router_noise=0.0, **factors)
     for training, factor in ((True, train_factor), (False, eval_factor)):
         # 40 equal tokens choose the same two experts
         kept = layer.train(training)(torch.ones(40, 6))[1].kept
@@ -1257,18 +1198,8 @@ def test_each_mode_has_its_own_capacity(train_factor, eval_factor):
 @pytest.mark.parametrize("batch_priority, dropped", [(True, 0), (False, 2)])
 def test_a_dropped_token_is_exactly_zero(batch_priority, dropped, training):
     """Where the expert was full y is exactly 0. The other tokens are as without a limit."""
-    layer = randomise(
-        MoE(
-            2,
-            8,
-            2,
-            k=1,
-            capacity_factor=1.0,
-            eval_capacity_factor=1.0,
-            batch_priority=batch_priority,
-            router_noise=0.0,
-        )
-    ).train(training)
+    limited = dict(capacity_factor=1.0, eval_capacity_factor=1.0, batch_priority=batch_priority)
+    layer = randomise(MoE(2, 8, 2, k=1, router_noise=0.0, **limited)).train(training)
     nn.init.eye_(layer.router.codes)  # the logits are x itself
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]).double()
     # Tokens 0, 1, 2 want expert 0, with gates sigmoid(1), sigmoid(2), sigmoid(3); it has 4 * 1 *
@@ -1397,13 +1328,14 @@ def test_k_must_fit_the_experts(k):
 
 
 @pytest.mark.costs
-@pytest.mark.parametrize("k, active", [(1, 31), (2, 48), (4, 82)])
-def test_parameters_by_hand(k, active):
+@pytest.mark.parametrize("E, k, total, active", [
+    (4, 1, 82, 31), (4, 2, 82, 48), (4, 4, 82, 82), (1, 1, 25, 25)])
+def test_parameters_by_hand(E, k, total, active):
     """total counts everything, active k experts per MoE layer and all the rest."""
-    model = nn.Sequential(nn.Linear(2, 2), MoE(dim=2, hidden=3, num_experts=4, k=k))
-    # Linear 2 * 2 + 2 = 6, router 4 * 2 = 8, an expert 2 * 3 + 3 + 3 * 2 + 2 = 17: 6 + 8 + 4 * 17 =
-    # 82 in all, and 6 + 8 + 17 = 31 active with k = 1.
-    assert count_parameters(model) == (82, active)
+    model = nn.Sequential(nn.Linear(2, 2), MoE(dim=2, hidden=3, num_experts=E, k=k))
+    # Linear 2 * 2 + 2 = 6, router E * 2, an expert 2 * 3 + 3 + 3 * 2 + 2 = 17. With E = 4:
+    # 6 + 8 + 4 * 17 = 82 in all, and 6 + 8 + 17 = 31 active with k = 1.
+    assert count_parameters(model) == (total, active)
 
 
 @pytest.mark.balance

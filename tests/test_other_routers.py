@@ -307,28 +307,19 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 
 
 @pytest.mark.report
-@pytest.mark.parametrize(
-    "router, words",
-    [
-        ("expert_choice", "the expert with the largest gate of those that took it"),
-        ("soft", "the expert with the largest share in its answer"),
-    ],
-)
+@pytest.mark.parametrize("router, words", [
+    ("expert_choice", "the expert with the largest gate of those that took it"),
+    ("soft", "the expert with the largest share in its answer"),
+])
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
     config = dict(
         model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router
     )
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
-        config=config,
-        model=evaluation.build_model(config).state_dict(),
-        classes=evaluation.Shapes(1, 1).classes,
-        image_size=32,
-        crop_ratio=1.0,
-        mean=evaluation.MEAN,
-        std=evaluation.STD,
-        args={},
-    )
+        config=config, model=evaluation.build_model(config).state_dict(), args={},
+        classes=evaluation.Shapes(1, 1).classes, image_size=32, crop_ratio=1.0,
+        mean=evaluation.MEAN, std=evaluation.STD)
     torch.save(checkpoint, tmp_path / "r.pt")
     monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (40, 2, 300))
     flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]

@@ -136,17 +136,11 @@ def programs(folder, flags, data):
     forked.program(ROOT / "train.py", [*flags, "--data", data[rank]], folder, "r")
 
 
-@pytest.mark.parametrize(
-    "second, expected",
-    [
-        ("nowhere", "error: process 1: no data at 'nowhere'"),
-        (
-            "other",
-            "error: process 1: other is not the same as that of process 0 "
-            "(class emu is gone, class dog is new)",
-        ),
-    ],
-)
+@pytest.mark.parametrize("second, expected", [
+    ("nowhere", "error: process 1: no data at 'nowhere'"),
+    ("other", "error: process 1: other is not the same as that of process 0 "
+     "(class emu is gone, class dog is new)"),
+])
 def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
     """Process 1 lacks the data, or has others: both end with status 2, and one line says why."""
     for folder, classes in (("data", ("cat", "emu")), ("other", ("cat", "dog"))):

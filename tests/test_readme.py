@@ -174,9 +174,8 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     mistakes = {
         "train.py --data shapes:100 --experts 2 --k 3": "error: k = 3: ",
         "eval.py nowhere.pt --data shapes": "error: no checkpoint at nowhere.pt",
-        "inspect_experts.py nowhere.pt --data shapes --out out": (
-            "error: no checkpoint at nowhere.pt"
-        ),
+        "inspect_experts.py nowhere.pt --data shapes --out out":
+            "error: no checkpoint at nowhere.pt",
         "tests/make_assignment.py out no_such_concept": "error: unknown concept",
     }
     (tmp_path / "here").mkdir()
@@ -195,11 +194,8 @@ def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):
     """Each ready-made assignment is written where the command says."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    made = [
-        arguments
-        for program, *arguments in commands()
-        if program == "tests/make_assignment.py" and "--grade" not in arguments
-    ]
+    made = [arguments for program, *arguments in commands()
+            if program == "tests/make_assignment.py" and "--grade" not in arguments]
     for arguments in made:
         make_assignment.main(
             make_assignment.parse_args([word for word in arguments if word != "--solution-check"])
@@ -231,8 +227,5 @@ def test_the_readme_is_short():
 def test_ci_runs_the_command_for_tests():
     """.ci/run takes the command behind the mark, which is there once and installs first."""
     command = re.findall(r"<!-- test command -->\n```sh\n(.*)\n```", TEXT)
-    assert (
-        len(command) == 1
-        and "pip install -r requirements.txt" in command[0]
-        and command[0].endswith("pytest -q")
-    )
+    assert len(command) == 1 and command[0].endswith("pytest -q")
+    assert "pip install -r requirements.txt" in command[0]

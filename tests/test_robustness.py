@@ -687,7 +687,9 @@ def test_no_mistakes_are_printed_where_there_are_none(always, tmp_path, monkeypa
             expected = [["n03", "n02", 1]] if "wrong" in str(flags) else []
             assert result.get("confusions", []) == expected
     run(monkeypatch, tmp_path, always, "--data", wrong)
-    assert capsys.readouterr().out.endswith("most frequent confusions  images\n"
+    assert capsys.readouterr().out.endswith("lowest accuracy  top-1 %  images\n"
+                                            "n03                 0.00       1\n"
+                                            "most frequent confusions  images\n"
                                             "n03 -> n02                     1\n")
 
 

@@ -52,9 +52,9 @@ def workplace(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def run(*flags):
+def run(flags):
     """The whole program, as `python train.py <flags>` would run it."""
-    train.main(train.parse_args([*TINY, *flags]))
+    train.main(train.parse_args([*TINY, *shlex.split(flags)]))
 
 
 def resolve(flags):
@@ -76,58 +76,39 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
 
 
 @pytest.mark.training
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("--moe-layers every3", "expected one of none, every2, last2, last3"),
-        ("--moe-layers stage", "'stage' does not exist in a ViT"),
-        ("--moe-layers 1,9", "names block 9"),
-        ("--router quadratic", "linear, cosine, l2"),
-        ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
-        ("--data nowhere", "no data at 'nowhere'"),
-        (
-            "--batch-size 31 --accumulate 2",
-            "expected a multiple of 2 (1 processes x 2 passes) up to 96",
-        ),
-        ("--batch-size 1000", "up to 96, the number of training images: use 96"),
-        ("--freeze-backbone", "give --init-from"),
-        ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
-        ("--init-from torchvision", "torchvision has no weights for vit_pico"),
-    ],
-)
+@pytest.mark.parametrize("flags, expected", [
+    ("--moe-layers every3", "expected one of none, every2, last2, last3"),
+    ("--moe-layers stage", "'stage' does not exist in a ViT"),
+    ("--moe-layers 1,9", "names block 9"),
+    ("--router quadratic", "linear, cosine, l2"),
+    ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
+    ("--data nowhere", "no data at 'nowhere'"),
+    ("--batch-size 31 --accumulate 2",
+     "expected a multiple of 2 (1 processes x 2 passes) up to 96"),
+    ("--batch-size 1000", "up to 96, the number of training images: use 96"),
+    ("--freeze-backbone", "give --init-from"),
+    ("--init-from nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("--init-from torchvision", "torchvision has no weights for vit_pico"),
+])
 def test_a_wrong_flag_is_one_line_before_anything_is_written(flags, expected, tmp_path):
     """The message says what was expected, and the working folder stays empty."""
     with pytest.raises(ValueError) as error:
-        run(*flags.split())
+        run(flags)
     assert expected in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--epochs 0",
-        "--lr nan",
-        "--lr -1",
-        "--ema 1.5",
-        "--ema 1",
-        "--crop-ratio 0",
-        "--k 1.5",
-        "--crop-scale -1",
-        "--randaug 20",
-        "--label-smoothing 2",
-        "--capacity-factor inf",
-        "--mixup -1",
-        "--weight-decay -1",
-        "--warmup-epochs -1",
-        "--moe-layers 1-3",
-        "--expert-ratio 0",
-        "--workers -1",
-        "--accumulate 0",
-        "--model resnet",
-    ],
-)
+@pytest.mark.parametrize("flag", [
+    "--epochs 0", "--lr nan", "--lr -1", "--ema 1.5", "--ema 1", "--crop-ratio 0", "--k 1.5",
+    "--crop-scale -1", "--randaug 20", "--label-smoothing 2", "--capacity-factor inf",
+    "--mixup -1", "--weight-decay -1", "--warmup-epochs -1", "--moe-layers 1-3",
+    "--expert-ratio 0", "--workers -1", "--accumulate 0", "--model resnet", "--seed -1",
+    "--experts 0", "--router-noise -1", "--balance-weight -1", "--batch-size 0", "--min-lr -1",
+    "--decay step", "--expert-weight-decay -1", "--layer-decay 0", "--head-scale -1",
+    "--clip-grad -1", "--drop-path 1", "--loss hinge", "--cutmix -1", "--erasing 2", "--flip 2",
+    "--image-size 0", "--dtype float16", "--save-every-minutes -1",
+])
 def test_a_number_out_of_range_is_refused(flag, capsys):
     """The last line names the flag and the value, and the exit status is 2."""
     with pytest.raises(SystemExit) as stop:
@@ -135,6 +116,23 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
     name, value = flag.split()
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and name in last and value in last
+
+
+@pytest.mark.recipe
+def test_a_flag_without_a_recipe_has_a_default():
+    """What is not given and not None here is in no recipe."""
+    given = {name: value for name, value in vars(train.parse_args([])).items() if value is not None}
+    assert given == dict(
+        data="shapes", model="convnext_nano", seed=0, accumulate=1, dtype="auto",
+        save_every_minutes=30.0, freeze_backbone=False, compile=False)
+
+
+@pytest.mark.recipe
+def test_a_random_backbone_is_not_frozen():
+    """--freeze-backbone needs weights from somewhere."""
+    with pytest.raises(ValueError, match="give --init-from"):
+        resolve("--freeze-backbone")
+    assert resolve("--freeze-backbone --init-from x.pt").freeze_backbone
 
 
 @pytest.mark.recipe
@@ -247,34 +245,25 @@ def test_all_models_are_in_the_table():
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("--model convnext_t", "ConvNeXt-T-4 of Table 1: 82.1%"),
-        ("--model convnext_t --moe-layers none", "ConvNeXt-T of Table 1: 82.1%"),
-        ("--model convnext_b", "ConvNeXt-B-4 of Table 1: 83.5%"),
-        ("--model convnext_iso_s", "ConvNeXt-S-8 iso of Table 1: 80.3%"),
-        ("--model vit_s", "ViT-S-8 every2 of Table 1: 80.7%"),
-        ("--model vit_s --moe-layers last2", "ViT-S-8 last2 of Table 1: 80.5%"),
-        (
-            "--model vit_b",
-            "ViT-B-8 every2 of Table 1: 82.5% on ImageNet-1k; 82.2% with DeiT's recipe",
-        ),
-        (
-            "--model vit_b --moe-layers none",
-            "ViT-B of Table 1: 82.8% on ImageNet-1k; 81.8% with DeiT",
-        ),
-        ("--model convnext_t --expert-ratio 4", None),
-        ("--model convnext_t --experts 8", None),
-        ("--model convnext_t --k 2", None),
-        ("--model convnext_t --moe-layers 7,17", None),
-        ("--model convnext_t --router l2", None),
-        ("--model convnext_t --image-size 192", None),
-        ("--model convnext_t --moe-layers none --init-from torchvision", None),
-        ("--model vmoe_s32", None),
-        ("", None),
-    ],
-)
+@pytest.mark.parametrize("flags, expected", [
+    ("--model convnext_t", "ConvNeXt-T-4 of Table 1: 82.1%"),
+    ("--model convnext_t --moe-layers none", "ConvNeXt-T of Table 1: 82.1%"),
+    ("--model convnext_b", "ConvNeXt-B-4 of Table 1: 83.5%"),
+    ("--model convnext_iso_s", "ConvNeXt-S-8 iso of Table 1: 80.3%"),
+    ("--model vit_s", "ViT-S-8 every2 of Table 1: 80.7%"),
+    ("--model vit_s --moe-layers last2", "ViT-S-8 last2 of Table 1: 80.5%"),
+    ("--model vit_b", "ViT-B-8 every2 of Table 1: 82.5% on ImageNet-1k; 82.2% with DeiT's recipe"),
+    ("--model vit_b --moe-layers none", "ViT-B of Table 1: 82.8% on ImageNet-1k; 81.8% with DeiT"),
+    ("--model convnext_t --expert-ratio 4", None),
+    ("--model convnext_t --experts 8", None),
+    ("--model convnext_t --k 2", None),
+    ("--model convnext_t --moe-layers 7,17", None),
+    ("--model convnext_t --router l2", None),
+    ("--model convnext_t --image-size 192", None),
+    ("--model convnext_t --moe-layers none --init-from torchvision", None),
+    ("--model vmoe_s32", None),
+    ("", None),
+])
 def test_the_row_of_table_1_is_named(flags, expected):
     """The paper's own configurations are known with their accuracy, all others are not."""
     words = train.paper_row(resolve(flags))
@@ -328,7 +317,19 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
     make_folder(tmp_path / "d" / "train", ("cat", "dog"))
     make_folder(tmp_path / "d" / "val", ("cat", "emu"))
     with pytest.raises(ValueError, match="different classes; only one of them has dog, emu"):
-        run("--data", "d")
+        run("--data d")
+
+
+@pytest.mark.training
+def test_of_many_classes_five_are_named(monkeypatch):
+    """Of six that only one of train and val has, the message leaves out the last."""
+    for val, named in (("abcdef", "has b, c, d, e, f"), ("abcdefg", "has b, c, d, e, f, ...")):
+        classes = dict(train=["a"], val=list(val))
+        monkeypatch.setattr(train, "open_dataset", lambda data, split, transform:
+                            SimpleNamespace(classes=classes[split]))
+        with pytest.raises(ValueError) as error:
+            train.open_data(resolve(" ".join(TINY)))
+        assert str(error.value).endswith(named)
 
 
 # ---------------------------------------------------------------- optimisation
@@ -383,11 +384,8 @@ def test_sigmoid_loss_by_hand():
     expected = math.log(1 + math.exp(-2)) + math.log(
         2
     )  # the same for both images, so also their mean
-    assert math.isclose(
-        train.classification_loss(logits, torch.tensor([0, 1]), config).item(),
-        expected,
-        rel_tol=1e-6,
-    )
+    loss = train.classification_loss(logits, torch.tensor([0, 1]), config).item()
+    assert math.isclose(loss, expected, rel_tol=1e-6)
     mixed = train.classification_loss(logits, torch.tensor([[0.5, 0.5], [0.5, 0.5]]), config).item()
     other = math.log(1 + math.exp(2)) + math.log(
         2
@@ -407,13 +405,10 @@ def test_sigmoid_loss_is_smoothed_by_hand():
 
 
 @pytest.mark.optimizer
-@pytest.mark.parametrize(
-    "preset, third_stage",
-    [
-        (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
-        (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
-    ],
-)
+@pytest.mark.parametrize("preset, third_stage", [
+    (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
+    (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
+])
 def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
     """Each group has 0.8 of the rate of the next: 0 stem, ..., 12 last stage, 13 head."""
     with torch.device("meta"):
@@ -424,15 +419,11 @@ def test_the_layers_of_layer_wise_decay_by_hand(preset, third_stage):
     for group in groups:
         scale |= {names[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
     expected = {
-        "stem": 0,
-        "downsample.0": 2,
+        "stem": 0, "stages.0": 1,
+        "downsample.0": 2, "stages.1": 2,
         "downsample.1": 3,
-        "downsample.2": 12,
-        "stages.0": 1,
-        "stages.1": 2,
-        "stages.3": 12,
-        "norm": 13,
-        "head": 13,
+        "downsample.2": 12, "stages.3": 12,
+        "norm": 13, "head": 13,
     }
     expected |= {f"stages.2.{block}": layer for block, layer in enumerate(third_stage)}
     assert set(scale) == set(names.values()), "every parameter must be in exactly one group"
@@ -572,10 +563,8 @@ def test_seeds_of_neighbours_are_far_apart():
     seeds = {train.draw_seed(*numbers) for numbers in itertools.product(range(20), repeat=3)}
     assert len(seeds) == 8000 and all(0 <= seed < 2**32 for seed in seeds)
     assert train.draw_seed(1, 2, 3) == train.draw_seed(1, 2, 3) != train.draw_seed(1, 3, 2)
-    draws = [
-        torch.rand(50, generator=torch.Generator().manual_seed(train.draw_seed(0, 0, i)))
-        for i in range(20)
-    ]
+    generators = [torch.Generator().manual_seed(train.draw_seed(0, 0, i)) for i in range(20)]
+    draws = [torch.rand(50, generator=generator) for generator in generators]
     assert (
         torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.6
     ), "50 draws: chance gives up to about 0.5"
@@ -605,9 +594,16 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(data[1, 2][0], first)
     before = torch.get_rng_state()
     data[0, 0]
-    assert torch.equal(
-        torch.get_rng_state(), before
-    ), "loading in the main process must not disturb its other draws"
+    assert torch.equal(torch.get_rng_state(), before), (
+        "loading in the main process must not disturb its other draws")
+
+
+@pytest.mark.batches
+def test_augmentation_does_not_ask_a_gpu(monkeypatch):
+    """A loader's process that touches the GPU fails: only the generator of the CPU is put back."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: pytest.fail("asked the GPU"))
+    train.Augmented(evaluation.Shapes(4, 1), seed=0)[0, 1]
 
 
 OPERATIONS = (
@@ -744,7 +740,7 @@ def test_both_losses_in_the_log_are_of_one_kind(loss):
     make_folder(Path("d/train"), images=8, size=(32, 32))
     make_folder(Path("d/val"), images=8, size=(32, 32))
     flags = "--data d --cutmix 0 --crop-scale 1 --epochs 1 --batch-size 16 --lr 0 --router-noise 0"
-    run(*flags.split(), "--loss", loss, "--out", "r")
+    run(f"{flags} --loss {loss} --out r")
     line = json.loads(open("r/log.jsonl").readline())
     assert line["val_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
 
@@ -756,10 +752,8 @@ def test_the_summary_says_what_was_scaled(capsys):
     state = train.Run(train.parse_args([*TINY, *flags.split()]))
     train.print_summary(state)
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is not shorter than this run)"
-        in printed
-    )
+    told = "warm-up 0.1 epochs (the recipe's warm-up of 5 epochs is not shorter than this run)"
+    assert told in printed
 
 
 @pytest.mark.training
@@ -767,22 +761,9 @@ def test_accumulation_changes_nothing_but_memory():
     """Two passes of 16 images are one step of 32: the same losses (without noise and capacity,
     which see a pass at a time)."""
     for passes in ("1", "2"):
-        run(
-            "--epochs",
-            "2",
-            "--accumulate",
-            passes,
-            "--router-noise",
-            "0",
-            "--balance-weight",
-            "0",
-            "--out",
-            passes,
-        )
-    losses = [
-        [json.loads(line)["train_loss"] for line in open(f"{passes}/log.jsonl")]
-        for passes in ("1", "2")
-    ]
+        flags = f"--epochs 2 --accumulate {passes} --out {passes}"
+        run(f"{flags} --router-noise 0 --balance-weight 0")
+    losses = [[line["train_loss"] for line in read_log(passes)] for passes in ("1", "2")]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), atol=1e-5, rtol=0)
 
 
@@ -798,18 +779,8 @@ def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
 
     monkeypatch.setattr(train, "check_and_agree", keep_gradient)
     for passes in ("1", "2"):
-        run(
-            "--epochs",
-            "1",
-            "--accumulate",
-            passes,
-            "--router-noise",
-            "0",
-            "--balance-weight",
-            "0",
-            "--clip-grad",
-            "0",
-        )
+        flags = f"--epochs 1 --accumulate {passes} --clip-grad 0"
+        run(f"{flags} --router-noise 0 --balance-weight 0")
     torch.testing.assert_close(
         gradients[3], gradients[0], msg=lambda m: f"of the first of 3 steps; a factor 2? {m}"
     )
@@ -819,31 +790,24 @@ def test_the_gradient_of_two_passes_is_that_of_one(monkeypatch):
 def test_a_run_leaves_checkpoints_and_a_log(capsys):
     """Two epochs of three steps: last.pt, best.pt, two lines of log with the promised fields, and
     the next commands."""
-    run("--epochs", "2", "--out", "r")
+    run("--epochs 2 --out r")
     assert sorted(os.listdir("r")) == ["best.pt", "last.pt", "log.jsonl"]
     lines = [json.loads(line) for line in open("r/log.jsonl")]
-    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [
-        3,
-        6,
-    ]
-    fields = (
-        "epoch step lr train_loss balance_loss val_loss top1 top5 "
-        "images_per_s data_wait seconds dropped load"
-    )
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    fields = "epoch step lr train_loss balance_loss val_loss top1 top5"
+    fields += " images_per_s data_wait seconds dropped load"
     assert set(fields.split()) <= set(lines[0])
     assert len(lines[0]["load"]) == 2, "one list per MoE layer"
     assert all(math.isclose(sum(shares), 1) for shares in lines[0]["load"])
     out = capsys.readouterr().out
-    assert (
-        "python eval.py r/best.pt --data shapes:96" in out
-        and "python inspect_experts.py r/best.pt" in out
-    )
+    assert "python eval.py r/best.pt --data shapes:96" in out
+    assert "python inspect_experts.py r/best.pt" in out
 
 
 @pytest.mark.training
 def test_the_log_and_eval_agree(capsys):
     """The accuracy in the log is the one that eval.py's functions find for the checkpoint."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     model, checkpoint = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
     data = evaluation.open_dataset("shapes:96", "val")
     loader = evaluation.eval_loader(data, 7, 0, torch.device("cpu"))
@@ -859,7 +823,7 @@ def test_training_learns():
     """Two pictures of different classes, repeated: the loss falls from ln 2 towards 0."""
     make_folder(Path("d/train"), images=8)
     make_folder(Path("d/val"), images=2)
-    run("--data", "d", "--cutmix", "0", "--epochs", "20", "--batch-size", "8", "--out", "r")
+    run("--data d --cutmix 0 --epochs 20 --batch-size 8 --out r")
     losses = [json.loads(line)["train_loss"] for line in open("r/log.jsonl")]
     assert losses[-1] < 0.1 * losses[0]
 
@@ -869,12 +833,12 @@ def read_log(folder):
 
 
 @pytest.mark.training
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch, capsys):
     """SIGTERM in the middle of epoch 2: saved, exit status 143; continued, every bit of the result
     is the same."""
-    flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2".split()
-    flags += ["--capacity-factor", "1.05"]
-    run(*flags, "--out", "whole")
+    flags = "--epochs 3 --ema 0.9 --mixup 0.2 --cutmix 1 --erasing 0.5 --drop-path 0.2"
+    flags += " --capacity-factor 1.05"
+    run(f"{flags} --out whole")
     original, calls = train.check_and_agree, []
 
     def agree_and_interrupt(*arguments):
@@ -885,12 +849,12 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
 
     monkeypatch.setattr(train, "check_and_agree", agree_and_interrupt)
     with pytest.raises(SystemExit) as stop:
-        run(*flags, "--out", "broken")
-    assert stop.value.code == 143
+        run(f"{flags} --out broken")
+    assert stop.value.code == 143 and "\ncontinue    python " in capsys.readouterr().out
     saved = torch.load("broken/last.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 5)
     monkeypatch.setattr(train, "check_and_agree", original)
-    run(*flags, "--out", "broken")
+    run(f"{flags} --out broken")
 
     whole, broken = (
         torch.load(f"{name}/last.pt", weights_only=True) for name in ("whole", "broken")
@@ -912,10 +876,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch):
 @pytest.mark.training
 def test_a_finished_run_says_so(capsys):
     """The same command again trains nothing and shows the result."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     before = Path("r/last.pt").read_bytes()
     capsys.readouterr()
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     assert "finished after epoch 1" in (out := capsys.readouterr().out) and "best top-1" in out
     assert Path("r/last.pt").read_bytes() == before
 
@@ -923,19 +887,19 @@ def test_a_finished_run_says_so(capsys):
 @pytest.mark.training
 def test_another_configuration_does_not_continue_a_run():
     """The differing options are named with both values, and the run is left alone."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     with pytest.raises(ValueError, match=r"another configuration \(--experts 4 there, 8 now\)"):
-        run("--epochs", "1", "--out", "r", "--experts", "8")
+        run("--epochs 1 --out r --experts 8")
 
 
 @pytest.mark.training
 def test_a_smaller_rate_may_continue_a_run(capsys):
     """As the advice after a loss that is not finite says: the change is told, and it holds."""
-    run("--epochs", "2", "--out", "r", "--lr", "0.002")
+    run("--epochs 2 --out r --lr 0.002")
     os.remove("r/best.pt")
     checkpoint = torch.load("r/last.pt", weights_only=True)
     torch.save(checkpoint | dict(epoch=1, step=3), "r/last.pt")
-    run("--epochs", "2", "--out", "r", "--lr", "0.001", "--clip-grad", "0.5")
+    run("--epochs 2 --out r --lr 0.001 --clip-grad 0.5")
     err = capsys.readouterr().err
     assert "--lr 0.002 there, 0.001 now" in err and "--clip-grad 1.0 there, 0.5 now" in err
     config = SimpleNamespace(epochs=2, warmup_epochs=1, lr=0.001, min_lr=1e-5, decay="cosine")
@@ -947,29 +911,29 @@ def test_other_validation_images_are_noticed(capsys):
     """A run goes on without a broken one, and says that its accuracies cannot be compared."""
     make_folder(Path("d/train"))
     make_folder(Path("d/val"))
-    flags = "--data d --batch-size 8 --out r --epochs 1".split()
-    run(*flags)
+    flags = "--data d --batch-size 8 --out r --epochs 1"
+    run(flags)
     os.remove("d/val/dog/3.png")
-    run(*flags)
+    run(flags)
     assert "validation images are not those of the run in r (12 images" in capsys.readouterr().err
 
 
 @pytest.mark.training
 def test_runs_are_numbered():
     """Without --out every run gets a folder of its own."""
-    run("--epochs", "1")
-    run("--epochs", "1")
+    run("--epochs 1")
+    run("--epochs 1")
     assert sorted(os.listdir("runs")) == ["vit_pico-shapes-96-1", "vit_pico-shapes-96-2"]
 
 
 @pytest.mark.training
 def test_a_truncated_checkpoint_is_not_overwritten():
     """It is named, the best one is offered in its place, and no file changes."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     whole = Path("r/last.pt").read_bytes()
     Path("r/last.pt").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match="r/last.pt cannot be opened.*copy r/best.pt to r/last.pt"):
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
     assert Path("r/last.pt").read_bytes() == whole[:1000]
 
 
@@ -984,7 +948,7 @@ def test_a_checkpoint_that_would_run_code_is_refused():
     os.mkdir("r")
     torch.save(dict(args=Command()), "r/last.pt")
     with pytest.raises(ValueError, match="r/last.pt cannot be opened"):
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
     assert not os.path.exists("proof")
 
 
@@ -1000,7 +964,7 @@ def test_ema_by_formula(monkeypatch):
 
     update = train.AveragedModel.update_parameters
     monkeypatch.setattr(train.AveragedModel, "update_parameters", keep_weights)
-    run("--epochs", "2", "--ema", "0.3", "--out", "r")
+    run("--epochs 2 --ema 0.3 --out r")
     average = seen[0]
     for weights, decay in zip(
         seen[1:], (2 / 11, 3 / 12, 0.3, 0.3, 0.3), strict=True
@@ -1025,7 +989,7 @@ def test_every_value_of_a_recipe_has_a_flag():
 @pytest.mark.training
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     """When the new file cannot be written the old one is still there, and the message says so."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     before = Path("r/last.pt").read_bytes()
 
     def full(*_):
@@ -1048,10 +1012,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(monkeypatch):
     monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained for nothing"))
     Path("file").write_text("")
     with pytest.raises(ValueError, match="cannot write to file .* give another --out"):
-        run("--epochs", "1", "--out", "file")
+        run("--epochs 1 --out file")
     monkeypatch.setattr(train, "write_checkpoint", fail)
     with pytest.raises(ValueError, match="no quota left"):
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
 
 
 @pytest.mark.training
@@ -1067,10 +1031,10 @@ def test_a_save_is_due_every_so_many_minutes(minutes_ago, due):
 @pytest.mark.training
 def test_a_best_checkpoint_that_is_gone_is_not_offered(capsys):
     """Its file was deleted: the last lines do not name it."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     os.remove("r/best.pt")
     capsys.readouterr()
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     assert "best.pt" not in capsys.readouterr().out
 
 
@@ -1085,7 +1049,7 @@ def test_a_run_that_could_not_be_saved_does_not_end_well(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "train", train_on_a_full_disk)
     with pytest.raises(SystemExit) as stop:
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
     out, err = capsys.readouterr()
     assert stop.value.code == 1 and "no quota left" in err
     assert "best" not in out.replace("best top-1", "") and "evaluate" not in out
@@ -1106,7 +1070,7 @@ def test_a_best_epoch_that_could_not_be_written_is_not_the_best(monkeypatch):
 
     monkeypatch.setattr(train, "write_checkpoint", write_all_but_one)
     monkeypatch.setattr(train, "evaluate", evaluate_as_told)
-    run("--epochs", "3", "--out", "r")
+    run("--epochs 3 --out r")
     best = torch.load("r/best.pt", weights_only=True)
     assert best["best"] == dict(top1=50.0, epoch=3) and best["epoch"] == 3
 
@@ -1123,14 +1087,14 @@ def epoch_and_step(path):
 def test_an_epoch_is_saved_before_it_is_validated(monkeypatch):
     """A validation that fails costs no training: continued, the run validates what it has. The log
     has the epoch without losses of training, for no step was made since."""
-    run("--epochs", "1", "--out", "whole")
+    run("--epochs 1 --out whole")
     with monkeypatch.context() as broken:
         broken.setattr(train, "evaluate", fail)
         with pytest.raises(ValueError, match="no quota left"):
-            run("--epochs", "1", "--out", "r")
+            run("--epochs 1 --out r")
     assert epoch_and_step("r/last.pt") == (0, 3) and Path("r/log.jsonl").read_text() == ""
     monkeypatch.setattr(train, "next_batch", lambda *_: pytest.fail("trained again"))
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     [whole], [line] = read_log("whole"), read_log("r")
     for name in ("epoch", "step", "lr", "val_loss", "top1"):
         assert line[name] == whole[name], name
@@ -1151,7 +1115,7 @@ def test_a_signal_ends_the_validation(monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", evaluate_and_interrupt)
     with pytest.raises(SystemExit) as stop:
-        run("--epochs", "2", "--out", "r")
+        run("--epochs 2 --out r")
     assert stop.value.code == 143 and not seen
     assert epoch_and_step("r/last.pt") == (0, 3) and not os.path.exists("r/best.pt")
 
@@ -1177,41 +1141,44 @@ def test_a_stopped_run_says_how_to_continue(out, monkeypatch, capsys):
 
 
 @pytest.mark.training
+def test_a_log_that_cannot_be_written_is_a_warning(capsys):
+    """A full disk costs a line of the log, and not the run."""
+    with open(os.devnull) as readable_only:
+        train.write_log(SimpleNamespace(log=readable_only), dict(epoch=1))
+    assert "warning: cannot write log.jsonl (not writable)" in capsys.readouterr().err
+
+
+@pytest.mark.training
 def test_lines_of_the_log_that_are_blank_or_cut_do_no_harm():
     """They are left out when the run goes on, and so is what a killed process wrote about an epoch
     that is not saved."""
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     line = Path("r/log.jsonl").read_text()
     later = line.replace('"epoch": 1', '"epoch": 2')
     bad = ["\n", line, "null\n", "[]\n", later, '{"epoch": 1, "tra\n', line.strip()]
     Path("r/log.jsonl").write_text("".join(bad))
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
     assert Path("r/log.jsonl").read_text() == line
 
 
 @pytest.mark.training
-@pytest.mark.parametrize(
-    "change, expected",
-    [
-        ("mv d/cat d/emu", "class cat is gone, class emu is new"),
-        ("cp -r d/cat d/emu", "class emu is new, 16 images then, 24 now"),
-        ("cp d/cat/1.png d/cat/20.png && cp d/cat/1.png d/cat/21.png", "16 images then, 18 now"),
-        ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "16 images then, 14 now"),
-        (
-            "mv d/cat/3.png d/cat/03.png && mv d/cat/4.png d/cat/04.png",
-            "as many images, with other names",
-        ),
-    ],
-)
+@pytest.mark.parametrize("change, expected", [
+    ("mv d/cat d/emu", "class cat is gone, class emu is new"),
+    ("cp -r d/cat d/emu", "class emu is new, 16 images then, 24 now"),
+    ("cp d/cat/1.png d/cat/20.png && cp d/cat/1.png d/cat/21.png", "16 images then, 18 now"),
+    ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "16 images then, 14 now"),
+    ("mv d/cat/3.png d/cat/03.png && mv d/cat/4.png d/cat/04.png",
+     "as many images, with other names"),
+])
 def test_a_run_is_not_continued_on_other_images(change, expected):
     """Images or a class came, went or were renamed: one line says what differs. (Of 20 images 4
     validate.)"""
     make_folder(Path("d"), images=10)
-    flags = "--data d --epochs 1 --batch-size 8 --out r".split()
-    run(*flags)
+    flags = "--data d --epochs 1 --batch-size 8 --out r"
+    run(flags)
     subprocess.run(change, shell=True, check=True)
     with pytest.raises(ValueError, match=f"images are not those of the run in r .{expected}"):
-        run(*flags)
+        run(flags)
 
 
 @pytest.mark.training
@@ -1230,11 +1197,11 @@ def test_other_images_are_named_before_what_follows_from_them():
 def test_a_run_is_continued_when_its_images_moved(capsys):
     """The same images under another path are the same data."""
     make_folder(Path("d"), images=10)
-    flags = "--epochs 1 --batch-size 8 --out r --data".split()
-    run(*flags, "d")
-    run(*flags, "d/")
+    flags = "--epochs 1 --batch-size 8 --out r"
+    run(f"{flags} --data d")
+    run(f"{flags} --data d/")
     Path("d").rename("my photos")
-    run(*flags, "my photos")
+    run(f"{flags} --data 'my photos'")
     out = capsys.readouterr().out
     assert out.count("finished after epoch 1") == 2
     assert "r/best.pt --data 'my photos' --split val\n" in out, "quoted, without training images"
@@ -1254,27 +1221,29 @@ def test_a_folder_in_use_is_refused():
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(ValueError, match="r is in use by another run"):
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
     other.kill()
     other.communicate()
-    run("--epochs", "1", "--out", "r")
+    run("--epochs 1 --out r")
 
 
 @pytest.mark.training
-def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(averaged, monkeypatch):
     """The step that breaks the weights is an epoch's last: no loss shows it any more. And yet
     nothing is written."""
     save = train.save
 
     def break_weights(state, *names):
         if state.step == 6:
-            state.model.head.weight.data[0, 0] = math.inf
+            broken = state.ema.module if averaged else state.model
+            broken.head.weight.data[0, 0] = math.inf
         save(state, *names)
 
     monkeypatch.setattr(train, "save", break_weights)
     expected = "weights are not finite after step 6; .*r/last.pt"
     with pytest.raises(FloatingPointError, match=expected):
-        run("--epochs", "3", "--out", "r")
+        run(f"--epochs 3 --out r --ema {0.9 if averaged else 0}")
     assert epoch_and_step("r/last.pt") == epoch_and_step("r/best.pt") == (1, 3)
 
 
@@ -1289,12 +1258,12 @@ def test_an_epoch_whose_validation_is_not_finite_is_neither_last_nor_best(monkey
 
     monkeypatch.setattr(train, "evaluate", evaluate_badly)
     with pytest.raises(FloatingPointError, match="validation loss after epoch 2 is nan"):
-        run("--epochs", "3", "--out", "r")
+        run("--epochs 3 --out r")
     assert sorted(os.listdir("r")) == ["best.pt", "log.jsonl", "not_finite.pt"]
     assert epoch_and_step("r/best.pt") == (1, 3) and "NaN" not in Path("r/log.jsonl").read_text()
     expected = "no checkpoint at r/last.pt: .* copy r/best.pt to r/last.pt"
     with pytest.raises(ValueError, match=expected):
-        run("--epochs", "3", "--out", "r")
+        run("--epochs 3 --out r")
 
 
 @pytest.mark.training
@@ -1303,9 +1272,9 @@ def test_a_file_that_is_no_checkpoint_is_one_line(content):
     """Empty, text, or the beginning of a zip file: the message is one line that names the file."""
     os.mkdir("r")
     Path("r/last.pt").write_bytes(content)
-    for flags in (["--out", "r"], ["--init-from", "r/last.pt"]):
+    for flag in ("--out r", "--init-from r/last.pt"):
         with pytest.raises(ValueError, match="^r/last.pt cannot be opened as a check") as error:
-            run("--epochs", "1", *flags)
+            run(f"--epochs 1 {flag}")
         assert "\n" not in str(error.value)
 
 
@@ -1349,7 +1318,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     with pytest.raises(
         FloatingPointError, match=r"not finite at step 0 .* lr .* try a smaller --lr"
     ):
-        run("--epochs", "1", "--out", "r")
+        run("--epochs 1 --out r")
     assert not os.path.exists("r/last.pt")
 
 
@@ -1358,13 +1327,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
     """The loss is fine, its gradient is not: noticed before it reaches the weights, also without
     --clip-grad."""
     loss = train.classification_loss
-    monkeypatch.setattr(
-        train,
-        "classification_loss",
-        lambda *args: 0 * (loss(*args) - loss(*args).detach()).sqrt() + 1,
-    )
+    steep = lambda *args: 0 * (loss(*args) - loss(*args).detach()).sqrt() + 1
+    monkeypatch.setattr(train, "classification_loss", steep)
     with pytest.raises(FloatingPointError, match=r"step 0 .* cross-entropy 1, .* gradient nan"):
-        run("--epochs", "1", "--clip-grad", "0", "--out", "r")
+        run("--epochs 1 --clip-grad 0 --out r")
     assert not os.path.exists("r/last.pt")
 
 
@@ -1375,7 +1341,7 @@ def test_an_unreadable_training_image_is_reported_once_and_replaced(capsys):
     make_folder(Path("d/train"), images=4)
     make_folder(Path("d/val"), images=2)
     Path("d/train/cat/1.png").write_bytes(b"not an image")
-    run("--data", "d", "--epochs", "3", "--batch-size", "8", "--out", "r")
+    run("--data d --epochs 3 --batch-size 8 --out r")
     assert capsys.readouterr().err.count("d/train/cat/1.png") == 1
     assert [json.loads(line)["unreadable"] for line in open("r/log.jsonl")] == [1, 1, 1]
 
@@ -1394,9 +1360,24 @@ def test_routing_is_counted_before_anything_is_dropped():
 
 
 @pytest.mark.training
+def test_the_line_of_an_epoch_by_hand():
+    """4 steps of 32 images in 8 s, of which 2 s waited: 16 images/s. 3 of 12 choices dropped."""
+    config = SimpleNamespace(experts=2, batch_size=32)
+    state = SimpleNamespace(model=SimpleNamespace(moe_blocks=[5]), device="cpu", config=config,
+                            world=1, unreadable={"a.png"})
+    meter = train.Meter(state)
+    meter.steps, meter.seconds, meter.wait = 4, 8.0, 2.0
+    meter.losses[:] = torch.tensor([6.0, 2.0])
+    meter.load[:], meter.dropped[...] = torch.tensor([[9, 3]]), 3
+    assert meter.summary(state) == dict(
+        train_loss=1.5, balance_loss=0.5, seconds=8.0, data_wait=0.25, images_per_s=16.0,
+        dropped=0.25, unreadable=1, load=[[0.75, 0.25]])
+
+
+@pytest.mark.training
 def test_dense_models_train_too():
     """--moe-layers none: no MoE layer, balance loss 0."""
-    run("--epochs", "1", "--out", "r", "--moe-layers", "none")
+    run("--epochs 1 --out r --moe-layers none")
     model, _ = evaluation.load_checkpoint("r/last.pt", torch.device("cpu"))
     assert not any(isinstance(module, MoE) for module in model.modules())
     assert json.loads(open("r/log.jsonl").readline())["balance_loss"] == 0
@@ -1415,22 +1396,9 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", trace)
     # No noise, whose draws may differ; always 40 pictures, so that two graphs suffice.
-    flags = [
-        "--epochs",
-        "1",
-        "--data",
-        "shapes:120",
-        "--batch-size",
-        "40",
-        "--moe-layers",
-        "3",
-        "--router-noise",
-        "0",
-        "--dtype",
-        dtype,
-    ]
-    run(*flags, "--out", "plain")
-    run(*flags, "--out", "compiled", "--compile")
+    flags = "--epochs 1 --data shapes:120 --batch-size 40 --moe-layers 3 --router-noise 0"
+    run(f"{flags} --dtype {dtype} --out plain")
+    run(f"{flags} --dtype {dtype} --out compiled --compile")
     assert len(compiled) == 1
     assert state("plain/last.pt").keys() == state("compiled/last.pt").keys()
     plain = json.loads(open("plain/log.jsonl").readline())
@@ -1448,30 +1416,11 @@ def test_a_compiled_run_is_the_same_run(dtype, monkeypatch):
 @pytest.mark.slow  # takes 10 s; test_processes.py does the same with forked processes
 def test_torchrun_with_two_processes(tmp_path):
     """Two processes on a CPU finish an epoch; only one of them prints and writes."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(ROOT / "train.py"),
-        "--epochs",
-        "1",
-        "--data",
-        "shapes:128",
-        "--model",
-        "vit_nano",
-        "--out",
-        "r",
-    ]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
+    flags = "--epochs 1 --data shapes:128 --model vit_nano --out r".split()
     result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
+        [sys.executable, *torchrun, ROOT / "train.py", *flags], cwd=tmp_path, timeout=90,
+        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("best top-1") == 1
     assert len(open(tmp_path / "r" / "log.jsonl").readlines()) == 1
@@ -1487,12 +1436,12 @@ def state(path):
 @pytest.mark.training
 def test_a_run_of_the_old_layout_is_not_continued():
     """Experts were stacked weights once: one line says so, and the files stay as they are."""
-    run("--epochs", "1", "--out", "old")
+    run("--epochs 1 --out old")
     checkpoint = torch.load("old/last.pt", weights_only=True)
     checkpoint["model"]["blocks.1.mlp.experts.w1"] = torch.zeros(8, 64, 256)
     torch.save(checkpoint, "old/last.pt")
     with pytest.raises(ValueError, match="old/last.pt is from an older version"):
-        run("--epochs", "1", "--out", "old")
+        run("--epochs 1 --out old")
     assert "blocks.1.mlp.experts.w1" in state("old/last.pt")
 
 
@@ -1500,21 +1449,8 @@ def test_a_run_of_the_old_layout_is_not_continued():
 def test_a_dense_checkpoint_starts_a_sparse_run():
     """--init-from a dense run of ours upcycles: at learning rate 0 the sparse model stays, and is,
     the dense one."""
-    run("--moe-layers", "none", "--epochs", "1", "--out", "dense")
-    run(
-        "--moe-layers",
-        "last2",
-        "--epochs",
-        "1",
-        "--init-from",
-        "dense/last.pt",
-        "--lr",
-        "0",
-        "--min-lr",
-        "0",
-        "--out",
-        "sparse",
-    )
+    run("--moe-layers none --epochs 1 --out dense")
+    run("--moe-layers last2 --epochs 1 --init-from dense/last.pt --lr 0 --min-lr 0 --out sparse")
     images = torch.randn(4, 3, 32, 32)
     dense, sparse = (
         evaluation.load_checkpoint(f"{name}/last.pt", "cpu")[0] for name in ("dense", "sparse")
@@ -1527,30 +1463,13 @@ def test_a_dense_checkpoint_starts_a_sparse_run():
 def test_a_linear_probe_trains_the_head_only(capsys, tmp_path):
     """--freeze-backbone: everything but the head keeps its bits; the head for other classes is
     fresh, and announced."""
-    run("--epochs", "1", "--moe-layers", "last2", "--out", "first")
+    run("--epochs 1 --moe-layers last2 --out first")
     make_folder(tmp_path / "photos", ("cat", "dog", "emu"), images=20, size=(32, 32))
-    run(
-        "--data",
-        "photos",
-        "--init-from",
-        "first/last.pt",
-        "--freeze-backbone",
-        "--moe-layers",
-        "last2",
-        "--epochs",
-        "2",
-        "--drop-path",
-        "0.5",
-        "--out",
-        "probe",
-    )
+    run("--data photos --moe-layers last2 --epochs 2 --drop-path 0.5 --out probe"
+        " --init-from first/last.pt --freeze-backbone")
     assert "from first/last.pt, fresh: head.weight, head.bias" in capsys.readouterr().out
     before, after = state("first/last.pt"), state("probe/last.pt")
-    changed = [
-        name
-        for name in before
-        if before[name].shape != after[name].shape or (before[name] != after[name]).any()
-    ]
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["head.weight", "head.bias"]
 
 
@@ -1559,10 +1478,10 @@ def test_a_head_for_as_many_other_classes_is_fresh(capsys):
     """Two classes there, two others here: the head's rows would answer for the wrong ones."""
     for folder, classes in (("pets", ("cat", "dog")), ("birds", ("emu", "kiwi"))):
         make_folder(Path(folder), classes, images=10)
-    flags = "--epochs 1 --batch-size 8".split()
-    run("--data", "pets", *flags, "--out", "first")
+    flags = "--epochs 1 --batch-size 8"
+    run(f"{flags} --data pets --out first")
     for data, fresh in (("birds", "head.weight, head.bias"), ("pets", "nothing")):
-        run("--data", data, *flags, "--init-from", "first/last.pt")
+        run(f"{flags} --data {data} --init-from first/last.pt")
         assert f"from first/last.pt, fresh: {fresh}\n" in capsys.readouterr().out
 
 
@@ -1570,7 +1489,7 @@ def test_a_head_for_as_many_other_classes_is_fresh(capsys):
 def test_frozen_layers_work_as_in_evaluation(monkeypatch):
     """A frozen backbone has no drop path and no router noise: its features are those that
     evaluation will see."""
-    run("--epochs", "1", "--out", "first")
+    run("--epochs 1 --out first")
     modes, next_batch = [], train.next_batch
 
     def keep_mode(state, *rest):
@@ -1578,20 +1497,20 @@ def test_frozen_layers_work_as_in_evaluation(monkeypatch):
         return next_batch(state, *rest)
 
     monkeypatch.setattr(train, "next_batch", keep_mode)
-    run("--epochs", "1", "--init-from", "first/last.pt", "--freeze-backbone", "--out", "probe")
+    run("--epochs 1 --init-from first/last.pt --freeze-backbone --out probe")
     assert modes == [False] * 3
 
 
 @pytest.mark.training
 def test_a_continued_run_does_not_start_from_the_other_weights_again(monkeypatch):
     """--init-from holds for the start: on the second call the run's own checkpoint counts."""
-    run("--epochs", "1", "--out", "first")
-    again = ("--epochs", "1", "--init-from", "first/last.pt", "--out", "second")
-    run(*again)
+    run("--epochs 1 --out first")
+    again = "--epochs 1 --init-from first/last.pt --out second"
+    run(again)
     monkeypatch.setattr(
         train, "start_from", lambda *_: pytest.fail("the weights were loaded again")
     )
-    run(*again)
+    run(again)
 
 
 @pytest.mark.training
@@ -1602,14 +1521,29 @@ def test_torchvisions_weights_placed_by_hand(tmp_path, monkeypatch):
     weights = torchvision.models.convnext_tiny().state_dict()
     torch.save(weights, tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
     model = evaluation.build_model(dict(model="convnext_t", num_classes=1000))
-    assert (
-        train.start_from(model, SimpleNamespace(init_from="torchvision", model="convnext_t"), [])
-        == []
-    )
-    assert torch.equal(model.head.weight, weights["classifier.2.weight"])
     args = SimpleNamespace(init_from="torchvision", model="convnext_t")
+    assert train.start_from(model, args, []) == []
+    assert torch.equal(model.head.weight, weights["classifier.2.weight"])
     fresh = train.start_from(model, args, [f"bird {i}" for i in range(1000)])
     assert fresh == ["head.weight", "head.bias"], "as many classes, but others"
+
+
+class Burglar:
+    """Unpickled the old way, it would create a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("was here",)
+
+
+@pytest.mark.training
+def test_torchvisions_weights_cannot_run_code(tmp_path, monkeypatch):
+    """A file in the place of torchvision's that would execute something is refused."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(Burglar(), tmp_path / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth")
+    with pytest.raises(ValueError, match="weights for convnext_t cannot be loaded"):
+        train.torchvision_weights("convnext_t")
+    assert not os.path.exists("was here")
 
 
 @pytest.mark.training
@@ -1617,14 +1551,11 @@ def test_without_a_network_the_file_to_place_is_named(tmp_path, monkeypatch):
     """One line says what to download, from where, and where to put it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    with pytest.raises(
-        ValueError,
-        match=r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)",
-    ) as error:
+    told = r"download https://\S+/convnext_tiny-983f1562.pth by hand and place it at (\S+)"
+    with pytest.raises(ValueError, match=told) as error:
         train.torchvision_weights("convnext_t")
-    assert str(tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth") in str(
-        error.value
-    )
+    place = tmp_path / "cache" / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth"
+    assert str(place) in str(error.value)
     with pytest.raises(ValueError, match="no weights for convnext_nano: expected one of vit_b, "):
         train.torchvision_weights("convnext_nano")
 
@@ -1669,7 +1600,7 @@ def test_the_summary_says_how_a_folder_is_augmented(capsys):
 @pytest.mark.training
 def test_a_fresh_head_starts_small_but_a_loaded_one_stays():
     """--head-scale 0.001 is for the head that --init-from does not bring: three classes, not 16."""
-    run("--epochs", "1", "--out", "first")
+    run("--epochs 1 --out first")
     make_folder(Path("photos"), ("cat", "dog", "emu"), images=20, size=(32, 32))
     flags = [*TINY, "--init-from", "first/last.pt"]
     heads = []
