@@ -184,9 +184,14 @@ def judge(expected, reports):
         problem = f"the process ended or was stopped, {len(unsent)} results were not reported"
     elif len(passed) < len(counting):
         first = next(key for key in counting if key not in passed)
-        why = reports[first]["message"].strip().partition("\n")[0]
-        problem = f"{first[0]}: {why}"
+        problem = f"{first[0]}: {summary(reports[first]['message'])}"
     return len(passed), len(counting), problem
+
+
+def summary(message):
+    """Return the first line of a test's message, and its hint if it has one."""
+    first, _, more = message.strip().partition("\n")
+    return " ".join([first, *re.findall("^Hint: .*", more, re.MULTILINE)])
 
 
 # ---------------------------------------------------------------- all submissions

@@ -296,6 +296,23 @@ def test_lines_of_somebody_else_are_no_reports():
     assert list(reports) == [("a", False)]
 
 
+@pytest.mark.parametrize(
+    "message, note",
+    [
+        ("AssertionError: not close!\n\nDifference: 1\n\nHint: 2 and not 1: twice?",
+         "AssertionError: not close! Hint: 2 and not 1: twice?"),
+        ("assert 1 == 2\n + where 1 = f()", "assert 1 == 2"),
+        ("", ""),
+    ],
+    ids=["hint", "no hint", "nothing"],
+)
+def test_a_note_says_what_failed_and_has_the_hint(message, note):
+    """Of a message of many lines the first one and the hint answer: why 0?"""
+    ours, theirs = dict(passed=True, message=""), dict(passed=False, message=message)
+    problem = grade.judge({("test_f", False): ours}, {("test_f", False): theirs})
+    assert problem == (0, 1, f"test_f: {note}")
+
+
 # ---------------------------------------------------------------- grading: one function
 
 MINIATURE = {
