@@ -294,13 +294,16 @@ def parse_args(argv=None):
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
     parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
-                        help="grade folders (or single .py files); needs --against")
+                        help="grade folders (or single .py files) by the solution, the tests and"
+                        " the rules of the project that runs this; needs --against. A concept"
+                        " takes about 5 s of a processor, for our own solution and for each"
+                        " student (measured once, with top_k and combine; others differ)")
     parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
                         help="the folder OUT as it was handed out")
     parser.add_argument("--limit", type=float, default=LIMIT,
                         help=f"seconds for the tests of one concept ({LIMIT})")
     parser.add_argument("--grades", type=Path, default=Path("grades"),
-                        help="write this .csv and .json (grades)")
+                        help="write this .csv and .json, or go on with them (grades)")
     return parser.parse_args(argv)
 
 
@@ -335,6 +338,8 @@ if __name__ == "__main__":
         main(parse_args())
     except BrokenPipeError:  # --list | head
         os._exit(0)
+    except KeyboardInterrupt:  # Ctrl-C; grade() has said what is done
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

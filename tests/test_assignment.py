@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -519,15 +521,108 @@ def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
     with open("grades.csv", newline="") as file:
         header, *lines = csv.reader(file)
     assert header == ["submission", "top_k", "score"]
-    assert lines == [[str(submissions[0]), "0", "0"], [str(submissions[1]), "1", "1"],
-                     [str(submissions[2]), "0", "0"]]
+    assert lines == [["alice", "0", "0"], ["bob.py", "1", "1"], ["carol, the third", "0", "0"]]
     alice, bob, carol = json.loads((tmp_path / "grades.json").read_text())
     assert bob["concepts"]["top_k"] == dict(score=1, passed=3, tests=3, note="", look=[])
     assert "NotImplementedError: top_k: write top_k_gates" in alice["concepts"]["top_k"]["note"]
     assert "No such file" in carol["concepts"]["top_k"]["note"]
     assert len(capsys.readouterr().out.splitlines()) == 4
-    with pytest.raises(ValueError, match="grades.csv exists already"):
-        grade.grade(submissions, tmp_path / "homework", copy_miniature, 60)
+
+
+@pytest.fixture
+def instant(tmp_path, monkeypatch):
+    """Let each submission score 1 without running its tests. carol's is stopped by Ctrl-C."""
+
+    def grade_concept(concept, submission, *_):
+        if submission.name == "carol":
+            raise KeyboardInterrupt
+        return dict(score=1, passed=3, tests=3, note="", look=[])
+
+    monkeypatch.setattr(grade, "grade_concept", grade_concept)
+    monkeypatch.setattr(grade, "expect", lambda *_: {})
+    monkeypatch.chdir(tmp_path)
+    for name in ("homework", "alice", "bob", "carol", "late/alice"):
+        os.makedirs(name)
+    (tmp_path / "homework/ASSIGNMENT.md").write_text("")
+    source = blank(MINIATURE["moe.py"], "top_k_gates", "top_k")
+    (tmp_path / "homework/moe.py").write_text(source)
+    return lambda *names: grade.grade(list(map(Path, names)), Path("homework"), copy_miniature)
+
+
+def test_the_progress_is_not_among_the_grades(instant, capsys):
+    """A line before each step goes to stderr, so that one sees how long it takes."""
+    instant("alice", "bob")
+    out, errors = capsys.readouterr()
+    assert out.splitlines() == ["submission,top_k,score", "alice,1,1", "bob,1,1"]
+    steps = ["checking our own solution: top_k 1/1", "grading alice 1/2", "grading bob 2/2"]
+    assert errors.splitlines() == steps
+
+
+@pytest.mark.parametrize("typed", ["alice", "alice/", "./alice", "ABSOLUTE/alice", "bob/../alice"])
+def test_a_submission_has_the_name_of_its_folder(typed, instant, tmp_path):
+    """However the path is typed, the same student has the same name in both files."""
+    instant(typed.replace("ABSOLUTE", str(tmp_path)))
+    assert Path("grades.csv").read_text().splitlines()[1] == "alice,1,1"
+    assert json.loads(Path("grades.json").read_text())[0]["submission"] == "alice"
+
+
+def test_after_ctrl_c_the_same_command_does_the_rest(instant, capsys):
+    """Who is in grades.csv stays as it was. Given bob, then stopped at carol, bob is not graded
+    again."""
+    with pytest.raises(KeyboardInterrupt):
+        instant("bob", "carol", "alice")
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: students in grades.csv: 1"
+    os.rename("carol", "carl")
+    instant("bob", "carl", "alice")
+    assert "bob" not in capsys.readouterr().out
+    names = [line.partition(",")[0] for line in Path("grades.csv").read_text().splitlines()]
+    assert names == ["submission", "bob", "carl", "alice"]
+    assert [result["submission"] for result in json.loads(Path("grades.json").read_text())] == (
+        names[1:]
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_status_130(tmp_path):
+    """No traceback: as a shell expects of a program that SIGINT has ended."""
+    make_assignment.make(tmp_path / "homework", ["top_k"])
+    command = [sys.executable, str(ROOT / "tests/make_assignment.py"), "--grade", str(tmp_path)]
+    command += ["--against", str(tmp_path / "homework")]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "checking our own solution: top_k 1/1\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "stopped: students in grades.csv: 0\n")
+    assert os.listdir(tmp_path) == ["homework"]
+
+
+def test_an_empty_file_is_no_earlier_grade(instant):
+    """A run that was cut may leave one, and the next run goes on."""
+    for name in ("grades.csv", "grades.json"):
+        Path(name).write_text("")
+    instant("bob")
+    assert Path("grades.csv").read_text().splitlines() == ["submission,top_k,score", "bob,1,1"]
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("grades.csv", "bob,1,1", "bob,0,0"),
+    ("grades.json", "top_k", "router"),
+    ("grades.json", "[", "{"),
+])
+def test_grades_that_were_changed_are_not_overwritten(name, old, new, instant):
+    """A table that somebody has corrected, another assignment's, a broken file: refused."""
+    instant("bob")
+    changed = Path(name).read_text().replace(old, new, 1)
+    Path(name).write_text(changed)
+    with pytest.raises(ValueError, match="grades.csv or grades.json exists already"):
+        instant("bob", "alice")
+    assert Path(name).read_text() == changed
+
+
+def test_two_students_with_one_name_are_refused(instant):
+    """Their lines could not be told apart."""
+    with pytest.raises(ValueError, match="late/alice is the second submission named alice"):
+        instant("alice", "late/alice")
 
 
 @pytest.mark.parametrize(
