@@ -8,6 +8,21 @@
 In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
 body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a
 rubric. This file, the tests of the tests and the history stay here.
+
+A solution copied from this project passes, unless you change a rule before you make the assignment.
+tests/rules.py has two, and both change `capacity` only. Change all places of a rule, the docstrings
+too: they are the handout. Then run `python -m pytest`. The new lines of code are in
+tests/test_assignment.py, test_changed_rules_change_all_that_follows.
+
+    rule                      places
+    ROUND = math.floor        moe.expert_capacity; its docstring and those of ExpertChoice, with its
+                              example, where C becomes 1, and of SoftMoE; 4 slots instead of 5 in
+                              tests/test_robustness.py, test_a_limited_capacity
+    LATER_TOKEN_FIRST = True  moe.assign_slots and its docstring
+
+Tests of your own may find mistakes that ours miss, but they catch no copy: what is right passes.
+Write them into tests/test_private*.py of the project that grades, each with the marker of one
+concept. They are used in grading, and students do not get them.
 """
 
 import argparse

@@ -127,6 +127,13 @@ def test_an_assignment_by_hand(tmp_path, capsys):
     assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
 
 
+def test_what_students_get_is_about_their_task(tmp_path):
+    """Nothing in it says how solutions are checked, and it names no file that they do not have."""
+    make_assignment.copy_project(tmp_path)
+    rules = (tmp_path / "tests/rules.py").read_text("utf-8")
+    assert not re.search("cop(y|ied)|course|instructor|solution|chang", rules)
+
+
 def test_the_docstring_of_a_class_comes_before_its_methods():
     """Once, under its own heading: it may be about another method than the first."""
     text = make_assignment.write_handout(["layer"])
@@ -663,7 +670,7 @@ def test_changed_rules_change_all_that_follows(tmp_path):
     ]
     for file, old, new in changes:
         text = (tmp_path / file).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old} in {file}: rules.py names it"
+        assert text.count(old) == 1, f"{old} in {file}: make_assignment.py names it"
         (tmp_path / file).write_text(text.replace(old, new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-m"]
     command += ["(capacity or expert_choice or soft) and not slow", "-p", "no:cacheprovider"]
