@@ -51,6 +51,7 @@ PROJECT = """
     tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py
     tests/test_inspect.py
 """.split()
+README_HEAD = "This is an assignment: start with ASSIGNMENT.md."
 COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
 `resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
 `device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
@@ -128,9 +129,10 @@ def copy_project(out):
     for name in PROJECT:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, out / name)
-    readme = (out / "README.md").read_text(encoding="utf-8")  # without the section for instructors
+    readme = (out / "README.md").read_text(encoding="utf-8")  # without what is for us
     readme = re.sub(r"## Make it an assignment\n.*?(?=## )", "", readme, flags=re.DOTALL)
-    (out / "README.md").write_text(readme, encoding="utf-8")
+    readme = re.sub(r"- \*\*Changed the code\?\*\*.*?\n(?=- |\n)", "", readme, flags=re.DOTALL)
+    (out / "README.md").write_text(f"{README_HEAD}\n\n{readme}", encoding="utf-8")
 
 
 def blank_concepts(out, names):
