@@ -72,28 +72,31 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 - Use tensor operations, not a Python loop over tokens. A loop over experts or over the K choices is
   fine. Make new tensors on the device of the input: a test runs on the device "meta", which has
   shapes but no numbers.
-- Messages of errors are yours. They must contain the values that the tests name.
+- Word error messages as you like, with the values the tests ask for.
 
 ```sh
 python -m pytest -x -m "{mine}"   # stops at the next thing to learn
-python -m pytest   # everything: what still waits for yours?
+python -m pytest   # everything: what still fails?
 ```
 """
 PLAN_HEAD = """
 ## Plan
 
-In this order, each builds on those above. The hours are estimates.
+In this order: later concepts use earlier ones. The hours are estimates.
 
-| day | concept | hours | to discuss |
-|---|---|---|---|
 """
 END = """
+## What to hand in
+
+- your {files}
+- answers.md, in which you answer each question of the plan, under the name of its concept
+
 ## How it is graded
 
 Each concept counts the same, and scores only if all of its tests pass. The bodies of the functions
 above are taken from your {files}, and nothing else is. For each concept they are put into a fresh
-copy. There all other functions are right, so a mistake in one concept does not cost another. Your
-tests are not used, and the copy may have more of them.
+copy. There all other functions are right, so a mistake in one concept does not cost another. Our
+tests are used, perhaps with some you have not seen.
 
 | part | share | full marks |
 |---|---|---|
@@ -145,17 +148,18 @@ def blank_concepts(out, names):
 
 
 def write_plan(names):
-    """Return a table of concepts over two weeks, ten days, in proportion to their hours."""
+    """Return a table of concepts. From 10 hours on it spreads them over two weeks, ten days."""
     total = sum(PLAN[name].hours for name in names)
-    lines, before = [], 0
+    rows, before = [["day", "concept", "hours", "to discuss"], ["---"] * 4], 0
     for name in names:
         day = 1 + 10 * before // total
         before += PLAN[name].hours
         last = max(day, -(-10 * before // total))  # rounded up
         days = f"{day}" if day == last else f"{day} to {last}"
-        lines.append(f"| {days} | {name} | {PLAN[name].hours} | {PLAN[name].question} |\n")
-    lines.append(f"\n{total} hours in all.\n")
-    return PLAN_HEAD + "".join(lines)
+        rows.append([days, name, f"{PLAN[name].hours}", PLAN[name].question])
+    first = 0 if total >= 10 else 1
+    table = "\n".join(f"| {' | '.join(row[first:])} |" for row in rows)
+    return f"{PLAN_HEAD}{table}\n\nHours in all: {total}.\n"
 
 
 def write_task(function, described):

@@ -116,8 +116,7 @@ def test_an_assignment_by_hand(tmp_path, capsys):
         "pytest -m combine",
         "(it needs dispatch)",
         "taken from your moe.py, and nothing else",
-        "| 1 to 4 | top_k | 1 |",
-        "3 hours in all",
+        "\n- your moe.py\n- answers.md",
         "### `combine` in moe.py",
         "pip install -r requirements.txt",
     ):
@@ -136,6 +135,23 @@ def test_what_students_get_is_about_their_task(tmp_path):
     assert readme.startswith("This is an assignment: start with ASSIGNMENT.md.\n\n# Sparse")
     assert not re.search("make_assignment|Changed the code", readme)
     assert "\n- **Out of memory?**" in readme and "\n## What was never run" in readme
+
+
+@pytest.mark.parametrize("names, lines", [
+    (["top_k"], ["| concept | hours | to discuss |", "| top_k | 1 | What", "Hours in all: 1."]),
+    # 4 + 1 + 4 + 3 hours: 12 in 10 days. After 4 of them day 1 + 40 // 12 = 4 has begun.
+    (["router", "top_k", "balance", "dispatch"],
+     ["| day | concept | hours | to discuss |", "| 1 to 4 | router | 4 | Why",
+      "| 4 to 5 | top_k | 1 | What", "| 5 to 8 | balance | 4 | Counting",
+      "| 8 to 10 | dispatch | 3 | Why", "Hours in all: 12."]),
+])
+def test_the_plan_by_hand(names, lines):
+    """A line per concept, with days where there is work for ten of them, and the sum of hours."""
+    printed = make_assignment.write_plan(names).splitlines()
+    found = [line for line in printed if line.startswith(("|", "Hours")) and "---" not in line]
+    assert len(found) == len(lines)
+    for line, start in zip(found, lines):
+        assert line.startswith(start)
 
 
 def test_the_docstring_of_a_class_comes_before_its_methods():
