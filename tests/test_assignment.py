@@ -126,8 +126,8 @@ def test_an_assignment_by_hand(tmp_path, capsys):
 
 
 def test_what_students_get_is_about_their_task(tmp_path):
-    """rules.py does not say what we use it for. The README leads to ASSIGNMENT.md, without the parts
-    that need files which stay here."""
+    """rules.py does not say what we use it for. The README leads to ASSIGNMENT.md, without the
+    parts that need files which stay here."""
     make_assignment.copy_project(tmp_path)
     rules = (tmp_path / "tests/rules.py").read_text("utf-8")
     assert not re.search("cop(y|ied)|course|instructor|solution|chang", rules)
