@@ -128,12 +128,12 @@ class Router(nn.Module):
     cosine:  scale * cosine(P x, code_e)        Chi et al. 2022
     l2:      -scale * distance(P x, code_e)     the same with a distance
 
-    Parameters: `codes`, a vector per expert; `proj`, the P, projects to min(256, D / 2) dimensions;
-    `log_scale`: the scale starts at 2 and stays at most 100, as in Tutel.
+    Parameters: `codes`, a vector per expert; `proj`, the P, to D // 2 dimensions, at least 1 and at
+    most 256; `log_scale`: its exp, the scale, starts at 2 and is capped at 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
     Logits are float32, or float64 for tokens in float64, also under autocast and for weights in
-    bfloat16. Raise ValueError for another kind: the message has all kinds, and expert_choice and
-    soft, which are other layers.
+    bfloat16. Raise ValueError for another kind: the message names it, all kinds, and the layers
+    expert_choice and soft.
     Start: codes from N(0, 0.02^2) if linear, else N(0, 1 / their width); proj from N(0, 1 / D).
     """
 

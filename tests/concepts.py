@@ -273,7 +273,7 @@ class Work(NamedTuple):
 
 
 PLAN = dict(
-    router=Work(2, "Why are the scores float32 even under autocast? What would bfloat16 change?"),
+    router=Work(4, "Why are the scores float32 even under autocast? What would bfloat16 change?"),
     top_k=Work(1, "What would k = 1 teach the router if the gates were divided by their sum?"),
     balance=Work(4, "Counting has no gradient. Where does that of the load loss come from?"),
     capacity=Work(4, "Whom does Batch Prioritized Routing drop? When does it change nothing?"),

@@ -156,7 +156,7 @@ def state_of(concept, all_collected=True):
     count = f"{passed}/{len(outcomes)}"
     complete = all_collected and len(outcomes) == totals[concept]
     if len(outcomes) < totals[concept]:
-        count += f" of {totals[concept]}"
+        count += f" passed, {totals[concept]} in all"
     if wrong:
         return count, "BROKEN" if complete else "so far"
     if concept in unwritten:

@@ -8,6 +8,10 @@ a fresh copy of this project, in which all other functions are ours: a wrong dis
 combine. The tests of the concept run there in a process of their own: with an empty environment, a
 limit of time, and referee.py. A concept scores 1 if all of its tests pass, else 0.
 
+Solution, tests and rules are those of the project that runs the command, not those of the
+assignment: run it in the project that made the assignment. Its share of the mark is that for
+working code. Read the answers and the code yourself, by the rubric in ASSIGNMENT.md.
+
 This keeps out short tricks, not an attacker. The process runs as you: it can read and write what
 you can, use the network, and search its own memory for the referee's secret. Run it in a sandbox:
 a container or virtual machine without network, without this repository's history, and without
@@ -16,6 +20,7 @@ other submissions.
 
 import ast
 import csv
+import io
 import json
 import os
 import re
@@ -179,9 +184,14 @@ def judge(expected, reports):
         problem = f"the process ended or was stopped, {len(unsent)} results were not reported"
     elif len(passed) < len(counting):
         first = next(key for key in counting if key not in passed)
-        why = reports[first]["message"].strip().partition("\n")[0]
-        problem = f"{first[0]}: {why}"
+        problem = f"{first[0]}: {summary(reports[first]['message'])}"
     return len(passed), len(counting), problem
+
+
+def summary(message):
+    """Return the first line of a test's message, and its hint if it has one."""
+    first, _, more = message.strip().partition("\n")
+    return " ".join([first, *re.findall("^Hint: .*", more, re.MULTILINE)])
 
 
 # ---------------------------------------------------------------- all submissions
@@ -196,6 +206,19 @@ def grade_concept(concept, submission, expected, copy_project, limit):
     score = int(passed == tests and not problem and not missing)
     note = "; ".join(filter(None, [*missing, problem]))
     return dict(score=score, passed=passed, tests=tests, note=note, look=look)
+
+
+def grade_submission(submission, expected, copy_project, limit):
+    """Return the results of all concepts of a submission as a dict for JSON.
+
+    expected: {concept: what expect() returns}.
+    """
+    concepts = {
+        concept: grade_concept(concept, submission, reports, copy_project, limit)
+        for concept, reports in expected.items()
+    }
+    score = sum(result["score"] for result in concepts.values())
+    return dict(submission=name_of(submission), score=score, concepts=concepts)
 
 
 def expect(concept, copy_project, limit):
@@ -213,41 +236,116 @@ def expect(concept, copy_project, limit):
     return expected
 
 
-def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")):
-    """Grade submissions. Print and write a CSV line for each, and write details as JSON.
+def expect_all(concepts, copy_project, limit):
+    """Return the reports for our own code, as {concept: what expect() returns}."""
+    expected = {}
+    for number, concept in enumerate(concepts, 1):
+        say(f"checking our own solution: {concept} {number}/{len(concepts)}")
+        expected[concept] = expect(concept, copy_project, limit)
+    return expected
 
-    copy_project: function that writes a complete project into a folder.
-    Raise ValueError, before anything runs, if something cannot be graded.
-    """
+
+# ---------------------------------------------------------------- grades.csv and grades.json
+
+
+def check(submissions, assignment):
+    """Raise ValueError if something cannot be graded."""
     if not (assignment / "ASSIGNMENT.md").exists():
         raise ValueError(f"no ASSIGNMENT.md in {assignment}: give the folder that was handed out")
-    concepts = blanked_concepts(assignment)
-    functions = " ".join(BY_NAME[name].functions for name in concepts).split()
+    functions = " ".join(BY_NAME[name].functions for name in blanked_concepts(assignment)).split()
     sources = sorted({f"{function.split('.')[0]}.py" for function in functions})
+    names = []
     for submission in submissions:
         if not submission.exists():
             raise ValueError(f"no submission at {submission}: expected a folder, or a .py file")
         if submission.suffix == ".py" and len(sources) > 1:  # it would be taken for all of them
             raise ValueError(f"{submission} is one file, but the assignment is in "
                              f"{', '.join(sources)}: expected a folder")
+        if name_of(submission) in names:
+            raise ValueError(
+                f"{submission} is the second submission named {name_of(submission)}: expected a"
+                " folder per student"
+            )
+        names.append(name_of(submission))
+
+
+def name_of(submission):
+    """Return the name of a submission's folder or file, however its path is typed."""
+    return os.path.basename(os.path.abspath(submission))
+
+
+def csv_of(results):
+    """Return the text of the CSV file: a line per submission, "" without any."""
+    table = io.StringIO()
+    lines = csv.writer(table)
+    lines.writerows(["submission", *result["concepts"], "score"] for result in results[:1])
+    lines.writerows(map(row_of, results))
+    return table.getvalue()
+
+
+def row_of(result):
+    """Return the cells of a submission's line: its name, a score per concept, their sum."""
+    scores = [concept["score"] for concept in result["concepts"].values()]
+    return [result["submission"], *scores, result["score"]]
+
+
+def read_results(out, concepts):
+    """Return the results that an earlier run has left in OUT.json, or [].
+
+    Raise ValueError if the files are not as a run with these concepts leaves them.
+    """
     files = [out.with_suffix(suffix) for suffix in (".csv", ".json")]
-    for file in files:
-        if file.exists():
-            raise ValueError(f"{file} exists already: move it away, earlier grades are in it")
-    expected = {name: expect(name, copy_project, limit) for name in concepts}
-    results = []
-    with open(files[0], "w", newline="", encoding="utf-8") as table:
-        lines = csv.writer(table)
-        lines.writerow(["submission", *concepts, "score"])
+    texts = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
+    try:
+        results = json.loads(texts[1] or "[]")
+        ours = all(list(result["concepts"]) == concepts for result in results)
+        ours = ours and csv_of(results).splitlines() == texts[0].splitlines()
+    except (ValueError, KeyError, TypeError):  # written by something else
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{files[0]} or {files[1].name} exists already, not as this command leaves them: move"
+            " both away, earlier grades may be in them"
+        )
+    return results
+
+
+def write_results(results, out):
+    """Write OUT.csv and OUT.json. Each is whole at any time, also if this is stopped."""
+    for suffix, text in ((".csv", csv_of(results)), (".json", json.dumps(results, indent=2))):
+        part = out.with_suffix(f"{suffix}.part")
+        part.write_text(text, encoding="utf-8", newline="")
+        part.replace(out.with_suffix(suffix))
+
+
+def say(text):
+    """Print a line of progress: to stderr, where it is not among the grades."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")):
+    """Grade submissions. Print a CSV line for each, and write OUT.csv and, with notes, OUT.json.
+
+    Those that are in OUT.csv already stay: after Ctrl-C the same command does the rest.
+    copy_project: function that writes a complete project into a folder.
+    Raise ValueError, before anything runs, if something cannot be graded.
+    """
+    check(submissions, assignment)
+    concepts = blanked_concepts(assignment)
+    results = read_results(out, concepts)
+    table = out.with_suffix(".csv")
+    known = [result["submission"] for result in results]
+    left = [submission for submission in submissions if name_of(submission) not in known]
+    if known:
+        say(f"students in {table} already, who stay as they are: {len(known)}")
+    try:
+        expected = expect_all(concepts if left else [], copy_project, limit)
         print(",".join(["submission", *concepts, "score"]), flush=True)
-        for submission in submissions:
-            graded = {
-                name: grade_concept(name, submission, expected[name], copy_project, limit)
-                for name in concepts
-            }
-            scores = [result["score"] for result in graded.values()]
-            results.append(dict(submission=str(submission), score=sum(scores), concepts=graded))
-            lines.writerow([submission, *scores, sum(scores)])
-            table.flush()
-            print(",".join(map(str, [submission, *scores, sum(scores)])), flush=True)
-            files[1].write_text(json.dumps(results, indent=2), encoding="utf-8")
+        for number, submission in enumerate(left, 1):
+            say(f"grading {name_of(submission)} {number}/{len(left)}")
+            results.append(grade_submission(submission, expected, copy_project, limit))
+            write_results(results, out)
+            print(",".join(map(str, row_of(results[-1]))), flush=True)
+    except KeyboardInterrupt:
+        say(f"stopped: students in {table}: {len(results)}")
+        raise

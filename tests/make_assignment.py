@@ -8,6 +8,21 @@
 In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
 body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a
 rubric. This file, the tests of the tests and the history stay here.
+
+A solution copied from this project passes, unless you change a rule before you make the assignment.
+tests/rules.py has two, and both change `capacity` only. Change all places of a rule, the docstrings
+too: they are the handout. Then run `python -m pytest`. The new lines of code are in
+tests/test_assignment.py, test_changed_rules_change_all_that_follows.
+
+    rule                      places
+    ROUND = math.floor        moe.expert_capacity; its docstring and those of ExpertChoice, with its
+                              example, where C becomes 1, and of SoftMoE; 4 slots instead of 5 in
+                              tests/test_robustness.py, test_a_limited_capacity
+    LATER_TOKEN_FIRST = True  moe.assign_slots and its docstring
+
+Tests of your own may find mistakes that ours miss, but they catch no copy: what is right passes.
+Write them into tests/test_private*.py of the project that grades, each with the marker of one
+concept. They are used in grading, and students do not get them.
 """
 
 import argparse
@@ -36,6 +51,7 @@ PROJECT = """
     tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py
     tests/test_inspect.py
 """.split()
+README_HEAD = "This is an assignment: start with ASSIGNMENT.md."
 COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
 `resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
 `device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
@@ -56,28 +72,31 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 - Use tensor operations, not a Python loop over tokens. A loop over experts or over the K choices is
   fine. Make new tensors on the device of the input: a test runs on the device "meta", which has
   shapes but no numbers.
-- Messages of errors are yours. They must contain the values that the tests name.
+- Word error messages as you like, with the values the tests ask for.
 
 ```sh
 python -m pytest -x -m "{mine}"   # stops at the next thing to learn
-python -m pytest   # everything: what still waits for yours?
+python -m pytest   # everything: what still fails?
 ```
 """
 PLAN_HEAD = """
 ## Plan
 
-In this order, each builds on those above. The hours are estimates.
+In this order: later concepts use earlier ones. The hours are estimates.
 
-| day | concept | hours | to discuss |
-|---|---|---|---|
 """
 END = """
+## What to hand in
+
+- your {files}
+- answers.md, in which you answer each question of the plan, under the name of its concept
+
 ## How it is graded
 
 Each concept counts the same, and scores only if all of its tests pass. The bodies of the functions
 above are taken from your {files}, and nothing else is. For each concept they are put into a fresh
-copy. There all other functions are right, so a mistake in one concept does not cost another. Your
-tests are not used, and the copy may have more of them.
+copy. There all other functions are right, so a mistake in one concept does not cost another. Our
+tests are used, perhaps with some you have not seen.
 
 | part | share | full marks |
 |---|---|---|
@@ -113,9 +132,10 @@ def copy_project(out):
     for name in PROJECT:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, out / name)
-    readme = (out / "README.md").read_text(encoding="utf-8")  # without the section for instructors
+    readme = (out / "README.md").read_text(encoding="utf-8")  # without what is for us
     readme = re.sub(r"## Make it an assignment\n.*?(?=## )", "", readme, flags=re.DOTALL)
-    (out / "README.md").write_text(readme, encoding="utf-8")
+    readme = re.sub(r"- \*\*Changed the code\?\*\*.*?\n(?=- |\n)", "", readme, flags=re.DOTALL)
+    (out / "README.md").write_text(f"{README_HEAD}\n\n{readme}", encoding="utf-8")
 
 
 def blank_concepts(out, names):
@@ -128,17 +148,18 @@ def blank_concepts(out, names):
 
 
 def write_plan(names):
-    """Return a table of concepts over two weeks, ten days, in proportion to their hours."""
+    """Return a table of concepts. From 10 hours on it spreads them over two weeks, ten days."""
     total = sum(PLAN[name].hours for name in names)
-    lines, before = [], 0
+    rows, before = [["day", "concept", "hours", "to discuss"], ["---"] * 4], 0
     for name in names:
         day = 1 + 10 * before // total
         before += PLAN[name].hours
         last = max(day, -(-10 * before // total))  # rounded up
         days = f"{day}" if day == last else f"{day} to {last}"
-        lines.append(f"| {days} | {name} | {PLAN[name].hours} | {PLAN[name].question} |\n")
-    lines.append(f"\n{total} hours in all.\n")
-    return PLAN_HEAD + "".join(lines)
+        rows.append([days, name, f"{PLAN[name].hours}", PLAN[name].question])
+    first = 0 if total >= 10 else 1
+    table = "\n".join(f"| {' | '.join(row[first:])} |" for row in rows)
+    return f"{PLAN_HEAD}{table}\n\nHours in all: {total}.\n"
 
 
 def write_task(function, described):
@@ -291,13 +312,16 @@ def parse_args(argv=None):
     parser.add_argument("--solution-check", action="store_true",
                         help="then run the tests with and without the blanks (minutes)")
     parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
-                        help="grade folders (or .py files, if all is in one); needs --against")
+                        help="grade folders (or .py files, if all is in one) by the solution, the"
+                        " tests and the rules of this project; needs --against. A concept"
+                        " takes about 5 s of a processor, for our own solution and for each"
+                        " student (measured once, with top_k and combine; others differ)")
     parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
                         help="the folder OUT as it was handed out")
     parser.add_argument("--limit", type=float, default=LIMIT,
                         help=f"seconds for the tests of one concept ({LIMIT})")
     parser.add_argument("--grades", type=Path, default=Path("grades"),
-                        help="write this .csv and .json (grades)")
+                        help="write this .csv and .json, or go on with them (grades)")
     return parser.parse_args(argv)
 
 
@@ -332,6 +356,8 @@ if __name__ == "__main__":
         main(parse_args())
     except BrokenPipeError:  # --list | head
         os._exit(0)
+    except KeyboardInterrupt:  # Ctrl-C; grade() has said what is done
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,10 +10,12 @@ import csv
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -95,15 +97,43 @@ def test_an_assignment_by_hand(tmp_path, capsys):
     source = (out / "moe.py").read_text("utf-8")
     blanks = re.findall('raise NotImplementedError\\("(.*)"\\)', source)
     assert blanks == ["top_k: write top_k_gates", "combine: write combine"]
-    assert "make_assignment" not in (out / "README.md").read_text("utf-8")
     text = (out / "ASSIGNMENT.md").read_text("utf-8")
     assert text.index("## top_k") < text.index("## combine"), "in teaching order"
     for part in ("Choose the k most probable experts", "pytest -m combine", "(it needs dispatch)",
-                 "taken from your moe.py, and nothing else", "| 1 to 4 | top_k | 1 |",
-                 "3 hours in all", "### `combine` in moe.py", "pip install -r requirements.txt"):
+                 "taken from your moe.py, and nothing else", "\n- your moe.py\n- answers.md",
+                 "### `combine` in moe.py", "pip install -r requirements.txt"):
         assert part in text
     assert make_assignment.COMMON not in text, "nothing here has args or a run"
     assert make_assignment.COMMON in make_assignment.write_handout(["recipe"])
+
+
+def test_what_students_get_is_about_their_task(tmp_path):
+    """rules.py does not say what we use it for. The README leads to ASSIGNMENT.md, without the
+    parts that need files which stay here."""
+    make_assignment.copy_project(tmp_path)
+    rules = (tmp_path / "tests/rules.py").read_text("utf-8")
+    assert not re.search("cop(y|ied)|course|instructor|solution|chang", rules)
+    readme = (tmp_path / "README.md").read_text("utf-8")
+    assert readme.startswith("This is an assignment: start with ASSIGNMENT.md.\n\n# Sparse")
+    assert not re.search("make_assignment|Changed the code", readme)
+    assert "\n- **Out of memory?**" in readme and "\n## Never run" in readme
+
+
+@pytest.mark.parametrize("names, lines", [
+    (["top_k"], ["| concept | hours | to discuss |", "| top_k | 1 | What", "Hours in all: 1."]),
+    # 4 + 1 + 4 + 3 hours: 12 in 10 days. After 4 of them day 1 + 40 // 12 = 4 has begun.
+    (["router", "top_k", "balance", "dispatch"],
+     ["| day | concept | hours | to discuss |", "| 1 to 4 | router | 4 | Why",
+      "| 4 to 5 | top_k | 1 | What", "| 5 to 8 | balance | 4 | Counting",
+      "| 8 to 10 | dispatch | 3 | Why", "Hours in all: 12."]),
+])
+def test_the_plan_by_hand(names, lines):
+    """A line per concept, with days where there is work for ten of them, and the sum of hours."""
+    printed = make_assignment.write_plan(names).splitlines()
+    found = [line for line in printed if line.startswith(("|", "Hours")) and "---" not in line]
+    assert len(found) == len(lines)
+    for line, start in zip(found, lines):
+        assert line.startswith(start)
 
 
 def test_the_docstring_of_a_class_comes_before_its_methods():
@@ -288,6 +318,23 @@ def test_lines_of_somebody_else_are_no_reports():
     forged = json.dumps(dict(secret="t", test="b", spoiled=False, passed=True))
     reports = grade.read_reports([forged, "[]", "1", "{", "", ours], "s")
     assert list(reports) == [("a", False)]
+
+
+@pytest.mark.parametrize(
+    "message, note",
+    [
+        ("AssertionError: not close!\n\nDifference: 1\n\nHint: 2 and not 1: twice?",
+         "AssertionError: not close! Hint: 2 and not 1: twice?"),
+        ("assert 1 == 2\n + where 1 = f()", "assert 1 == 2"),
+        ("", ""),
+    ],
+    ids=["hint", "no hint", "nothing"],
+)
+def test_a_note_says_what_failed_and_has_the_hint(message, note):
+    """Of a message of many lines the first one and the hint answer: why 0?"""
+    ours, theirs = dict(passed=True, message=""), dict(passed=False, message=message)
+    problem = grade.judge({("test_f", False): ours}, {("test_f", False): theirs})
+    assert problem == (0, 1, f"test_f: {note}")
 
 
 # ---------------------------------------------------------------- grading: one function
@@ -491,15 +538,105 @@ def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
     with open("grades.csv", newline="") as file:
         header, *lines = csv.reader(file)
     assert header == ["submission", "top_k", "score"]
-    assert lines == [[str(submissions[0]), "0", "0"], [str(submissions[1]), "1", "1"],
-                     [str(submissions[2]), "0", "0"]]
+    assert lines == [["alice", "0", "0"], ["bob.py", "1", "1"], ["carol, the third", "0", "0"]]
     alice, bob, carol = json.loads((tmp_path / "grades.json").read_text())
     assert bob["concepts"]["top_k"] == dict(score=1, passed=3, tests=3, note="", look=[])
     assert "NotImplementedError: top_k: write top_k_gates" in alice["concepts"]["top_k"]["note"]
     assert "No such file" in carol["concepts"]["top_k"]["note"]
     assert len(capsys.readouterr().out.splitlines()) == 4
-    with pytest.raises(ValueError, match="grades.csv exists already"):
-        grade.grade(submissions, tmp_path / "homework", copy_miniature, 60)
+
+
+@pytest.fixture
+def instant(tmp_path, monkeypatch):
+    """Let each submission score 1 without running its tests. carol's is stopped by Ctrl-C."""
+
+    def grade_concept(concept, submission, *_):
+        if submission.name == "carol":
+            raise KeyboardInterrupt
+        return dict(score=1, passed=3, tests=3, note="", look=[])
+
+    monkeypatch.setattr(grade, "grade_concept", grade_concept)
+    monkeypatch.setattr(grade, "expect", lambda *_: {})
+    monkeypatch.chdir(tmp_path)
+    for name in ("homework", "alice", "bob", "carol", "late/alice"):
+        os.makedirs(name)
+    (tmp_path / "homework/ASSIGNMENT.md").write_text("")
+    source = blank(MINIATURE["moe.py"], "top_k_gates", "top_k")
+    (tmp_path / "homework/moe.py").write_text(source)
+    return lambda *names: grade.grade(list(map(Path, names)), Path("homework"), copy_miniature)
+
+
+def test_the_progress_is_not_among_the_grades(instant, capsys):
+    """A line before each step goes to stderr, so that one sees how long it takes."""
+    instant("alice", "bob")
+    out, errors = capsys.readouterr()
+    assert out.splitlines() == ["submission,top_k,score", "alice,1,1", "bob,1,1"]
+    steps = ["checking our own solution: top_k 1/1", "grading alice 1/2", "grading bob 2/2"]
+    assert errors.splitlines() == steps
+
+
+@pytest.mark.parametrize("typed", ["alice", "alice/", "./alice", "ABSOLUTE/alice", "bob/../alice"])
+def test_a_submission_has_the_name_of_its_folder(typed, instant, tmp_path):
+    """However the path is typed, the same student has the same name in both files."""
+    instant(typed.replace("ABSOLUTE", str(tmp_path)))
+    assert Path("grades.csv").read_text().splitlines()[1] == "alice,1,1"
+    assert json.loads(Path("grades.json").read_text())[0]["submission"] == "alice"
+
+
+def test_after_ctrl_c_the_same_command_does_the_rest(instant, capsys):
+    """Who is in grades.csv stays as it was. Given bob, then stopped at carol, bob is not graded
+    again."""
+    with pytest.raises(KeyboardInterrupt):
+        instant("bob", "carol", "alice")
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: students in grades.csv: 1"
+    os.rename("carol", "carl")
+    instant("bob", "carl", "alice")
+    assert "bob" not in capsys.readouterr().out
+    names = [line.partition(",")[0] for line in Path("grades.csv").read_text().splitlines()]
+    assert names == ["submission", "bob", "carl", "alice"]
+    assert [result["submission"] for result in json.loads(Path("grades.json").read_text())] == (
+        names[1:]
+    )
+
+
+def test_ctrl_c_is_one_line_and_status_130(instant, monkeypatch, capsys):
+    """No traceback, and the status that a shell expects of a program that SIGINT has ended."""
+    command = ["make_assignment.py", "--grade", "alice", "carol", "--against", "homework"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(ROOT / "tests/make_assignment.py"), run_name="__main__")
+    assert error.value.code == 130
+    last_lines = capsys.readouterr().err.splitlines()[-2:]
+    assert last_lines == ["grading carol 2/2", "stopped: students in grades.csv: 1"]
+
+
+def test_an_empty_file_is_no_earlier_grade(instant):
+    """A run that was cut may leave one, and the next run goes on."""
+    for name in ("grades.csv", "grades.json"):
+        Path(name).write_text("")
+    instant("bob")
+    assert Path("grades.csv").read_text().splitlines() == ["submission,top_k,score", "bob,1,1"]
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("grades.csv", "bob,1,1", "bob,0,0"),
+    ("grades.json", "top_k", "router"),
+    ("grades.json", "[", "{"),
+])
+def test_grades_that_were_changed_are_not_overwritten(name, old, new, instant):
+    """A table that somebody has corrected, another assignment's, a broken file: refused."""
+    instant("bob")
+    changed = Path(name).read_text().replace(old, new, 1)
+    Path(name).write_text(changed)
+    with pytest.raises(ValueError, match="grades.csv or grades.json exists already"):
+        instant("bob", "alice")
+    assert Path(name).read_text() == changed
+
+
+def test_two_students_with_one_name_are_refused(instant):
+    """Their lines could not be told apart."""
+    with pytest.raises(ValueError, match="late/alice is the second submission named alice"):
+        instant("alice", "late/alice")
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -537,7 +674,7 @@ def test_changed_rules_change_all_that_follows(tmp_path):
     ]
     for file, old, new in changes:
         text = (tmp_path / file).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old} in {file}: rules.py names it"
+        assert text.count(old) == 1, f"{old} in {file}: make_assignment.py names it"
         (tmp_path / file).write_text(text.replace(old, new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-m"]
     command += ["(capacity or expert_choice or soft) and not slow", "-p", "no:cacheprovider"]
