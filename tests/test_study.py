@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,3 +64,27 @@ def test_the_loop_makes_every_row_of_the_tables(tmp_path):
     rows = {name for _, table in study.TABLES.values() for name in table.values()}
     assert rows == runs["run"] and runs["shifts"] == {"dense", "E8"}
     assert set(study.FOLLOWED) == runs["follows"]
+
+
+def test_what_the_readme_says_came_out():
+    """Each number of the README's section is computed from the results, and so is each verdict."""
+    found = study.Study()
+    section = (ROOT / "README.md").read_text().split("## Do experts help?")[1].split("```")[0]
+    text = " ".join(section.split())
+    gain = found.gain("E8")
+    sparse = [found.top1(f"E{E}").mean for E in study.EXPERTS]
+    said = [
+        f"{in_words(found.top1('E8'))} with eight experts and {in_words(found.top1('dense'))} without",
+        f"{gain.mean:+.1f} points with a 95% interval of {gain.mean - gain.half:.1f} to"
+        f" {gain.mean + gain.half:.1f} (n = {gain.n}",
+        f"1 to 32 experts end at {min(sparse):.1f} to {max(sparse):.1f}",
+        f"width 128 ends at {in_words(found.top1('micro-3e-3'))}",
+        f"with half of it at {in_words(found.top1('micro-dense'))}",
+        "torch 2.14", "The paper's ViT-S gains 0.9",  # its Table 1: 79.8 and 80.7
+        f"a deviation of {found.top1('dense').deviation:.1f} points between seeds",
+    ]
+    for words in said:
+        assert words in text, words
+        text = text.replace(words, "")
+    assert not re.search(r"\d\.\d", text), "a number that nothing here computes"
+    assert gain.mean - gain.half < 0 < gain.mean + gain.half, "uncertain: the interval contains 0"
