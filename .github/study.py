@@ -313,21 +313,24 @@ def draw_study(study):
     means = {name: study.top1(name) for name in names if study.has(name)}
     low = 10 * math.floor(min(mean.mean - mean.deviation for mean in means.values()) / 10)
     high = 10 * math.ceil(max(mean.mean + mean.deviation for mean in means.values()) / 10)
-    parts = []
-    for i, (title, lines) in enumerate(PANELS.items()):
-        experts = EXPERTS if i == 0 else (4, 8, 16)
-        panel, labels = Panel(40 + 246 * i, title, experts, low, high), {}
+    parts, left = [], 40
+    for title, lines in PANELS.items():
+        experts = EXPERTS if len(lines) == 1 else (4, 8, 16)
+        lines = {label: line for label, line in lines.items() if f"{line[0]}dense" in means}
+        if len(lines) == 1 and left > 40:
+            continue  # nothing to compare yet
+        panel, labels = Panel(left, title, experts, low, high), {}
         for label, (start, colour) in lines.items():
             found = {E: means[f"{start}E{E}"] for E in experts if f"{start}E{E}" in means}
-            if f"{start}dense" in means and found:
-                panel.dense(means[f"{start}dense"], colour)
-                panel.sparse(found, colour)
-                labels[label] = found[max(found)], colour
+            panel.dense(means[f"{start}dense"], colour)
+            panel.sparse(found, colour)
+            labels[label] = found[max(found)], colour
         panel.label(labels)
         parts += panel.parts
+        left += 246
     legend = "Top-1 %. Dashed: without experts, at the same multiply-adds."
     parts.append(text(40, 44, legend, "small"))
-    return page(748, 328, "Accuracy over the number of experts", parts)
+    return page(left + 10, 328, "Accuracy over the number of experts", parts)
 
 
 FOLLOWED = {  # what it is called in study.jsonl: title

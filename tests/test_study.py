@@ -74,7 +74,8 @@ def test_what_the_readme_says_came_out():
     gain = found.gain("E8")
     sparse = [found.top1(f"E{E}").mean for E in study.EXPERTS]
     said = [
-        f"{in_words(found.top1('E8'))} with eight experts and {in_words(found.top1('dense'))} without",
+        f"{in_words(found.top1('E8'))} with eight experts",
+        f"and {in_words(found.top1('dense'))} without",
         f"{gain.mean:+.1f} points with a 95% interval of {gain.mean - gain.half:.1f} to"
         f" {gain.mean + gain.half:.1f} (n = {gain.n}",
         f"1 to 32 experts end at {min(sparse):.1f} to {max(sparse):.1f}",
