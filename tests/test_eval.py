@@ -1719,7 +1719,9 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
         cells = line.split()
         assert cells[:3] == [str(path), *size] and cells[5:] == numbers
 
-    written = json.loads((folder / "out.json").read_text())
+    text = (folder / "out.json").read_text()
+    assert text.startswith('{\n "'), "one entry per line, for people"
+    written = json.loads(text)
     assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
     assert written["dtype"] == "torch.float32" and written["torch"] == torch.__version__
     row = written["results"][1]

@@ -1040,9 +1040,11 @@ def test_what_is_printed(checkpoint, monkeypatch, capsys):
     """A line per MoE layer: block, experts per image, information per factor, load per expert."""
     path = checkpoint("a.pt", moe_layers="last2")
     run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
-    summary = json.loads(Path("out/summary.json").read_text())
-    lines = capsys.readouterr().out.splitlines()
-    for layer, line in zip(summary["layers"], lines[2:]):
+    text = Path("out/summary.json").read_text()
+    assert text.startswith('{\n "checkpoint"'), "one entry per line, for people"
+    summary = json.loads(text)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    for layer, line in zip(summary["layers"], lines[:len(summary["layers"])], strict=True):
         numbers = re.findall(r"[\d.]+", line)
         assert int(numbers[0]) == layer["block"]
         found = [known["normalized"] for known in layer["information"].values()]
@@ -1072,6 +1074,12 @@ def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
     path = checkpoint("a.pt", moe_layers="last2")
     with pytest.raises(ValueError, match="zebra"):
         run_main(monkeypatch, path, "--data", "images", "--workers", "0", "--out", "out")
+    # the second of two checkpoints, before anything is counted for the first
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | dict(classes=[f"bird {i}" for i in range(16)]), "birds.pt")
+    monkeypatch.setattr(inspect_experts, "count_choices", lambda *args: pytest.fail("counted"))
+    with pytest.raises(ValueError, match="circle"):
+        run_main(monkeypatch, path, "--compare", "birds.pt", "--data", "shapes", "--out", "out")
 
 
 @pytest.mark.report
