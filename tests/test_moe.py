@@ -657,6 +657,15 @@ def test_an_idle_expert_gets_a_zero_gradient_and_not_none():
 
 
 @pytest.mark.experts
+def test_one_expert_is_enough():
+    """E = 1: its rows are answered by the only MLP, and the dropped row behind them is 0."""
+    experts, rows = Experts(1, 4, 7), torch.randn(3, 4)
+    answers = experts(rows, torch.tensor([2]))
+    close(answers[:2], experts[0](rows[:2]))
+    assert not answers[2].any()
+
+
+@pytest.mark.experts
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]])
 def test_experts_answer_in_the_type_of_autocast(counts):
     """Under bf16 autocast the answers are bfloat16, as those of one MLP. Dropped rows give 0."""
