@@ -66,7 +66,7 @@ def same(a, b):
 
 
 LONG = (
-    "--data shapes:80 --model vit_nano --batch-size 8 --epochs 3 --ema 0.9 "
+    "--data shapes:80 --model vit_nano --batch-size 8 --epochs 6 --ema 0.9 "
     "--mixup 0.2 --cutmix 1 --erasing 0.5 --crop-scale 0.5 --flip 1 --drop-path 0.2 "
     "--capacity-factor 1.05 --save-every-minutes 0.002"
 ).split()
@@ -103,14 +103,14 @@ def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_pa
     reached = interrupt(processes, tmp_path / "broken", signal.SIGTERM)
     assert finish(processes) == [143] * world, "128 + 15: a scheduler sees that the run was stopped"
     saved = load(last)["step"]
-    assert reached <= saved < 30, "saved on the way out"
+    assert reached <= saved < 60, "saved on the way out"
 
     processes = start(world, tmp_path, *broken)
     while load(last)["step"] == saved:
         time.sleep(0.02)
     interrupt(processes, tmp_path / "broken", signal.SIGKILL)
     assert finish(processes) == [-9] * world
-    assert load(last)["step"] < 30
+    assert load(last)["step"] < 60
 
     assert finish(start(world, tmp_path, *broken)) == [0] * world
     expected, continued = load(tmp_path / "whole" / "last.pt"), load(last)

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,11 +98,15 @@ def source_of(file):
     return (ROOT / f"{file}.py").read_text("utf-8")
 
 
+one_at_a_time = threading.Lock()  # Python 3.11 loses count if two threads make syntax trees
+
+
 def run_mutant(folder, mutant):
     """Return the status of the concept's tests, which stop at the first that fails."""
     concept, function, old, new = mutant
     file, _, path = function.partition(".")
-    sources = {file: mutants.replace(source_of(file), path, old, new)}
+    with one_at_a_time:
+        sources = {file: mutants.replace(source_of(file), path, old, new)}
     folder.mkdir()
     [status] = forked.finish(forked.start(run_changed, sources, [concept], folder, ["-x"]))
     return status
@@ -113,9 +118,10 @@ def run_unwritten(folder, concept):
     {concept: [(passed, names of the concepts that were found unwritten)]}
     """
     sources = {}
-    for function in BY_NAME[concept].functions.split():
-        file, _, path = function.partition(".")
-        sources[file] = blank(sources.get(file) or source_of(file), path, concept)
+    with one_at_a_time:
+        for function in BY_NAME[concept].functions.split():
+            file, _, path = function.partition(".")
+            sources[file] = blank(sources.get(file) or source_of(file), path, concept)
     folder.mkdir()
     concepts = [concept, *waiting_for(concept)]
     forked.finish(forked.start(run_changed, sources, concepts, folder, []))
