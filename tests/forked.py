@@ -14,9 +14,15 @@ import runpy
 import socket
 import sys
 import tempfile
+import threading
+from multiprocessing.connection import wait
 
 import pytest
 import torch
+
+# A start looks which of the other processes have ended. If two threads look at the same one, its
+# exit code arrives in one of them, and the other gets 255.
+one_at_a_time = threading.Lock()
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 
@@ -42,7 +48,8 @@ def start(function, *arguments, world=1):
         call = (printed, ranks if world > 1 else {}, function, arguments)
         process = server.Process(target=begin, args=call)
         process.printed = printed
-        process.start()
+        with one_at_a_time:
+            process.start()
         processes.append(process)
     return processes
 
@@ -63,7 +70,9 @@ def begin(printed, ranks, function, arguments):
 def finish(processes, seconds=120):
     """Wait for the processes to end, print what they have printed, and return their exit codes."""
     for process in processes:
-        process.join(seconds)
+        wait([process.sentinel], seconds)
+        with one_at_a_time:
+            process.join(0)
         with open(process.printed, errors="replace") as file:
             print(file.read(), end="")
         os.remove(process.printed)
