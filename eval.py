@@ -12,13 +12,13 @@ model and counts right answers, and print_results() prints them in percent, one 
 as in Videau et al., TMLR 2025.
 
 The first half is what all programs share: processes, checkpoints, data sets, counting, and the
-drawn data, `shapes` and `glyphs`. The second half evaluates checkpoints: class matching,
+drawn data, `shapes`, `glyphs` and `flags`. The second half evaluates checkpoints: class matching,
 ImageNet-C, own pictures and mistakes, changed routing, cost, results, command line.
 
 A data set spec is
-- `shapes` or `glyphs`, drawn below (`shapes:4000` for 4,000 training images instead of 16,000,
-  `glyphs:16000:100` for 100 classes instead of 300), or the same pictures as training never shows
-  them: `shapes-noise`, `-blur`, `-rotated`, `-inverted`;
+- `shapes`, `glyphs` or `flags`, drawn below (`flags:64000` for 64,000 training images instead of
+  16,000, `glyphs:16000:100` for 100 classes instead of 300), or the same pictures as training never
+  shows them: `shapes-noise`, `-blur`, `-rotated`, `-inverted`;
 - `cifar10` or `cifar100`, downloaded by torchvision to data/;
 - a folder with train/ and val/ (valid/, validation/, test/) in it, or directly with class folders:
   also ImageNet-V2, -A, -R, -Sketch;
@@ -323,9 +323,10 @@ def open_dataset(spec, split, transform=None):
     name, _, shifted = spec.split(":")[0].partition("-")
     if name in DRAWN and shifted in ("", *SHIFTS):
         count, seed, classes = drawn_size(spec, split)
-        data = Shapes(count, seed, transform)
         if name == "glyphs":
             data = Glyphs(count, seed, transform, classes)
+        else:
+            data = DRAWN[name](count, seed, transform)
         return shift(data, shifted) if shifted else data
     if spec in ("cifar10", "cifar100"):
         return open_cifar(spec, split, transform)
@@ -507,7 +508,7 @@ def split_folder(root, split):
     if os.path.isfile(root):
         raise ValueError(f"{root} is a file: to train, give a folder: {TREE}")
     if not os.path.isdir(root):
-        specs = f"`shapes`, `glyphs`, one of these with -{', -'.join(SHIFTS)}, `cifar10`, "
+        specs = f"`shapes`, `glyphs`, `flags`, one of these with -{', -'.join(SHIFTS)}, `cifar10`, "
         specs += "`cifar100`, a picture to classify"
         raise ValueError(f"no data at {root!r}: expected {specs} or a folder: {TREE}")
     paths = {name.lower(): os.path.join(root, name) for name in list_folder(root)[0]}
@@ -881,10 +882,9 @@ def worst_pairs(confusion, n=None):
 # measure what the experts follow. Only whole numbers are used, so that every machine draws the same
 # pictures.
 
-DRAWN = ("shapes", "glyphs")
 SHIFTS = ("noise", "blur", "rotated", "inverted")
-DRAWN_SPECS = ("`shapes[:COUNT]` or `glyphs[:COUNT[:CLASSES]]` with 1 to 100000 images and 2 to "
-               "10000 classes")
+DRAWN_SPECS = ("`shapes[:COUNT]`, `flags[:COUNT]` or `glyphs[:COUNT[:CLASSES]]` with 1 to 100000 "
+               "images and 2 to 10000 classes")
 
 
 def drawn_size(spec, split):
@@ -1116,6 +1116,69 @@ def distances(x, y):
         # (n, 3, 1, 32) + (n, 3, 32, 1): a row of columns, and a column of rows
         torch.minimum(nearest, dx[:, :, p].unsqueeze(2) + dy[:, :, p].unsqueeze(3), out=nearest)
     return nearest.int()
+
+
+# ---- flags: three stripes, each of one of 14 colours. The class is the country, and it has 49 of
+# the 2,744 flags, drawn by lot. There is no rule to find: the flags must be learnt by heart.
+
+FLAG_COLOURS = ("F0F0F0 202020 D02030 F07820 F0D020 30A040 105040 40C0D0 2050C0 702080 E080B0 "
+                "805030 98D838 8090B0")
+FLAG_PALETTE = [tuple(bytes.fromhex(colour)) for colour in FLAG_COLOURS.split()]
+COUNTRIES = 56
+
+
+class Flags(TensorImages):
+    """`count` pictures (N, 3, 32, 32) of flags of 24 x 24 pixels, drawn from a seed.
+
+    factors: dict of int64 tensors: colour (N, 3), of each stripe from above, an index into
+    FLAG_PALETTE; row and column (N,) of the centre in pixels. masks (N, 32, 32) uint8: 0 on the
+    ground, 1, 2 or 3 on a stripe. A flag is of the same country for every seed.
+    """
+
+    object_share = 1 / 2  # of a patch that shows the flag
+
+    def __init__(self, count, seed, transform=None):
+        drawn = draw_parts(draw_flags, count, seed)
+        images, self.masks = drawn.pop("images"), drawn.pop("masks")
+        self.factors = drawn
+        labels = countries()[drawn["colour"].unbind(1)]
+        super().__init__(images, labels, [f"country-{i:02}" for i in range(COUNTRIES)], transform)
+
+
+def countries():
+    """Draw the country of each flag, by its three colours: (14, 14, 14) int64 in 0 .. 55."""
+    colours = len(FLAG_PALETTE)
+    lots = torch.randperm(colours**3, generator=torch.Generator().manual_seed(0))
+    return (lots % COUNTRIES).view(colours, colours, colours)
+
+
+def draw_flags(generator, n=500):
+    """Draw n flags with a torch.Generator: a dict of tensors whose first axis is n.
+
+    images (n, 3, 32, 32) uint8, masks (n, 32, 32) uint8, and int64 factors, see Flags.
+    """
+    def draw(low, high, *size):
+        size = (n, *size)
+        return torch.randint(low, high, size, generator=generator, dtype=torch.int32)
+
+    colours = draw(0, len(FLAG_PALETTE), 3)
+    row, column = draw(15, 18, 1, 1), draw(15, 18, 1, 1)
+    ground, shade, noise = draw(70, 120, 1, 3), draw(-12, 13, 4, 3), draw(-16, 17, 3, 32, 32)
+
+    pixels = torch.arange(32, dtype=torch.int32)
+    x, y = pixels - column + 12, pixels.view(32, 1) - row + 12  # from the flag's upper left corner
+    on_flag = (x >= 0) & (x < 24) & (y >= 0) & (y < 24)
+    masks = torch.where(on_flag, y // 8 + 1, 0)  # (n, 32, 32)
+
+    palette = torch.tensor(FLAG_PALETTE, dtype=torch.int32)
+    paint = torch.cat([ground, palette[colours]], dim=1) + shade  # (n, ground and stripes, 3)
+    picture = torch.arange(n).view(n, 1, 1)
+    images = paint[picture, masks].permute(0, 3, 1, 2) + noise  # (n, 32, 32, 3) -> (n, 3, 32, 32)
+    factors = dict(colour=colours.long(), row=row.flatten().long(), column=column.flatten().long())
+    return factors | dict(images=images.clamp(0, 255).to(torch.uint8), masks=masks.to(torch.uint8))
+
+
+DRAWN = dict(shapes=Shapes, glyphs=Glyphs, flags=Flags)
 
 
 # ================================================================================================

@@ -312,8 +312,8 @@ def known_factors(dataset, chosen, grid):
 
     Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
     the classes, but of own pictures nothing is known. The drawn ones also know which patches show
-    the object and, for these, its shape, texture and colour, or the stroke and colour of a glyph.
-    On the background these are -1, which counts nowhere.
+    the object and, for these, its shape, texture and colour, or which part of it, a glyph's stroke
+    or a flag's stripe. On the background these are -1, which counts nowhere.
     """
     if not dataset.classes:
         return {}
@@ -330,11 +330,13 @@ def known_factors(dataset, chosen, grid):
     shares = torch.stack(shares)  # (parts, M, N)
     on_object = shares.sum(0) > dataset.object_share
     factors["object"] = (on_object.long(), 2)
+    part = shares.argmax(0)  # (M, N)
     if parts > 1:
-        factors["stroke"] = (shares.argmax(0).where(on_object, -1), parts)
+        factors["part"] = (part.where(on_object, -1), parts)
     for name in ("shape", "texture", "colour"):
         if name in dataset.factors:
-            values = dataset.factors[name][chosen].unsqueeze(1)  # (M, 1)
+            values = dataset.factors[name][chosen]  # (M,), or of each part (M, parts)
+            values = values.gather(1, part) if values.ndim == 2 else values.unsqueeze(1)
             factors[name] = (values.where(on_object, -1), int(values.max()) + 1)
     return factors
 

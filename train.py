@@ -197,7 +197,8 @@ def parse_args(argv=None):
     whole, amount, share = number("[1, inf)", int), number("[0, inf)"), number("[0, 1]")
 
     flag("--data", default="shapes",
-         help="shapes[:COUNT], glyphs[:COUNT[:CLASSES]], cifar10, cifar100 or a folder")
+         help="shapes[:COUNT], flags[:COUNT], glyphs[:COUNT[:CLASSES]], cifar10, cifar100 or a "
+              "folder")
     flag("--model", default="convnext_nano", choices=list(RECIPES), metavar="NAME",
          help=f"{', '.join(RECIPES)} (default: convnext_nano)")
     flag("--out", help="folder of the run, continued if it holds one (default: a new one)")

@@ -1,5 +1,5 @@
-# The study on glyphs: about 240 runs of 1 to 4 minutes on one core. Start it again, and it goes on
-# where it stopped: what stands in .github/study.jsonl is done. From the top folder:
+# The study: about 330 runs of 1 to 4 minutes on one core. Start it again, and it goes on where it
+# stopped: what stands in .github/study.jsonl is done. From the top folder:
 #
 #     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
 #     python .github/study.py                           draw the pictures, write the tables
@@ -7,7 +7,7 @@
 # Two at a time, with different parts, use two cores best.
 
 train() {  # FLAGS...: the run of $name and $seed. One that is finished says so and ends at once
-  python train.py --data glyphs --workers 0 --epochs 8 --k 1 --seed $seed --out $out "$@"
+  python train.py --workers 0 --k 1 --seed $seed --out $out "$@"
 }
 
 once() {  # KIND NAME COMMAND...: for each of the seeds, unless the results have such a line
@@ -25,14 +25,14 @@ run() {  # NAME FLAGS...: train, and append a line to the results
 shifts() {  # NAME FLAGS...: accuracy on pictures that training never shows
   shifted() {
     train "$@" && python eval.py $out/last.pt --workers 0 --json $out/shifts.json \
-      --data glyphs-noise --data glyphs-blur --data glyphs-rotated --data glyphs-inverted
+      --data flags-noise --data flags-blur --data flags-rotated
   }
   once shifts $1 shifted "${@:2}"
 }
 
 follows() {  # NAME DATA FLAGS...: what the experts follow
   inspected() {
-    train --data "$@" && python inspect_experts.py $out/last.pt --data $1 --out $out/inspect
+    train "${@:2}" && python inspect_experts.py $out/last.pt --data $1 --out $out/inspect
   }
   once follows $1 inspected "${@:2}"
 }
@@ -42,8 +42,11 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
   for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
 }
 
-nano="--model vit_nano"
-for part in ${@:-a b c d e f g h i l s w}; do
+# All runs take 2,000 steps of 64 pictures, and 250 of them to warm up.
+flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
+glyphs="--data glyphs --epochs 8 --warmup-epochs 1"
+nano="$flags --model vit_nano"
+for part in ${@:-a b c d e f g h i s w y}; do
   seeds="0 1 2 3 4"
   case $part in
     a)  # how many experts? The main effect has ten seeds
@@ -51,7 +54,7 @@ for part in ${@:-a b c d e f g h i l s w}; do
       run dense $nano --moe-layers none
       run E8 $nano --experts 8
       seeds="0 1 2 3 4"
-      for E in 1 2 4 16 32; do run E$E $nano --experts $E; done
+      for E in 4 16 2 32 1; do run E$E $nano --experts $E; done
       ;;
     w)  # a dense network as wide as eight experts, by its learning rate
       for lr in 3e-3 1e-3 3e-4; do run wide-$lr $nano --experts 1 --expert-ratio 32 --lr $lr; done
@@ -67,15 +70,13 @@ for part in ${@:-a b c d e f g h i l s w}; do
     d)  # which router?
       for router in cosine l2 expert_choice soft; do run $router $nano --router $router; done
       ;;
-    e)  # more pictures, in as many steps
-      sizes 4000 $nano --data glyphs:4000 --epochs 32
-      sizes 64000 $nano --data glyphs:64000 --epochs 2
+    e)  # fewer pictures, in as many steps
+      sizes 16000 --model vit_nano --data flags:16000 --epochs 8 --warmup-epochs 1
+      sizes 4000 --model vit_nano --data flags:4000 --epochs 32 --warmup-epochs 4
       ;;
     f)  # half and twice the width. Their recipes have twice and half the learning rate
-      sizes pico --model vit_pico
-      sizes micro --model vit_micro
-      run pico-3e-3 --model vit_pico --moe-layers none --lr 3e-3
-      run micro-3e-3 --model vit_micro --moe-layers none --lr 3e-3
+      sizes pico $flags --model vit_pico
+      sizes micro $flags --model vit_micro
       ;;
     g)  # other pictures
       shifts dense $nano --moe-layers none
@@ -87,18 +88,26 @@ for part in ${@:-a b c d e f g h i l s w}; do
       done
       ;;
     i)  # a ConvNeXt
-      sizes convnext --model convnext_nano
+      sizes convnext $flags --model convnext_nano
       ;;
-    l)  # three times as many steps: less luck
-      run long-dense $nano --moe-layers none --epochs 24
-      run long-E8 $nano --experts 8 --epochs 24
-      ;;
-    s)  # what do experts follow, on glyphs and on shapes?
+    s)  # what do experts follow?
       seeds="0 1 2"
-      follows E8 glyphs $nano --experts 8
-      follows convnext-E8 glyphs --model convnext_nano --experts 8
-      follows shapes-vit shapes $nano --experts 8
-      follows shapes-convnext shapes --model convnext_nano --experts 8
+      follows flags-vit flags $nano --experts 8
+      follows glyphs-vit glyphs $glyphs --model vit_nano --experts 8
+      follows glyphs-convnext glyphs $glyphs --model convnext_nano --experts 8
+      follows shapes-vit shapes --data shapes --epochs 8 --model vit_nano --experts 8
+      follows shapes-convnext shapes --data shapes --epochs 8 --model convnext_nano --experts 8
+      ;;
+    y)  # glyphs: nothing to learn by heart
+      seeds="0 1 2 3 4 5 6 7 8 9"
+      run glyphs-dense $glyphs --model vit_nano --moe-layers none
+      run glyphs-E8 $glyphs --model vit_nano --experts 8
+      seeds="0 1 2 3 4"
+      for E in 1 2 4 16 32; do run glyphs-E$E $glyphs --model vit_nano --experts $E; done
+      sizes glyphs-pico $glyphs --model vit_pico
+      sizes glyphs-micro $glyphs --model vit_micro
+      run glyphs-pico-3e-3 $glyphs --model vit_pico --moe-layers none --lr 3e-3
+      run glyphs-micro-3e-3 $glyphs --model vit_micro --moe-layers none --lr 3e-3
       ;;
   esac
 done
