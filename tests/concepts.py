@@ -142,7 +142,7 @@ CONCEPTS = (
         "shapes",
         "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ "
         "eval.drawn_size eval.draw_parts eval.shift eval.Glyphs.__init__ eval.draw_characters "
-        "eval.draw_glyphs eval.distances",
+        "eval.draw_glyphs eval.distances eval.Flags.__init__ eval.countries eval.draw_flags",
         "",
         "Pictures whose every factor is known: the same on every machine, and shifted to where "
         "training never was.",

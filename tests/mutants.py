@@ -127,6 +127,9 @@ eval.draw_glyphs
     light.argmax(1) -> dark.argmax(1)
 eval.distances
     dx[:, :, p].unsqueeze(2) -> dx[:, :, p].unsqueeze(3)  # a diagonal
+eval.draw_flags
+    palette[colours] -> palette[colours.flip(1)]  # upside down
+    row + 12 -> row  # moved
 eval.open_pictures
     any(map(is_image, list_files(spec))) -> False  # class folders are no own pictures
 eval.hold_out
@@ -218,6 +221,7 @@ inspect_experts.points_of
     math.isfinite(value) -> True
 inspect_experts.known_factors
     shares.argmax(0) -> shares.argmin(0)
+    values.gather(1, part) -> values[:, :1]  # of the first part
 inspect_experts.similarity
     2 * shared.double() -> shared.double()
 inspect_experts.mutual_information

@@ -27,12 +27,12 @@ from torchvision.transforms import v2
 import eval as evaluation
 import forked
 from checks import on_meta
-from eval import (CHECKPOINT_KEYS, MODELS, PALETTE, Glyphs, Shapes, TensorImages,
-                  accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
-                  class_probabilities, distances, draw_characters, draw_glyphs, drawn_size,
-                  eval_loader, eval_transform, evaluate, hold_out, image_losses, load_checkpoint,
-                  match_classes, normalize, number, open_dataset, open_pictures, read_image,
-                  worst_pairs)
+from eval import (CHECKPOINT_KEYS, FLAG_PALETTE, MODELS, PALETTE, Flags, Glyphs, Shapes,
+                  TensorImages, accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
+                  class_probabilities, countries, distances, draw_characters, draw_glyphs,
+                  drawn_size, eval_loader, eval_transform, evaluate, hold_out, image_losses,
+                  load_checkpoint, match_classes, normalize, number, open_dataset, open_pictures,
+                  read_image, worst_pairs)
 
 CPU = torch.device("cpu")
 
@@ -218,11 +218,12 @@ def test_the_size_of_shapes():
 @pytest.mark.parametrize(
     "spec",
     ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
-     "glyphs:100001", "glyphs:10:1", "glyphs:10:10001", "glyphs:10:10:10"],
+     "glyphs:100001", "glyphs:10:1", "glyphs:10:10001", "glyphs:10:10:10",
+     "flags:0", "flags:10:10"],
 )
 def test_a_wrong_number_of_pictures_or_classes(spec):
     """Only 1 to 100000 pictures, and for glyphs 2 to 10000 classes, can follow the name."""
-    with pytest.raises(ValueError, match=r"expected `shapes\[:COUNT\]` .* 1 to 100000 images"):
+    with pytest.raises(ValueError, match=r"expected `shapes\[:COUNT\]`.* 1 to 100000 images"):
         open_dataset(spec, "train")
 
 
@@ -317,6 +318,64 @@ def test_a_linear_classifier_cannot_read_glyphs():
     weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
     accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
     assert 1 / 100 < accuracy < 0.4, f"{accuracy:.0%}"
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.shapes
+def test_the_same_flags_on_every_machine():
+    """The first eight flags to train on and the country of each flag are these, bit by bit."""
+    images = Flags(500, seed=1).images[:8]
+    checksums = [hashlib.sha256(data.numpy().tobytes()).hexdigest()
+                 for data in (images, countries())]
+    assert checksums[0].startswith("cbf0003f0459d139"), "was a draw changed?"
+    assert checksums[1].startswith("8f878ddc00146c48"), "was a draw changed?"
+
+
+@pytest.mark.shapes
+def test_each_country_has_49_flags_and_each_flag_one_country():
+    """Of 14 x 14 x 14 flags, 56 countries have 49 each, and no stripe tells the country."""
+    country = countries()
+    assert country.shape == (14, 14, 14)
+    assert country.flatten().bincount().tolist() == [49] * 56
+    for stripe in range(3):
+        for colour in range(14):  # 196 flags
+            assert country.select(stripe, colour).flatten().bincount().max() < 20
+
+
+@pytest.mark.shapes
+def test_the_same_flag_is_of_the_same_country_in_every_set():
+    """A flag's class goes by its three colours alone, to train on and to validate."""
+    country = {}
+    for data in (Flags(2000, seed=1), Flags(2000, seed=2)):
+        for flag, label in zip(data.factors["colour"].tolist(), data.labels.tolist()):
+            assert country.setdefault(tuple(flag), label) == label
+            assert label == countries()[tuple(flag)]
+    assert len(country) < 2 * 1500, "many flags are in both"
+
+
+@pytest.mark.shapes
+def test_a_flag_has_the_colours_of_its_factors():
+    """Each stripe of 8 x 24 pixels has its colour of the palette, shaded by up to 12."""
+    data = Flags(20, seed=1)
+    palette = torch.tensor(FLAG_PALETTE)
+    for image, mask, colours in zip(data.images.float(), data.masks, data.factors["colour"]):
+        assert mask.flatten().int().bincount().tolist() == [32 * 32 - 3 * 192, 192, 192, 192]
+        for stripe in range(3):
+            mean = image[:, mask == stripe + 1].mean(1)  # (3,), of noise up to 16
+            assert (mean - palette[colours[stripe]]).abs().max() < 12 + 4
+
+
+@pytest.mark.shapes
+def test_a_flag_lies_around_its_centre():
+    """Stripe 1 is the upper one, and the flag reaches from 12 above its centre to 11 below."""
+    data = Flags(20, seed=1)
+    for mask, row, column in zip(data.masks, data.factors["row"], data.factors["column"]):
+        rows, columns = mask.nonzero().T
+        assert rows.aminmax() == (row - 12, row + 11)
+        assert columns.aminmax() == (column - 12, column + 11)
+        assert mask[row - 12:row + 12:8, column].tolist() == [1, 2, 3]
 
 
 # ---------------------------------------------------------------- reading image files

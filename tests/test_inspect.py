@@ -23,8 +23,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import (MEAN, STD, Glyphs, Shapes, TensorImages, build_model, draw_shapes, eval_loader,
-                  eval_transform, load_checkpoint, normalize, read_image)
+from eval import (MEAN, STD, Flags, Glyphs, Shapes, TensorImages, build_model, draw_shapes,
+                  eval_loader, eval_transform, load_checkpoint, normalize, read_image)
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
                              cumulative, cut_out, draw_balance, draw_curves, draw_examples,
                              draw_mistakes, escape, file_svg, heat_map, inspect,
@@ -490,7 +490,7 @@ def test_known_factors_of_glyphs():
     """A patch shows ink if more than a fifth of it does; its stroke is the one with most ink."""
     data = Glyphs(5, seed=2, transform=lambda images: images)
     factors = known_factors(data, torch.arange(5), (0, 4, 4))
-    assert list(factors) == ["class", "object", "stroke", "colour"]
+    assert list(factors) == ["class", "object", "part", "colour"]
     assert [count for _, count in factors.values()] == [300, 2, 3, 3]
     for m in range(5):
         for n in range(16):
@@ -499,8 +499,25 @@ def test_known_factors_of_glyphs():
             counts = [(patch == stroke).sum().item() for stroke in (1, 2, 3)]
             shown = sum(counts) > 12.8  # of 64 pixels
             assert factors["object"][0][m, n] == shown
-            assert factors["stroke"][0][m, n] == (counts.index(max(counts)) if shown else -1)
+            assert factors["part"][0][m, n] == (counts.index(max(counts)) if shown else -1)
             assert factors["colour"][0][m, n] == (data.factors["colour"][m] if shown else -1)
+
+
+@pytest.mark.statistics
+def test_known_factors_of_flags():
+    """A patch that shows mostly flag has the colour of the stripe with most of its pixels."""
+    data = Flags(5, seed=2, transform=lambda images: images)
+    factors = known_factors(data, torch.arange(5), (0, 4, 4))
+    assert list(factors) == ["class", "object", "part", "colour"]
+    for m in range(5):
+        for n in range(16):
+            r, c = n // 4 * 8, n % 4 * 8
+            patch = data.masks[m, r:r + 8, c:c + 8]
+            counts = [(patch == stripe).sum().item() for stripe in (1, 2, 3)]
+            shown, stripe = sum(counts) > 32, counts.index(max(counts))  # of 64 pixels
+            assert factors["part"][0][m, n] == (stripe if shown else -1)
+            colour = data.factors["colour"][m, stripe]
+            assert factors["colour"][0][m, n] == (colour if shown else -1)
 
 
 @pytest.mark.statistics
