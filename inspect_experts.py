@@ -930,9 +930,9 @@ def draw_factors(run):
 
     1: the factor decides the expert, or the expert the factor. 0: they have nothing to do with
     each other. Compare with chance, the same measure when each image has the factors of another
-    image. Object: whether the patch shows the object. Shape, texture and colour: among the
-    patches of the object. Position: in the grid. The paper could not measure this, because
-    ImageNet has no natural decomposition.
+    image. Object: whether the patch shows the object. Shape, texture, colour and part (a glyph's
+    stroke, a flag's stripe): among the patches of the object. Position: in the grid. The paper
+    could not measure this, because ImageNet has no natural decomposition.
     """
     blocks = [layer["block"] for layer in run.layers]
     names = list(run.layers[0]["information"])

@@ -42,7 +42,7 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
   for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
 }
 
-# All runs take 2,000 steps of 64 pictures, and 250 of them to warm up. On flags the recipes' learning
+# All runs take 2,000 steps of 64 pictures, 250 of them to warm up. On flags the recipes' learning
 # rates are too high: half of them is right with and without experts, see r
 flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
 pico="$flags --model vit_pico --lr 3e-3"
