@@ -165,6 +165,8 @@ TABLES = {  # title: (what the gain is over, {row: run})
                 "8, 0.05": "E8-balance-0.05", "16, 0": "E16-balance-0", "16, 0.005": "E16",
                 "16, 0.05": "E16-balance-0.05"}),
     "i. convnext_nano": sizes("convnext-"),
+    "l. Three times as many steps":
+        ("long-dense", {"none": "long-dense", "8": "long-E8"}),
     "y. glyphs: how many experts?":
         ("glyphs-dense", {"none": "glyphs-dense"} | {f"{E}": f"glyphs-E{E}" for E in EXPERTS}),
     "y. glyphs: which router? 8 experts":
@@ -222,9 +224,9 @@ def write_tables(study):
 
 `bash .github/study.sh` ran it, `python .github/study.py` wrote this page from study.jsonl.
 {count} runs, median {seconds[count // 2]} s on one core of a shared AMD EPYC beside another run
-(torch 2.14, float32). All runs take 2,000 steps of 64 pictures, and are validated on 2,000 others.
-Where nothing else is said the data are `flags:64000`, and the model is vit_nano with experts in two
-of its four blocks and one expert per token.
+(torch 2.14, float32). A run has 2,000 steps of 64 pictures, and 2,000 others validate it. Where
+nothing else is said the data are `flags:64000`, and the model is vit_nano with experts in two of
+its four blocks and one expert per token.
 
 `flags`: a flag has three stripes in 14 colours. A class is a country, and each country has 49 of
 the 2,744 flags, drawn by lot: they must be learnt by heart. `glyphs`: 300 characters of an invented

@@ -42,14 +42,14 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
   for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
 }
 
-# All runs take 2,000 steps of 64 pictures, 250 of them to warm up. On flags the recipes' learning
-# rates are too high: half of them is right with and without experts, see r
+# All runs but l take 2,000 steps of 64 pictures, 250 of them to warm up. On flags half the recipes'
+# learning rates is right, with and without experts: see r.
 flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
 pico="$flags --model vit_pico --lr 3e-3"
 nano="$flags --model vit_nano --lr 1.5e-3"
 micro="$flags --model vit_micro --lr 7.5e-4"
 glyphs="--data glyphs --epochs 8 --warmup-epochs 1"
-for part in ${@:-a r b c d e f g h i s w y}; do
+for part in ${@:-a r b c d e f g h i l s w y}; do
   seeds="0 1 2 3 4"
   case $part in
     a)  # how many experts? The main effect has ten seeds
@@ -99,6 +99,10 @@ for part in ${@:-a r b c d e f g h i s w y}; do
       ;;
     i)  # a ConvNeXt
       sizes convnext $flags --model convnext_nano
+      ;;
+    l)  # three times as many steps
+      run long-dense $nano --moe-layers none --epochs 6
+      run long-E8 $nano --experts 8 --epochs 6
       ;;
     s)  # what do experts follow?
       seeds="0 1 2"
