@@ -925,13 +925,13 @@ def shift(data, name):
     name: one of SHIFTS. Labels, masks and factors stay right.
     """
     images = data.images.int()
-    if name == "noise":  # up to 80 brighter or darker; training has seen 12
+    if name == "noise":  # up to 80 brighter or darker; training has seen 16 at most
         generator = torch.Generator().manual_seed(3)
         images += torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32)
     if name == "blur":  # the mean of 3 x 3; no ninth of a whole number is near .5
         padded = F.pad(images.float(), (1, 1, 1, 1), "replicate")
         images = F.avg_pool2d(padded, 3, 1).round()
-    if name == "rotated":  # a quarter turn to the left; training has seen 34 degrees
+    if name == "rotated":  # a quarter turn to the left; training has seen 34 degrees at most
         images, data.masks = images.rot90(1, (2, 3)), data.masks.rot90(1, (1, 2))
         row, column = data.factors["row"], data.factors["column"]
         data.factors |= dict(row=31 - column, column=row)
@@ -1118,8 +1118,10 @@ def distances(x, y):
     return nearest.int()
 
 
-# ---- flags: three stripes, each of one of 14 colours. The class is the country, and it has 49 of
-# the 2,744 flags, drawn by lot. There is no rule to find: the flags must be learnt by heart.
+# ---- flags: three stripes, each of one of 14 colours. A class is a country. Each of the 2,744
+# flags was assigned at random to one of 56 countries, 49 to each. No rule predicts the country: the
+# flags must be learnt by heart. `flags-inverted` is unfair: an inverted flag is nearly another
+# flag.
 
 FLAG_COLOURS = ("F0F0F0 202020 D02030 F07820 F0D020 30A040 105040 40C0D0 2050C0 702080 E080B0 "
                 "805030 98D838 8090B0")
@@ -1132,7 +1134,7 @@ class Flags(TensorImages):
 
     factors: dict of int64 tensors: colour (N, 3), of each stripe from above, an index into
     FLAG_PALETTE; row and column (N,) of the centre in pixels. masks (N, 32, 32) uint8: 0 on the
-    ground, 1, 2 or 3 on a stripe. A flag is of the same country for every seed.
+    ground, 1, 2 or 3 on a stripe. A flag belongs to the same country whatever the seed.
     """
 
     object_share = 1 / 2  # of a patch that shows the flag

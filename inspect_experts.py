@@ -312,8 +312,9 @@ def known_factors(dataset, chosen, grid):
 
     Levels are int64, (M,) for images or (M, N) for the patches of a grid. Every data set knows
     the classes, but of own pictures nothing is known. The drawn ones also know which patches show
-    the object and, for these, its shape, texture and colour, or which part of it, a glyph's stroke
-    or a flag's stripe. On the background these are -1, which counts nowhere.
+    the object and, for these, its colour, the shape and texture of `shapes`, and the part that
+    fills most of the patch: a stroke of `glyphs`, a stripe of `flags`. On the background these are
+    -1, which counts nowhere.
     """
     if not dataset.classes:
         return {}

@@ -1,10 +1,10 @@
-# The study: about 350 runs of 1 to 4 minutes on one core. Start it again, and it goes on where it
-# stopped: what stands in .github/study.jsonl is done. From the top folder:
+# The study: about 380 runs of 1 to 6 minutes on one core. Start it again, and it goes on where it
+# stopped: what stands in .github/study.jsonl is done. (Move that file away to repeat it all.)
 #
 #     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
 #     python .github/study.py                           draw the pictures, write the tables
 #
-# Two at a time, with different parts, use two cores best.
+# Two at a time, with different parts, use two cores best; g after a, whose runs it takes.
 
 train() {  # FLAGS...: the run of $name and $seed. One that is finished says so and ends at once
   python train.py --workers 0 --k 1 --seed $seed --out $out "$@"
@@ -42,8 +42,8 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
   for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
 }
 
-# All runs but l take 2,000 steps of 64 pictures, 250 of them to warm up. On flags half the recipes'
-# learning rates is right, with and without experts: see r.
+# All runs but l take 2,000 steps of 64 pictures, 250 of them to warm up. On flags vit_nano is best
+# at half its recipe's learning rate, with and without experts: see r. The other widths follow.
 flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
 pico="$flags --model vit_pico --lr 3e-3"
 nano="$flags --model vit_nano --lr 1.5e-3"
@@ -67,7 +67,9 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
       done
       ;;
     w)  # a dense network as wide as eight experts, by its learning rate
-      for lr in 3e-3 1e-3 3e-4; do run wide-$lr $nano --experts 1 --expert-ratio 32 --lr $lr; done
+      for lr in 1.5e-3 7.5e-4 3e-4; do
+        run wide-$lr $nano --experts 1 --expert-ratio 32 --lr $lr
+      done
       ;;
     b)  # in which of the four blocks? E8 has them in 1 and 3
       for blocks in 1 3 0,1,2,3; do run blocks-$blocks $nano --experts 8 --moe-layers $blocks; done
@@ -88,7 +90,7 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
       sizes pico $pico
       sizes micro $micro
       ;;
-    g)  # other pictures
+    g)  # other pictures. The runs are those of a
       shifts dense $nano --moe-layers none
       shifts E8 $nano --experts 8
       ;;
@@ -112,7 +114,7 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
       follows shapes-vit shapes --data shapes --epochs 8 --model vit_nano --experts 8
       follows shapes-convnext shapes --data shapes --epochs 8 --model convnext_nano --experts 8
       ;;
-    y)  # glyphs: nothing to learn by heart
+    y)  # glyphs: handwriting
       seeds="0 1 2 3 4 5 6 7 8 9"
       run glyphs-dense $glyphs --model vit_nano --moe-layers none
       run glyphs-E8 $glyphs --model vit_nano --experts 8
