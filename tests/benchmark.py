@@ -134,7 +134,7 @@ def print_router_times():
 
 
 def print_model_costs():
-    """Print a line per model. Each measurement has a fresh process, with a peak memory of its own."""
+    """Print a line per model. Each measurement has a fresh process with its own peak memory."""
     print(f"forward and backward on {torch.get_num_threads()} CPU threads, float32, "
           f"torch {torch.__version__}")
     print(f"{'model':<16}{'pixels':>7}{'params M':>10}{'active M':>10}{'GFLOPs':>8}"
