@@ -129,7 +129,7 @@ eval.distances
     dx[:, :, p].unsqueeze(2) -> dx[:, :, p].unsqueeze(3)  # a diagonal
 eval.draw_flags
     palette[colours] -> palette[colours.flip(1)]  # upside down
-    row + 12 -> row  # moved
+    y // 8 -> x // 8  # upright stripes
 eval.open_pictures
     any(map(is_image, list_files(spec))) -> False  # class folders are no own pictures
 eval.hold_out
