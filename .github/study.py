@@ -145,8 +145,9 @@ TABLES = {  # title: (what the gain is over, {row: run})
         ("dense", {"7.5e-4": "dense-7.5e-4", "1.5e-3": "dense", "3e-3": "dense-3e-3"}),
     "r. And with 8?":
         ("E8", {"7.5e-4": "E8-7.5e-4", "1.5e-3": "E8", "3e-3": "E8-3e-3"}),
-    "w. A dense network as wide as eight experts":
-        ("dense", {f"learning rate {lr}": f"wide-{lr}" for lr in ("1.5e-3", "7.5e-4", "3e-4")}),
+    "w. Dense MLPs as wide as eight experts, by the learning rate":
+        ("E8", {"8 experts": "E8", "3e-4": "wide-3e-4", "7.5e-4": "wide-7.5e-4",
+                "1.5e-3": "wide-1.5e-3", "3e-3": "wide-3e-3"}),
     "b. In which of the blocks 0 to 3? 8 experts":
         ("E8", {"1 and 3 (last2)": "E8", "1": "blocks-1", "3": "blocks-3",
                 "0 to 3": "blocks-0,1,2,3"}),

@@ -66,8 +66,10 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
         run E8-$lr $nano --experts 8 --lr $lr
       done
       ;;
-    w)  # a dense network as wide as eight experts, by its learning rate
-      for lr in 1.5e-3 7.5e-4 3e-4; do
+    w)  # dense MLPs as wide as eight experts, by the learning rate
+      run wide-1.5e-3 $nano --experts 1 --expert-ratio 32 --lr 1.5e-3
+      seeds="0 1"
+      for lr in 3e-3 7.5e-4 3e-4; do
         run wide-$lr $nano --experts 1 --expert-ratio 32 --lr $lr
       done
       ;;
