@@ -14,6 +14,7 @@ import eval as evaluation
 import inspect_experts
 import train
 from make_assignment import ROOT
+from vit import vit_nano
 
 sys.path.append(str(ROOT / ".github"))
 
@@ -84,17 +85,24 @@ def test_what_the_readme_says_came_out():
         return (f"({mean.mean:+.1f} points, 95% interval {mean.mean - mean.half:.1f} to "
                 f"{mean.mean + mean.half:.1f}, n = 10")
 
+    def n(name):
+        return f"(n = {len(found.runs[name])})"
+
     sparse = [f"{found.top1(f'E{E}').mean:.1f}" for E in study.EXPERTS[1:]]
+    everywhere = f"{found.top1('blocks-0,1,2,3').mean:.1f}"
     said = [
         f"With eight it reaches {top1('E8')}%, without {top1('dense')} {interval('E8', 'dense')}",
+        f"3.1 times the multiply-adds it reaches {top1('wide-1.5e-3')} {n('wide-1.5e-3')}",
         f"With eight {top1('glyphs-E8')}%, without {top1('glyphs-dense')}"
         f" {interval('glyphs-E8', 'glyphs-dense')}",
-        f"2, 4, 8, 16 and 32 reach {', '.join(sparse[:-1])} and {sparse[-1]} (n = 5, of eight 10)",
-        f"a quarter of the pictures eight gain {gain('16000-E8', '16000-dense')} points (n = 3)",
-        f"at half the width {gain('pico-E8', 'pico-dense')} (n = 5)",
-        f"at twice the width {gain('micro-E8', 'micro-dense')} (n = 3)",
+        f"2, 4, 8, 16 and 32 reach {', '.join(sparse[:-1])} and {sparse[-1]}, and eight in four"
+        f" blocks, not two, {everywhere} {n('blocks-0,1,2,3')}",
+        f"soft loses {gain('E8', 'soft')} {n('soft')}",
+        f"gain {gain('pico-E8', 'pico-dense')} points at half the width {n('pico-E8')}",
+        f"{gain('micro-E8', 'micro-dense')} at twice the width and"
+        f" {gain('convnext-E8', 'convnext-dense')} in a ConvNeXt {n('micro-E8')}",
         f"it costs {gain('dense', 'dense-3e-3')} points without and {gain('E8', 'E8-3e-3')} with"
-        " (n = 3)",
+        f" {n('E8-3e-3')}",
         "torch 2.14", "The paper's ViT-S gains 0.9",  # its Table 1: 79.8 and 80.7
     ]
     for words in said:
@@ -104,8 +112,31 @@ def test_what_the_readme_says_came_out():
     helped, unclear = found.gain("E8"), found.gain("glyphs-E8", "glyphs-dense")
     assert helped.mean - helped.half > 0, "Flags: experts learn faster"
     assert unclear.mean - unclear.half < 0 < unclear.mean + unclear.half, "Glyphs: no clear gain"
-    late = [found.runs[name][0]["top1"] for name in ("long-dense", "long-E8")]
-    assert min(late) > 99, "After 6,000 steps both reach 99%"
+    late = [line["top1"] for name in ("long-dense", "long-E8")
+            for line in found.runs[name].values()]
+    assert min(late) > 99, "After 6,000 steps both have 99%"
+    routers = [abs(found.gain(name, "E8").mean) for name in ("cosine", "l2", "expert_choice")]
+    assert max(routers) < 3, "Cosine, L2 and expert choice differ from linear by less than 3 points"
+
+
+@pytest.mark.parametrize("options, more", [
+    (dict(num_experts=32, k=1), 2), (dict(num_experts=8, k=1, router="expert_choice"), 13),
+    (dict(num_experts=8, k=1, router="soft"), 17), (dict(num_experts=8, k=2), 31),
+    (dict(num_experts=1, k=1, expert_ratio=32), 211),
+], ids=str)
+def test_what_experts_cost_in_the_study(options, more):
+    """study.md says how many % more multiply-adds than without experts; README 3.1 times."""
+    dense = evaluation.count_flops(vit_nano(56), 32)
+    sparse = evaluation.count_flops(vit_nano(56, moe_layers=[1, 3], **options), 32)
+    assert round(100 * sparse / dense) == 100 + more
+
+
+def test_the_wide_mlps_have_as_many_parameters_as_eight_experts():
+    """Within 1%: only the router and some biases differ."""
+    wide, sparse = (vit_nano(56, moe_layers=[1, 3], k=1, num_experts=E, expert_ratio=ratio)
+                    for E, ratio in ((1, 32), (8, 4)))
+    counts = [evaluation.count_parameters(model)[0] for model in (wide, sparse)]
+    assert counts[0] / counts[1] == pytest.approx(1, abs=0.01)
 
 
 def test_what_the_readme_says_experts_follow():
