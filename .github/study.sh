@@ -104,8 +104,11 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
     i)  # a ConvNeXt
       sizes convnext $flags --model convnext_nano
       ;;
-    l)  # more steps: 2,660, which take as long as 2,000 with eight experts, and 6,000
+    l)  # more steps: as long as with eight experts takes, and 6,000
       run longer-dense $nano --moe-layers none --data flags:85120
+      run longer-pico-dense $pico --moe-layers none --data flags:88320
+      run longer-micro-dense $micro --moe-layers none --data flags:80640
+      run longer-convnext-dense $flags --model convnext_nano --moe-layers none --data flags:79360
       run long-dense $nano --moe-layers none --epochs 6
       run long-E8 $nano --experts 8 --epochs 6
       ;;

@@ -151,12 +151,16 @@ def test_the_verdicts_of_the_readme():
     assert versions == {"2.14"}
 
 
-def test_equal_time():
-    """2,660 steps, a third more, take as long without experts as 2,000 with eight."""
+@pytest.mark.parametrize("start, steps", [
+    ("", 2660), ("pico-", 2760), ("micro-", 2520), ("convnext-", 2480)])
+def test_equal_time(start, steps):
+    """So many steps without experts take as long as 2,000 with eight, within 5%."""
     runs = study.Study().runs
-    sparse, dense = (statistics.median(line["seconds"] for line in runs[name].values())
+    sparse, dense = (statistics.median(line["seconds"] for line in runs[f"{start}{name}"].values())
                      for name in ("E8", "dense"))
-    assert sparse / dense == pytest.approx(2660 / 2000, abs=0.05)
+    assert 2000 * sparse / dense == pytest.approx(steps, rel=0.05)
+    [pictures] = {line["data"] for line in runs[f"longer-{start}dense"].values()}
+    assert pictures == f"flags:{steps // 2 * 64}", "two epochs of 64 pictures a step"
 
 
 @pytest.mark.parametrize("options, more", [
