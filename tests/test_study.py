@@ -72,27 +72,28 @@ SAID = """\
 With eight {top1 E8}%, without {top1 dense} (+{gain E8 dense} points, 95% interval {span E8 dense},
 {n E8 dense}). After 6,000 steps both have 99% ({n long-dense long-E8}).
 
-makes 2,660 steps and reaches {top1 longer-dense} ({n longer-dense}). At width 32 it is
-{gain longer-pico-dense pico-E8} points ahead, at 128 {gain longer-micro-dense micro-E8}, as a
-ConvNeXt {gain longer-convnext-dense convnext-E8}
-({n longer-pico-dense longer-micro-dense longer-convnext-dense pico-E8 micro-E8 convnext-E8}).
+makes 2,660 steps and reaches {top1 longer-dense}. At width 32 it is
+{gain longer-pico-dense pico-E8} points ahead, as a ConvNeXt
+{gain longer-convnext-dense convnext-E8}, at width 128 nothing clear
+({gain longer-micro-dense micro-E8}, {n longer-dense longer-pico-dense longer-micro-dense
+longer-convnext-dense pico-E8 micro-E8 convnext-E8}):
 
-At 3.1 times the multiply-adds wide MLPs reach {top1 wide-1.5e-3} ({n wide-1.5e-3}), at 3.8 times
-a ViT of width 128 reaches {top1 micro-dense} ({n micro-dense}).
+MLPs with the experts' parameters (3.1 times the multiply-adds) reach {top1 wide-1.5e-3}, a ViT of
+width 128 (3.8 times) {top1 micro-dense} ({n wide-1.5e-3 micro-dense}).
 
 With eight {top1 glyphs-E8}%, without {top1 glyphs-dense} (+{gain glyphs-E8 glyphs-dense} points,
 95% interval {span glyphs-E8 glyphs-dense}, {n glyphs-E8 glyphs-dense}).
 
-On flags 2, 4, 8, 16 and 32 reach {mean E2}, {mean E4}, {mean E8}, {mean E16} and {mean E32}, eight in
-all four blocks {mean blocks-0,1,2,3} (n = 5 or more).
+2, 4, 8, 16 and 32 reach {mean E2}, {mean E4}, {mean E8}, {mean E16} and {mean E32}. On a quarter
+of the pictures eight gain {gain 16000-E8 16000-dense} points, on a sixteenth
+{gain 4000-E8 4000-dense} (n = 5 or more).
 
-Expert choice gains {gain expert_choice E8} points over linear, cosine and L2 nothing clear, soft
-loses {gain E8 soft} ({n expert_choice cosine l2 soft}).
+Over linear expert choice gains {gain expert_choice E8} points (with 13% more multiply-adds), cosine
+and L2 nothing clear; soft loses {gain E8 soft} ({n expert_choice cosine l2 soft}).
 
-Eight gain {gain pico-E8 pico-dense} points at width 32 ({n pico-E8 pico-dense}),
-{gain micro-E8 micro-dense} at 128 ({n micro-E8 micro-dense}) and
+Eight gain {gain pico-E8 pico-dense} points at width 32, {gain micro-E8 micro-dense} at 128 and
 {gain convnext-E8 convnext-dense} in a ConvNeXt, where 16 gain {gain convnext-E16 convnext-dense}
-({n convnext-E16 convnext-E8 convnext-dense}).
+({n pico-E8 pico-dense micro-E8 micro-dense convnext-E16 convnext-E8 convnext-dense}).
 
 Doubled it costs {gain dense dense-3e-3} points without, {gain E8 E8-3e-3} with
 ({n dense-3e-3 E8-3e-3}).
@@ -140,13 +141,19 @@ def test_the_verdicts_of_the_readme():
         gain = found.gain(name, base)
         return gain.mean - gain.half > 0
 
+    def unclear(name, base):
+        return not clear(name, base) and not clear(base, name)
+
     for size in ("", "pico-", "micro-", "convnext-"):
         assert clear(f"{size}E8", f"{size}dense"), "ahead per step"
-        assert clear(f"longer-{size}dense", f"{size}E8"), "behind per second"
-    assert not clear("glyphs-E8", "glyphs-dense"), "glyphs: no clear gain"
+    for size in ("", "pico-", "convnext-"):
+        assert clear(f"longer-{size}dense", f"{size}E8"), "not per second"
+    assert unclear("longer-micro-dense", "micro-E8")
+    assert unclear("glyphs-E8", "glyphs-dense"), "glyphs: no clear gain"
     assert clear("expert_choice", "E8") and clear("E8", "soft")
-    assert not any(clear("E8", name) or clear(name, "E8") for name in ("cosine", "l2"))
-    many = ("E2", "E4", "E8", "E16", "E32", "blocks-0,1,2,3")
+    assert unclear("cosine", "E8") and unclear("l2", "E8")
+    assert clear("dense", "dense-3e-3") and clear("E8", "E8-3e-3"), "the learning rate matters"
+    many = ("E2", "E4", "E8", "E16", "E32", "16000-E8", "16000-dense", "4000-E8", "4000-dense")
     assert min(len(found.runs[name]) for name in many) == 5, "n = 5 or more"
     late = [line["top1"] for name in ("long-dense", "long-E8")
             for line in found.runs[name].values()]
@@ -155,16 +162,15 @@ def test_the_verdicts_of_the_readme():
     assert versions == {"2.14"}
 
 
-@pytest.mark.parametrize("start, steps", [
-    ("", 2660), ("pico-", 2760), ("micro-", 2520), ("convnext-", 2480)])
-def test_equal_time(start, steps):
-    """So many steps without experts take as long as 2,000 with eight, within 5%."""
+@pytest.mark.parametrize("size, steps", [
+    ("", 2660), ("pico-", 2760), ("micro-", 2440), ("convnext-", 2480)])
+def test_equal_time(size, steps):
+    """So many steps without experts take no longer than 2,000 with eight, at most 7% less."""
     runs = study.Study().runs
-    sparse, dense = (statistics.median(line["seconds"] for line in runs[f"{start}{name}"].values())
-                     for name in ("E8", "dense"))
-    assert 2000 * sparse / dense == pytest.approx(steps, rel=0.05)
-    [pictures] = {line["data"] for line in runs[f"longer-{start}dense"].values()}
-    assert pictures == f"flags:{steps // 2 * 64}", "two epochs of 64 pictures a step"
+    dense, sparse = runs[f"longer-{size}dense"].values(), runs[f"{size}E8"].values()
+    seconds = [statistics.median(line["seconds"] for line in lines) for lines in (dense, sparse)]
+    assert 0.93 < seconds[0] / seconds[1] <= 1
+    assert {line["data"] for line in dense} == {f"flags:{steps // 2 * 64}"}, "batches of 64, twice"
 
 
 @pytest.mark.parametrize("options, more", [
