@@ -237,7 +237,7 @@ FOLLOWS = """### s. What the experts follow
 The mutual information between a patch's expert and what is known of the patch, over the entropy of
 the less uncertain of the two: 1 if one determines the other, 0 if they have nothing to do with each
 other. In brackets by chance: the same when each picture has the factors of another. 8 experts, mean
-of two seeds or more.
+of three seeds.
 """
 
 
@@ -248,7 +248,7 @@ def write_tables(study):
     lines = [f"""# The study
 
 `bash .github/study.sh` makes the runs, `python .github/study.py` wrote this page from study.jsonl:
-{count} runs up to now, median {seconds[count // 2]} s on one core of a shared AMD EPYC beside
+{count} runs, median {seconds[count // 2]} s on one core of a shared AMD EPYC beside
 another run (torch 2.14, float32). A run has 2,000 steps of 64 pictures, but for part l, and 2,000
 other pictures validate it. Where nothing else is said the data are `flags:64000`, and the model is
 vit_nano with experts in two of its four blocks and one expert per token.

@@ -1,4 +1,4 @@
-# The study: about 380 runs of 1 to 6 minutes on one core. Start it again, and it goes on where it
+# The study: about 390 runs of 1 to 6 minutes on one core. Start it again, and it goes on where it
 # stopped: what stands in .github/study.jsonl is done. (Move that file away to repeat it all.)
 #
 #     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
