@@ -76,13 +76,12 @@ class Block(nn.Module):
     dense:   x + drop_path(gamma * MLP(norm(h)))           h = dwconv(x)
     sparse:  x + drop_path(gamma * (h + MoE(norm(h))))
 
-    mlp: a moe.MLP, or for a sparse block what moe.make_moe() returns. The Routing of a dense block
-    is None.
+    mlp: a moe.MLP, or what moe.make_moe() returns. The Routing of a dense block is None.
     The sparse block has an added skip connection around the MoE (paper, Figure 1b): a token that
     finds no slot still brings its convolution. That gamma scales this skip, too, is our reading.
 
     The MLP is two nn.Linear on (B, H, W, C) and not two 1x1 convolutions, as in the official code:
-    the same function, but faster, and the MoE wants rows. In channels_last the permutes are free.
+    the same function, but faster, and the MoE wants rows.
     """
 
     def __init__(self, dim, mlp, drop_path, layer_scale):
@@ -151,8 +150,7 @@ class ConvNeXt(nn.Module):
             conv = nn.Conv2d(before, after, 2, stride=2)
             self.downsample.append(nn.Sequential(norm, conv))
         self.stages = nn.ModuleList()
-        index = 0
-        side = image_size // patch_size
+        index, side = 0, image_size // patch_size
         for depth, dim in zip(depths, widths):
             stage = nn.ModuleList()
             for _ in range(depth):
@@ -174,6 +172,8 @@ class ConvNeXt(nn.Module):
             self.apply(partial(init_weights, std=init_std))
 
     def forward(self, images, return_routing=False):
+        if images.is_cuda:  # all that follows is then channels_last, and the permutes are free
+            images = images.contiguous(memory_format=torch.channels_last)
         x = self.stem(images)  # (B, 3, S, S) -> (B, C, H, W)
         routings = []
         for i, stage in enumerate(self.stages):

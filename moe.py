@@ -39,7 +39,6 @@ ROUTERS = ("linear", "cosine", "l2")
 
 class Routing(NamedTuple):
     """What one MoE layer decided for its T tokens. The layer returns it and does not keep it."""
-
     logits: torch.Tensor  # (T, E) float32, the router's scores without training noise
     probs: torch.Tensor  # (T, E) float32, softmax of these logits
     experts: torch.Tensor  # (T, K) int64, the chosen experts, best first
@@ -58,8 +57,7 @@ class MoE(nn.Module):
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
     Raise ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
-    Attributes: the arguments num_experts, k, capacity_factor, eval_capacity_factor, batch_priority;
-    noise_std, router_noise / E; the modules router and experts.
+    Attributes: num_experts to batch_priority, noise_std = router_noise / E, router, experts.
     """
 
     def __init__(self, dim, hidden, num_experts, k, router="linear", capacity_factor=None,
@@ -72,11 +70,8 @@ class MoE(nn.Module):
                 raise ValueError(f"capacity factor {factor}: expected a number above 0, or None")
         if router_noise < 0:
             raise ValueError(f"router noise {router_noise}: expected 0 or more")
-        self.num_experts = num_experts
-        self.k = k
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        self.batch_priority = batch_priority
+        self.num_experts, self.k, self.batch_priority = num_experts, k, batch_priority
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.noise_std = router_noise / num_experts
         self.router = Router(dim, num_experts, router)
         self.experts = Experts(num_experts, dim, hidden)
@@ -84,6 +79,7 @@ class MoE(nn.Module):
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])  # (..., D) -> (T, D)
         routing = self.route(tokens)  # who goes where, with what weight, at what cost
+        tokens = tokens.to(compute_dtype(tokens))  # before they are copied: half the traffic
         rows, counts, order = dispatch(tokens, routing.experts, routing.kept, self.num_experts)
         rows = self.experts(rows, counts)  # (R, D), each expert sees only its own rows
         y = combine(rows, routing.gates * routing.kept, order)  # (T, D), a dropped choice adds 0
@@ -101,22 +97,15 @@ class MoE(nn.Module):
         if self.training and self.noise_std > 0:
             noisy = logits + self.noise_std * torch.randn_like(logits)
         gates, experts = top_k_gates(noisy.softmax(-1), self.k)
-        kept = self.assign(gates, experts)
+        kept = torch.ones_like(experts, dtype=torch.bool)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is not None:
+            capacity = expert_capacity(len(tokens), self.k, self.num_experts, factor)
+            priority = gates[:, 0] if self.batch_priority else None  # for all choices of a token
+            kept = assign_slots(experts, self.num_experts, capacity, priority)
         probs = logits.softmax(-1)  # the importance loss sees the scores without noise
         loss = importance_loss(probs) + load_loss(logits, noisy, self.k, self.noise_std)
         return Routing(logits, probs, experts, gates, kept, loss)
-
-    def assign(self, gates, experts):
-        """Return kept (T, K) bool for gates and experts (T, K). Without a limit all is True.
-
-        With batch_priority a token's priority is its first gate, for all of its choices.
-        """
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is None:
-            return torch.ones_like(experts, dtype=torch.bool)
-        capacity = expert_capacity(len(experts), self.k, self.num_experts, factor)
-        priority = gates[:, 0] if self.batch_priority else None
-        return assign_slots(experts, self.num_experts, capacity, priority)
 
 
 # ---------------------------------------------------------------- route: who goes where
@@ -132,16 +121,14 @@ class Router(nn.Module):
     most 256; `log_scale`: its exp, the scale, starts at 2 and is capped at 100, as in Tutel.
     Example: x = (2, 1) and codes (1, 0) and (0, 3) give the linear logits 2 and 3.
     Logits are float32, or float64 for tokens in float64, also under autocast and for weights in
-    bfloat16. Raise ValueError for another kind: the message names it, all kinds, and the layers
-    expert_choice and soft.
+    bfloat16. Raise ValueError for another kind; name all kinds, and expert_choice and soft.
     Start: codes from N(0, 0.02^2) if linear, else N(0, 1 / their width); proj from N(0, 1 / D).
     """
 
     def __init__(self, dim, num_experts, kind="linear"):
         super().__init__()
         if kind not in ROUTERS:
-            known = ", ".join(ROUTERS)
-            raise ValueError(f"router {kind!r}: expected {known}, expert_choice or soft")
+            raise ValueError(f"router {kind!r}: expected linear, cosine, l2, expert_choice or soft")
         self.kind = kind
         if kind == "linear":  # small codes: at the start all probabilities are near 1/E
             self.codes = nn.Parameter(0.02 * torch.randn(num_experts, dim))
@@ -155,8 +142,7 @@ class Router(nn.Module):
         # Not in bfloat16: its 8 bits would decide by rounding between nearly equal experts.
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            x = x.to(dtype)
-            codes = self.codes.to(dtype)
+            x, codes = x.to(dtype), self.codes.to(dtype)
             if self.kind == "linear":
                 return F.linear(x, codes)  # (T, D) -> (T, E)
             z = F.linear(x, self.proj.to(dtype))  # (T, D) -> (T, proj_dim)
@@ -178,8 +164,10 @@ def top_k_gates(probs, k):
 
 
 def expert_capacity(num_tokens, k, num_experts, factor):
-    """Return the slots per expert, C = ceil(T K factor / E), an int in 1 .. T."""
-    # Rounded first: in floats 100 * 1.1 / 10 is 11.000000000000002, which must give 11, not 12.
+    """Return the slots per expert, C = ceil(T K factor / E), an int in 1 .. T.
+
+    Round to 6 digits before rounding up: in floats 100 * 1.1 / 10 is 11.000000000000002, not 11.
+    """
     slots = math.ceil(round(num_tokens * k * factor / num_experts, 6))
     return max(1, min(slots, num_tokens))
 
@@ -188,9 +176,10 @@ def assign_slots(experts, num_experts, capacity, priority=None):
     """Give out `capacity` slots per expert: experts (T, K), best first -> kept (T, K) bool.
 
     All first choices are served before any second choice. Within a rank, tokens come by position
-    or, with priority (T,), by descending priority; ties go to the earlier token. With the top-1
-    gate as priority this is Batch Prioritized Routing (Riquelme et al. 2021, section 4).
-    T may be 0.
+    or, with priority (T,), by descending priority; ties go to the earlier token, so sort with
+    stable=True. With the top-1 gate as priority this is Batch Prioritized Routing (Riquelme et al.
+    2021, section 4). T may be 0.
+    No value decides a shape or an `if`: a GPU would be waited for (as bincount does, or a loop).
     Example: capacity 2 and experts ((0, 1), (1, 0), (1, 0)) give kept ((1, 0), (1, 1), (1, 0)):
     the first choices fill expert 1; of the second, only token 1's finds a slot, at expert 0.
     """
@@ -199,19 +188,18 @@ def assign_slots(experts, num_experts, capacity, priority=None):
     if priority is not None:
         served = priority.argsort(descending=True, stable=True)
     queue = experts[served].T.reshape(-1)  # (T, K) -> (K*T,) all first choices, then all second
-    asked = F.one_hot(queue, num_experts).cumsum(0)  # (K*T, E) requests per expert up to here
-    place = asked.gather(1, queue.unsqueeze(1))  # (K*T, 1) its place in the expert's line, from 1
-    kept = torch.empty_like(experts, dtype=torch.bool)
-    kept[served] = (place <= capacity).view(K, T).T  # (K*T, 1) -> (T, K), by position again
-    return kept
+    lines, order = queue.sort(stable=True)  # side by side, a line in front of each expert
+    heads = torch.searchsorted(lines, lines)  # the first place of one's own line
+    in_slots = torch.arange(len(lines), device=lines.device) - heads < capacity
+    found = torch.empty_like(in_slots).index_copy_(0, order, in_slots)  # back in the queue
+    return torch.empty_like(found).view(T, K).index_copy_(0, served, found.view(K, T).T)
 
 
 def importance_loss(probs):
     """Return CV^2 of the experts' summed probabilities (Shazeer et al. 2017, equations 6, 7).
 
-    probs (T, E): without noise. Scalar: 0 if all sums are equal, E - 1 if one expert gets all.
+    probs (T, E): no noise in it. 0 if all sums are equal or T is 0, E - 1 if one expert gets all.
     In the worked example the sums 1.9 and 1.1 are both 0.4 from their mean: 0.4^2 / 1.5^2 = 0.071.
-    No tokens (T = 0) give 0.
     """
     return cv_squared(probs.sum(0))
 
@@ -224,8 +212,8 @@ def load_loss(logits, noisy_logits, k, noise_std):
     this token? V-MoE takes the k-th largest NOISY logit as threshold: the probability is
     1 - Phi((threshold - logit) / noise_std), Phi the normal distribution. Its sum over tokens is
     the load of e. Example: logit 1, threshold 2, noise_std 0.5: 1 - Phi(2) = 0.02.
-    noise_std = 0 gives the plain count, with a zero gradient. Dropped choices are included.
-    No tokens give 0. A NaN among the logits gives NaN and raises nothing: the training loop tells.
+    noise_std = 0 gives the plain count, and backward() a gradient of 0. Dropped choices count.
+    No tokens give 0. NaN gives NaN and raises nothing: use torch.special.ndtr.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[:, -1:]  # (T, 1)
     if noise_std > 0:
@@ -238,14 +226,13 @@ def load_loss(logits, noisy_logits, k, noise_std):
 def cv_squared(x):
     """Return the squared coefficient of variation of x (E,): population variance / mean^2.
 
-    If all entries are 0, return 0, with a finite gradient.
+    All 0 give 0. The gradient is finite, for no root is taken: that of a variance of 0 has none.
     """
-    # Without a square root: (std / mean)^2 has a NaN gradient where all entries are equal.
     return x.var(correction=0) / x.mean().square().clamp(min=1e-30)  # no tokens: 0, not 0 / 0
 
 
 def balance_loss(routings):
-    """Return the SUM of the layers' balance losses, as V-MoE does: a scalar, 0 for no layers."""
+    """Return the SUM of the layers' balance losses, as V-MoE does: a scalar tensor, 0 for none."""
     return sum((routing.balance_loss for routing in routings), torch.tensor(0.0))
 
 
@@ -256,16 +243,17 @@ def dispatch(tokens, experts, kept, num_experts):
 
     tokens (T, D), experts (T, K), kept (T, K) bool -> rows (R, D), counts (E,) int64, order (R,).
     Rows of expert 0 come first, dropped rows last. counts: rows per expert. order[r] = t * K + j
-    says that row r is choice j of token t. No shape depends on the choices: no wait for a GPU.
-    Rows have the dtype of tokens. Rows of one expert keep the order of tokens. T may be 0.
+    says that row r is choice j of token t. Rows have the dtype of tokens. Rows of one expert keep
+    the order of tokens. T may be 0. No value decides a shape or an `if`, as in assign_slots().
     """
     K = experts.shape[1]
     owner = experts.masked_fill(~kept, num_experts).flatten()  # (T, K) -> (R,), dropped: E
-    order = owner.argsort(stable=True)
-    places = order.argsort()  # the inverse permutation: copy i goes to row places[i]
+    owner, order = owner.sort(stable=True)
+    first = torch.searchsorted(owner, torch.arange(num_experts + 1, device=owner.device))
+    row = torch.arange(len(order), device=order.device)
+    places = torch.empty_like(order).scatter_(0, order, row)  # copy i goes to row places[i]
     copies = tokens.unsqueeze(1).expand(-1, K, -1).flatten(0, 1)  # (T, D) -> (T, K, D) -> (R, D)
-    counts = F.one_hot(owner, num_experts + 1).sum(0)[:num_experts]
-    return place_rows(copies, places), counts, order
+    return place_rows(copies, places), first.diff(), order  # first row of e + 1 - first of e
 
 
 def place_rows(rows, places):
@@ -291,8 +279,7 @@ class Experts(nn.ModuleList):
         super().__init__(MLP(dim, hidden) for _ in range(num_experts))
 
     def forward(self, rows, counts):
-        faster = rows.is_cuda or torch.compiler.is_compiling()  # otherwise the loop is
-        if faster and self.use_grouped_mm(rows):
+        if (rows.is_cuda or torch.compiler.is_compiling()) and self.use_grouped_mm(rows):
             return self.grouped(rows, counts)
         return self.loop(rows, counts)
 
@@ -300,14 +287,9 @@ class Experts(nn.ModuleList):
     def loop(self, rows, counts):
         """Call each expert on its rows, even on 0: DDP needs a gradient of 0 there, not None."""
         counts = counts.tolist()  # the CPU waits for them
-        counts.append(len(rows) - sum(counts))  # the dropped rows
-        *groups, dropped = rows.split(counts)  # a group per expert
-        answers = self.each(groups)
+        *groups, dropped = rows.split([*counts, len(rows) - sum(counts)])  # a group per expert
+        answers = [expert(group) for expert, group in zip(self, groups)]
         return torch.cat([*answers, torch.zeros_like(dropped, dtype=answers[0].dtype)])
-
-    def each(self, groups):
-        """Call expert e on groups[e] (..., D), for every e. Return the answers, a list."""
-        return [expert(group) for expert, group in zip(self, groups)]
 
     def grouped(self, rows, counts):
         """Call all experts in one kernel per linear layer, without a wait for the counts."""
@@ -317,24 +299,26 @@ class Experts(nn.ModuleList):
         parameters = zip(*(expert.parameters() for expert in self))
         w1, b1, w2, b2 = (torch.stack(each).to(dtype) for each in parameters)  # (E, H, D), (E, H)
         ends = counts.cumsum(0)  # (E,) the row behind each expert's last
-        starts = ends - counts
         row = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # (R, 1)
-        member = ((row >= starts) & (row < ends)).to(dtype)  # (R, E) 1: the expert's row
+        member = ((row >= ends - counts) & (row < ends)).to(dtype)  # (R, E) 1: the expert's row
         groups = ends.to(torch.int32)
-        groups[-1] = len(rows)
+        groups[-1:] = len(rows)  # a slice: groups[-1] would copy from the CPU, and wait
         # The kernel has no bias. member @ b is the bias of each row, with a fast backward pass.
         hidden = F.grouped_mm(rows.to(dtype), w1.transpose(1, 2), offs=groups)  # (R, H)
-        hidden = F.gelu(torch.addmm(hidden, member, b1))
+        hidden = F.gelu(hidden.addmm_(member, b1))
         answers = F.grouped_mm(hidden, w2.transpose(1, 2), offs=groups)  # (R, D)
-        return torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0)
+        return answers.addmm_(member, b2).masked_fill_(row >= ends[-1], 0)
 
     def use_grouped_mm(self, rows):
-        """Return whether grouped_mm fits rows (R, D): in bfloat16, with D and H multiples of 8."""
-        # In float32 torch before 2.15 cannot trace it, but torch.export has no other way.
-        half = compute_dtype(rows) == torch.bfloat16
+        """Return whether one kernel is better for rows (R, D) on a GPU, or compiled, than the loop.
+
+        It needs bfloat16, D and H multiples of 8, and on a GPU compute capability 9 or 10: others
+        loop in torch, and wait. Torch before 2.15 cannot trace it in float32; to export one must.
+        """
         hidden, dim = self[0][0].weight.shape
-        aligned = hidden % 8 == 0 and dim % 8 == 0
-        return aligned and (half or torch.compiler.is_exporting())
+        half = compute_dtype(rows) == torch.bfloat16
+        fits = not rows.is_cuda or torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+        return dim % 8 == hidden % 8 == 0 and (half and fits or torch.compiler.is_exporting())
 
 
 def compute_dtype(rows):
@@ -388,16 +372,16 @@ class ExpertChoice(nn.Module):
         first = N * torch.arange(B, device=x.device).view(B, 1, 1)  # an image's place in B*N tokens
         places = (first + chosen).permute(2, 0, 1).flatten()  # (B, C, E) -> (E*B*C,)
         rows = tokens.flatten(0, 1).index_select(0, places)  # (E*B*C, D), expert by expert
-        answers = torch.cat(self.experts.each(rows.chunk(self.num_experts)))
+        groups = rows.chunk(self.num_experts)  # E times (B*C, D)
+        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)])
         answers = answers * gates.permute(2, 0, 1).reshape(-1, 1)  # (B, C, E) -> (E*B*C, 1)
         y = answers.new_zeros(B * N, D).index_add(0, places, answers)
 
         taken = torch.zeros_like(probs).scatter(1, chosen, gates)  # (B, N, E) gates, or 0
-        taken, probs = taken.flatten(0, 1), probs.flatten(0, 1)  # (T, E)
+        logits, probs, taken = (t.flatten(0, 1) for t in (logits, probs, taken))  # (T, E)
         kept = taken.amax(1, keepdim=True) > 0  # (T, 1)
         best = torch.where(kept, taken, probs).argmax(1, keepdim=True)
-        gates, loss = taken.gather(1, best), probs.new_zeros(())
-        routing = Routing(logits.flatten(0, 1), probs, best, gates, kept, loss)
+        routing = Routing(logits, probs, best, taken.gather(1, best), kept, probs.new_zeros(()))
         return y.to(x.dtype).reshape(x.shape), routing
 
 
@@ -424,15 +408,16 @@ class SoftMoE(nn.Module):
         scores = F.linear(F.normalize(tokens, dim=-1), codes)  # (B, N, E*S)
         mixtures = scores.softmax(1).transpose(1, 2) @ tokens  # (B, E*S, D)
         groups = mixtures.unflatten(1, (self.num_experts, -1)).unbind(1)  # E times (B, S, D)
-        answers = torch.cat(self.experts.each(groups), dim=1)  # (B, E*S, D)
+        answers = [expert(group) for expert, group in zip(self.experts, groups)]
+        answers = torch.cat(answers, dim=1)  # (B, E*S, D)
         y = scores.softmax(2) @ answers  # (B, N, D)
 
         # The softmax of these logits is the sum of the weights of an expert's slots.
         logits = scores.float().unflatten(2, (self.num_experts, -1)).logsumexp(3).flatten(0, 1)
         probs = logits.softmax(-1)  # (T, E)
         gates, best = top_k_gates(probs, 1)
-        kept, loss = torch.ones_like(best, dtype=torch.bool), probs.new_zeros(())
-        routing = Routing(logits, probs, best, gates, kept, loss)
+        all_kept, loss = torch.ones_like(best, dtype=torch.bool), probs.new_zeros(())
+        routing = Routing(logits, probs, best, gates, all_kept, loss)
         return y.to(x.dtype).reshape(x.shape), routing
 
 

@@ -26,13 +26,16 @@ def on_meta(*shape, dtype=torch.float32):
 @contextlib.contextmanager
 def autocast_on_meta():
     """Let torch.autocast accept the device "meta", which it does not know. It does nothing."""
-    autocast = torch.autocast
+    autocast, is_enabled = torch.autocast, torch.is_autocast_enabled
 
     def accept(device_type, *args, **kwargs):
         known = device_type != "meta"
         return autocast(device_type, *args, **kwargs) if known else contextlib.nullcontext()
 
-    with mock.patch.object(torch, "autocast", accept):
+    def ask(device_type):
+        return device_type != "meta" and is_enabled(device_type)
+
+    with mock.patch.multiple(torch, autocast=accept, is_autocast_enabled=ask):
         yield
 
 

@@ -62,14 +62,14 @@ CONCEPTS = (
     ),
     Concept(
         "experts",
-        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop moe.Experts.each",
+        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop moe.compute_dtype",
         "",
         "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing "
         "one.",
     ),
     Concept(
         "layer",
-        "moe.MoE.__init__ moe.MoE.forward moe.MoE.route moe.MoE.assign",
+        "moe.MoE.__init__ moe.MoE.forward moe.MoE.route",
         "router top_k balance capacity dispatch combine experts",
         "Route, assign, dispatch, experts, combine: seven lines, and with one expert the dense "
         "MLP.",
@@ -106,7 +106,7 @@ CONCEPTS = (
     ),
     Concept(
         "grouped",
-        "moe.Experts.grouped moe.Experts.use_grouped_mm moe.compute_dtype",
+        "moe.Experts.grouped moe.Experts.use_grouped_mm",
         "vit convnext",
         "One kernel for all experts gives what the loop gives; no shape depends on the data, so "
         "it compiles.",

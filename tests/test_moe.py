@@ -240,7 +240,7 @@ def test_ties_go_to_the_earlier_token():
 @pytest.mark.parametrize("prioritised", [False, True])
 @pytest.mark.parametrize("capacity", [1, 7, 40])
 def test_slots_against_a_loop(capacity, prioritised):
-    """The cumulative sum gives out the slots that serving one choice after the other does."""
+    """Sorting gives out the slots that serving one choice after the other does."""
     T, K, E = 40, 3, 5
     experts = torch.rand(T, E).topk(K).indices
     priority = torch.rand(T) if prioritised else None
@@ -840,7 +840,7 @@ def test_which_path_is_taken(compiling, dtype, path, monkeypatch):
     assert taken == [path]
 
 
-@pytest.mark.grouped
+@pytest.mark.experts
 def test_the_dtype_to_compute_in():
     """That of the rows, or under autocast its own; not the weights'."""
     rows = torch.zeros(2, 4, dtype=torch.float64)
