@@ -38,6 +38,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import statistics
 import sys
 import threading
@@ -47,6 +48,7 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -76,14 +78,24 @@ from moe import MoE, Router, count_parameters
 
 
 def setup_processes():
-    """Return (rank, world size, device), as torchrun says or for a single process."""
+    """Return (rank, world size, device), as torchrun says or for a single process.
+
+    Ranks above 0 print to nowhere from now on; what goes to stderr is seen.
+    """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            warn("several SLURM tasks, but no torchrun: each task computes the same, for itself. "
+                 "Start one task per node, srun torchrun ... (see README)")
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    hour = timedelta(hours=1)  # others wait while one saves or downloads
+    dist.init_process_group(backend, timeout=hour, device_id=gpu)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -102,6 +114,10 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+class SharedError(ValueError):
+    """An error that together() has brought to all processes."""
+
+
 @contextmanager
 def together():
     """Let a ValueError or OSError inside this block end all processes, whichever met it.
@@ -112,6 +128,8 @@ def together():
     error = None
     try:
         yield
+    except SharedError:
+        raise
     except (ValueError, OSError) as raised:
         error = str(raised) or repr(raised)
     errors = [error]
@@ -122,12 +140,53 @@ def together():
             raise SystemExit(2)
     for rank, error in enumerate(errors):
         if error:
-            raise ValueError(f"process {rank}: {error}" if rank else error)
+            raise SharedError(f"process {rank}: {error}" if rank else error)
 
 
-def fail(error):
-    """Print an error in one line, without a loader's traceback, and exit with status 2."""
-    text = str(error).rpartition("ValueError: ")[2].strip()
+def download(function, by_hand):
+    """Return function(), called by the first process of each node before the others.
+
+    Raise ValueError if it fails, in whatever way. by_hand: what a user can do then, in words.
+    """
+    for first in (True, False):
+        with together():
+            if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+                try:
+                    result = function()
+                except Exception as error:  # any bytes may be in the file
+                    told = f"not downloaded or not readable ({first_line(error)})"
+                    raise ValueError(f"{told}: {by_hand}") from None
+    return result
+
+
+def run_program(main):
+    """Call main(). What a user can mend is an error of one line, with status 2."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(last_line(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            fail(f"out of memory ({first_line(error)}): give --accumulate 2 or more (train.py), a "
+                 f"smaller --batch-size, --image-size or --model")
+        if not any(word in str(error) for word in ("DataLoader worker", "Connection closed")):
+            raise
+        fail(last_line(error))  # of a loader's process, or another rank has ended
+
+
+def last_line(error):
+    """Return what an error says; of one in a loader's process the last line of its traceback."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1]
+    return text.removeprefix("ValueError: ")
+
+
+def fail(text):
+    """Print an error in one line, and exit with status 2."""
     print(f"error: {one_line(text)}", file=sys.stderr)
     sys.exit(2)
 
@@ -157,7 +216,8 @@ class Output:
 
     def __init__(self, stream):
         # backslashes: for names that the stream cannot encode
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
         self.stream = stream
 
     def write(self, text):
@@ -194,7 +254,30 @@ def number(interval, kind=float):
 # Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see
 # to that. The main process decides what to do, and may still need images for it. So the processes
 # of its loaders must not end by themselves.
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
+def watch_signals(run):
+    """Let the first Ctrl-C, SIGTERM or SIGHUP set run.signal: the loop finishes its step and saves.
+
+    A second one ends this process at once, also while a file hangs. Within two seconds it counts as
+    the first: torchrun repeats what a terminal or a scheduler has sent to all processes.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())  # Python writes the number of each signal there
+
+    def watch(writer):  # in a thread, for the main one may hang
+        while number := reader.recv(1)[0]:
+            if number in SIGNALS and not run.signal:
+                first, run.signal = time.monotonic(), number
+            elif number in SIGNALS and time.monotonic() - first > 2:
+                os._exit(128 + number)
+
+    threading.Thread(target=watch, args=[writer], daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, lambda number, frame: None)
 
 
 def leave_signals(worker):
@@ -211,10 +294,14 @@ def leave_signals(worker):
 
 
 def obey_parent():
-    """End this process at a SIGTERM of the main process, but not at those of others."""
+    """End this process at a SIGTERM of the main process, not at those of others, or after it."""
     main = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(main, 0)  # raises if it has ended
+            received = signal.sigtimedwait({signal.SIGTERM}, 2)
+            if received and received.si_pid == main:
+                break
     os._exit(0)
 
 
@@ -257,13 +344,13 @@ def build_model(config):
     return MODELS[name](**options)
 
 
-def load_checkpoint(path, device, raw=False):
+def load_checkpoint(path, device="cpu", raw=False):
     """Return the model of a checkpoint, in evaluation mode on the device, and the file's dict.
 
     The model has the averaged weights (EMA) if the run kept them, unless raw. Raise ValueError for
     whatever is not a checkpoint of train.py.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     weights = checkpoint["ema"]
     if raw or not weights:
         weights = checkpoint["model"]
@@ -281,7 +368,7 @@ def load_checkpoint(path, device, raw=False):
     return model.to(device).eval(), checkpoint
 
 
-def read_checkpoint(path, device):
+def read_checkpoint(path, mmap=True):
     """Read the dict of a checkpoint. Raise ValueError if the file is not one.
 
     weights_only=True refuses a file that wants to run code when opened. With mmap=True what nobody
@@ -290,7 +377,7 @@ def read_checkpoint(path, device):
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: expected one like runs/<run>/best.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of whatever kind: any bytes may be in the file
         reason = f"it is truncated or not one of ours: {first_line(error)}"
         if os.path.getsize(path) == 0:
@@ -377,11 +464,8 @@ def fingerprint(dataset, names):
 def open_cifar(spec, split, transform):
     """Open cifar10 or cifar100, downloaded to data/ at first use. See open_dataset()."""
     kind = getattr(torchvision.datasets, spec.upper())
-    try:
-        cifar = kind("data", train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        reason = f"could not be downloaded ({first_line(error)})"
-        raise ValueError(f"{spec} {reason}: place {kind.filename} in data/ by hand") from None
+    read = partial(kind, "data", train=split == "train", download=True)
+    cifar = download(read, f"place {kind.filename} in data/ by hand")
     # (N, 32, 32, 3) -> (N, 3, 32, 32)
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
@@ -707,21 +791,27 @@ def eval_transform(image_size, crop_ratio):
 
 def normalize(images, mean, std):
     """Turn images uint8 (B, 3, S, S) into float32: (pixel / 255 - mean) / std per colour."""
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    mean, std = per_colour(tuple(mean), images.device), per_colour(tuple(std), images.device)
     # In one pass: a small model would wait for the memory.
     return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
-def auto_workers(dataset, world=1):
-    """Return how many processes load a dataset: 0 if it is in memory, else 1 to 12.
+@cache  # a copy from the CPU, for which a GPU would wait
+def per_colour(numbers, device):
+    """Return three numbers as a tensor (3, 1, 1) on a device."""
+    return torch.tensor(numbers, device=device).view(3, 1, 1)
+
+
+def auto_workers(dataset, world=1, given=None):
+    """Return how many processes load a dataset: as given, 0 if it is in memory, else 1 to 12.
 
     world processes share the machine's processors.
     """
-    if isinstance(dataset, TensorImages):
-        return 0
+    if given is not None or isinstance(dataset, TensorImages):
+        return given or 0
     world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # on this machine alone
-    return min(12, max(1, (os.cpu_count() or 1) // world))
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(12, max(1, mine // world))
 
 
 def eval_loader(dataset, batch_size, workers, device, indices=None):
@@ -1807,8 +1897,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_program(lambda: main(parse_args()))

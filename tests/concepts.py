@@ -152,14 +152,15 @@ CONCEPTS = (
         "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
         "eval.split_folder eval.list_folder eval.list_files eval.find_images eval.hold_out "
         "eval.read_image eval.read_jpeg eval.read_other eval.fingerprint eval.open_cifar "
-        "eval.Pictures.path eval.Pictures.__getitem__ eval.open_pictures eval.prepare_image",
+        "eval.Pictures.path eval.Pictures.__getitem__ eval.open_pictures eval.prepare_image "
+        "eval.together eval.download eval.last_line",
         "shapes",
         "A million files, odd names, broken images: what is on disk is read, or named.",
     ),
     Concept(
         "counting",
-        "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers "
-        "eval.eval_loader eval.start_loader eval.show_progress eval.together eval.count_batch "
+        "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers eval.per_colour "
+        "eval.eval_loader eval.start_loader eval.show_progress eval.count_batch "
         "eval.image_losses eval.evaluate eval.class_probabilities eval.accuracy_per_class "
         "eval.worst_pairs eval.Output.write",
         "folders",
@@ -191,16 +192,14 @@ CONCEPTS = (
     # ---- train.py: from a recipe to a checkpoint
     Concept(
         "recipe",
-        "train.parse_args train.blocks train.resolve train.find_recipe train.is_nano "
-        "train.fit_to_data "
-        "train.paper_row",
+        "train.parse_args train.blocks train.recipe_of train.fit",
         "",
         "Published hyperparameters, overridden by flags, refused before any work when they cannot "
         "be.",
     ),
     Concept(
         "optimizer",
-        "train.learning_rate train.ema_decay train.layer_group train.parameter_groups "
+        "train.learning_rate train.update_ema train.layer_group train.parameter_groups "
         "train.classification_loss train.make_mixer",
         "building",
         "Warm up, decay to the end, and do not let weight decay touch biases, norms and "
@@ -208,19 +207,16 @@ CONCEPTS = (
     ),
     Concept(
         "batches",
-        "train.draw_seed train.train_transform train.Augmented.__getitem__ train.Batches.__iter__",
+        "train.seed_draws train.train_transform train.Augmented.__getitem__ train.image_order",
         "recipe counting",
         "Every draw depends on seed, epoch and image alone: no generator state, the same at every "
         "world size.",
     ),
     Concept(
         "training",
-        "train.Run.__init__ train.make_model train.open_data train.start_from "
-        "train.torchvision_weights train.claim_and_continue train.claim_folder train.open_last "
-        "train.compare_data train.make_checkpoint train.restore train.write_checkpoint train.save "
-        "train.cut_log train.write_log train.train train.next_batch train.check_and_agree "
-        "train.Meter.count train.Meter.add train.Meter.summary train.validate "
-        "train.print_continuation train.main",
+        "train.Run.__init__ train.open_data train.start_from train.claim_and_continue "
+        "train.restore train.save train.train train.next_batch train.check_and_agree "
+        "train.Meter.count train.Meter.summary train.validate train.main eval.watch_signals",
         "optimizer batches checkpoints costs weights grouped expert_choice soft",
         "Kill it, continue it, split it over processes: the same weights come out.",
     ),

@@ -42,14 +42,16 @@ moe.expert_capacity
     round(num_tokens * k * factor / num_experts, 6) -> num_tokens * k * factor / num_experts
     num_tokens * k -> num_tokens  # a token asks k times
 moe.assign_slots
-    place <= capacity -> place < capacity  # one slot too few
+    capacity -> capacity - 1  # one slot too few
     experts[served].T -> experts[served]  # token by token, not by rank
     priority.argsort(descending=True, stable=True) -> priority.argsort(stable=True)
-    kept[served] -> kept[:]  # left in the order of the queue
+    torch.empty_like(in_slots).index_copy_(0, order, in_slots) -> in_slots  # left in the lines
+    torch.empty_like(found).view(T, K).index_copy_(0, served, found.view(K, T).T) ->
+        found.view(K, T).T  # left in the order of the queue
 moe.dispatch
     experts.masked_fill(~kept, num_experts) -> experts  # the counts include what is dropped
-    owner.argsort(stable=True) -> owner.argsort(descending=True, stable=True)
-    owner.argsort(stable=True) -> owner.argsort()  # the tokens of one expert in any order
+    owner.sort(stable=True) -> owner.sort(descending=True, stable=True)
+    owner.sort(stable=True) -> owner.sort()  # the tokens of one expert in any order
 moe.place_rows
     torch.empty_like(rows).index_copy_(0, places, rows) -> rows[places]  # the inverse
 moe.combine
@@ -61,7 +63,6 @@ moe.Experts.__init__
 moe.Experts.loop
     torch.zeros_like(dropped, dtype=answers[0].dtype) -> dropped.to(answers[0])  # passes through
     torch.zeros_like(dropped, dtype=answers[0].dtype) -> torch.zeros_like(dropped)  # in float32
-moe.Experts.each
     expert(group) -> expert(group) if len(group) else group  # an idle expert has no gradient
 moe.MoE.__init__
     router_noise / num_experts -> router_noise
@@ -74,7 +75,7 @@ moe.MoE.route
     load_loss(logits, noisy, self.k, self.noise_std) ->
         load_loss(logits, noisy, self.k, self.noise_std * self.training)  # another in evaluation
     importance_loss(probs) -> importance_loss(noisy.softmax(-1))
-moe.MoE.assign
+moe.MoE.route
     self.capacity_factor if self.training else self.eval_capacity_factor -> self.capacity_factor
     gates[:, 0] if self.batch_priority else None -> None  # always by position
     self.batch_priority -> self.batch_priority and self.training
@@ -100,9 +101,10 @@ convnext.Block.forward
     self.dwconv(x).permute(0, 2, 3, 1) -> self.dwconv(x).permute(0, 3, 2, 1)  # H and W swapped
     self.drop_path(y.permute(0, 3, 1, 2)) -> y.permute(0, 3, 1, 2)
 moe.Experts.grouped
-    torch.addmm(answers, member, b2) -> answers  # no bias
-    torch.where(row < ends[-1], torch.addmm(answers, member, b2), 0) ->
-        torch.addmm(answers, member, b2)  # dropped rows pass through the last expert
+    answers.addmm_(member, b2).masked_fill_(row >= ends[-1], 0) ->
+        answers.masked_fill_(row >= ends[-1], 0)  # no bias
+    answers.addmm_(member, b2).masked_fill_(row >= ends[-1], 0) ->
+        answers.addmm_(member, b2)  # dropped rows pass through the last expert
 moe.count_parameters
     layer.k -> 1
 eval.cost_of_a_moe
@@ -178,15 +180,13 @@ eval.prepare
 eval.over_seeds
     groups[json.dumps(setting, sort_keys=True)].setdefault(seed, row) ->
         groups[json.dumps(setting, sort_keys=True)].setdefault(row['checkpoint'], row)
-train.fit_to_data
-    config.base_lr * batch / config.base_batch -> config.base_lr
+train.fit
+    config.base_lr * fitting / config.base_batch -> config.base_lr
     config.warmup_epochs = config.epochs / 10 -> pass  # a short run ends at its peak
-train.paper_row
-    options.items() <= model.items() -> True  # all are dense
-train.find_recipe
+train.recipe_of
     FINE_TUNING[args.model] -> recipe
     os.path.isdir(args.data) -> True  # drawn pictures are cropped, too
-train.ema_decay
+train.update_ema
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
 train.parameter_groups
     13 - layer_group(name) -> layer_group(name)
@@ -197,9 +197,11 @@ train.classification_loss
     (1 - smoothing) * targets + smoothing / num_classes -> targets.float()
 train.learning_rate
     config.lr * (step + 1) -> config.lr * step  # the first step does nothing
-train.Batches.__iter__
-    self.rank * self.accumulate -> 0  # all see the same
-    draw_seed(self.seed, self.epoch) -> draw_seed(self.seed)  # the same order in every epoch
+train.image_order
+    order.view(steps, world, passes, -1)[:, rank] -> order.view(steps, world, passes, -1)[:, 0]
+    seed_draws(config.seed, epoch) -> seed_draws(config.seed)  # the same order in every epoch
+train.Augmented.__getitem__
+    seed_draws(self.seed, epoch, index) -> seed_draws(self.seed, index)  # in every epoch alike
 train.train_transform
     7 / 13 -> 1.0  # nearly twice as many operations
     [round(255 * mean) for mean in MEAN] -> 0  # black
@@ -208,15 +210,15 @@ train.next_batch
 train.train
     group['lr_scale'] * rate -> rate
     total / config.accumulate -> total
-    1 if run.unsaved else 128 + stop -> 1  # a scheduler would not start it again
+    128 + stop -> 1  # a scheduler would not start it again
 train.Run.__init__
     config.batch_size // self.world // config.accumulate -> config.batch_size // self.world
 train.check_and_agree
     losses.isfinite().all() & norm.isfinite() -> losses.isfinite().all()  # NaN weights
 train.restore
-    torch.empty_like(like).copy_(value) -> value.clone()  # permuted moments
-train.print_continuation
-    not run.config.out -> False
+    then != now -> False  # whatever was there is continued
+train.save
+    name in names -> True  # a log that nobody can read
 inspect_experts.points_of
     math.isfinite(value) -> True
 inspect_experts.known_factors
