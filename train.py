@@ -52,7 +52,7 @@ import convnext
 import vit
 from eval import (  # what all programs share: data sets, checkpoints, processes, evaluate()
     MEAN, STD, auto_workers, autocast, best_dtype, build_model, download, eval_loader,
-    eval_transform, evaluate, first_line, leave_signals, load_checkpoint, normalize, number,
+    eval_transform, evaluate, leave_signals, load_checkpoint, normalize, number, one_line,
     open_dataset, read_checkpoint, run_program, setup_processes, start_loader,
     together, watch_signals)
 from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
@@ -811,7 +811,7 @@ def save(run, *names):
             except (OSError, RuntimeError) as error:  # torch's: of a full disk
                 with suppress(OSError):
                     os.remove(path + ".tmp")
-                raise ValueError(f"cannot write {path} ({first_line(error.__context__ or error)}); "
+                raise ValueError(f"cannot write {path} ({one_line(error.__context__ or error)}); "
                                  f"a file that was there is untouched") from None
     run.saved_at = time.monotonic()
 
