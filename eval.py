@@ -5,15 +5,13 @@
     torchrun --nproc-per-node=8 eval.py best.pt --data /imagenet-c
     python eval.py best.pt --data photo.jpg
 
-The way of an image: open_folder() finds its file and its class, match_dataset() the same class in
-the checkpoint. A loader's process makes a tensor (3, H, W) uint8 of it (read_image) and cuts out
-(3, S, S) (eval_transform). predict() runs the model on batches of them: per image the five best
-classes, their probabilities, the loss. All numbers are counted from that, by count(), mistakes()
-and whatever you add.
+An image: open_folder() finds its file and its class, match_dataset() the same class in the
+checkpoint. A loader's process makes a tensor of it (read_image) and crops it (eval_transform).
+predict() runs the model on batches: per image the five best classes, their probabilities, the loss.
+All numbers are counted from that, by count(), mistakes() and whatever you add.
 
 The first half is what all programs share: processes, checkpoints, data sets, predict(), and the
-drawn data, `shapes` and `flags`. The second half evaluates checkpoints: whose class is which,
-ImageNet-C, changed routing, results, command line.
+drawn data, `shapes` and `flags`. The second half evaluates checkpoints.
 
 A data set spec is
 - `shapes` or `flags`, drawn below (`flags:64000`: 64,000 training images instead of 16,000), or
@@ -30,14 +28,11 @@ import copy
 import hashlib
 import io
 import json
-import logging
 import math
-import multiprocessing
 import os
 import re
 import signal
 import socket
-import statistics
 import sys
 import threading
 import time
@@ -46,7 +41,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, partial
-from multiprocessing import resource_tracker
+from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,30 +66,26 @@ from moe import MoE, count_parameters
 # ---------------------------------------------------------------- processes and messages
 
 def setup_processes():
-    """Return (rank, world size, device), as torchrun says or for a single process.
-
-    What ranks above 0 print goes nowhere from now on; what they write to stderr is seen.
-    """
+    """Return (rank, world size, device), as torchrun says. Ranks above 0 print to nowhere."""
+    gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             warn("several SLURM tasks without torchrun: each computes the same, for itself. Start "
                  "one task per node: srun torchrun ... (see README)")
-        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend, gpu, device = "gloo", None, torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return 0, 1, torch.device("cuda" if gpu else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
         torch.cuda.set_device(device)
-        backend, gpu = "nccl", device
     hour = timedelta(hours=1)  # the others wait while one saves or downloads
-    dist.init_process_group(backend, timeout=hour, device_id=gpu)
+    dist.init_process_group(timeout=hour, device_id=device if gpu else None)  # NCCL or Gloo
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def best_dtype(device):
-    """Return bfloat16 for a GPU that computes in it, else float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)  # not emulated
+    """Return bfloat16 for a GPU that computes in it and does not emulate it, else float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -103,21 +94,15 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-class SharedError(ValueError):
-    """An error that together() has brought to all processes."""
-
-
 @contextmanager
 def together():
-    """Let a ValueError or OSError inside this block end all processes, whichever met it.
+    """Let a ValueError or OSError inside this block end all processes, which must all come here.
 
-    Every process must come here. Rank 0 raises the first error, the others exit with status 2.
+    Rank 0 raises the first error, the others exit with status 2.
     """
     error = None
     try:
         yield
-    except SharedError:
-        raise
     except (ValueError, OSError) as raised:
         error = str(raised) or repr(raised)
     errors = [error]
@@ -128,43 +113,41 @@ def together():
             raise SystemExit(2)
     for rank, error in enumerate(errors):
         if error:
-            raise SharedError(f"process {rank}: {error}" if rank else error)
+            raise ValueError(f"process {rank}: {error}" if rank else error)
 
 
 def download(function, by_hand):
-    """Return function(), called by the first process of each node before the others.
+    """Return function(), after the first process of each node has called it, and downloaded.
 
-    Raise ValueError if it fails, in whatever way. by_hand: what a user can do then, in words.
+    by_hand: what a user can do if it fails, in words.
     """
-    for first in (True, False):
-        with together():
-            if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
-                try:
-                    result = function()
-                except Exception as error:  # any bytes may be in the file
-                    told = f"not downloaded or not readable ({one_line(error)})"
-                    raise ValueError(f"{told}: {by_hand}") from None
-    return result
+    with suppress(Exception):  # raised below
+        if os.environ.get("LOCAL_RANK") == "0":
+            function()
+    if dist.is_initialized():
+        dist.barrier()
+    try:
+        return function()
+    except Exception as error:  # any bytes may be in the file
+        told = f"not downloaded or not readable ({one_line(error)}): {by_hand}"
+        raise ValueError(told) from None
 
 
 def run_program(main):
     """Call main(). What a user can mend is an error of one line, with status 2."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    told = None
     try:
         main()
-    except (ValueError, OSError) as error:
-        told = one_line(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         told = one_line(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            told = (f"out of memory ({told}): give --accumulate 2 or more (train.py), a smaller "
-                    f"--batch-size, --image-size or --model")
-        elif not any(word in str(error) for word in ("DataLoader worker", "Connection closed")):
-            raise  # these two: an error of a loader's process, or another rank has ended
-    if told:
+            told = f"out of memory ({told}): a larger --accumulate (train.py) helps, or a smaller "
+            told += "--batch-size, --image-size or --model"
+        elif isinstance(error, RuntimeError) and not re.search(
+                "DataLoader worker|Connection closed", str(error)):  # not of another process
+            raise
         print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
@@ -186,14 +169,14 @@ class Output:
     """A stream to print to, line by line. The program goes on if nobody reads it (`| head`)."""
 
     def __init__(self, stream):
+        self.stream = stream
         if hasattr(stream, "reconfigure"):  # not in a notebook. backslashes: for odd file names
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-        self.stream = stream
 
     def write(self, text):
         try:
             self.stream.write(text)
-        except OSError:  # nobody reads it, or its disk is full
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
@@ -201,10 +184,7 @@ class Output:
 
 
 def number(interval, kind=float):
-    """Return an argparse type that accepts the finite numbers of an interval such as "[0, 1)".
-
-    A square bracket includes the end, a round one excludes it. kind: float or int.
-    """
+    """Return an argparse type for the numbers of an interval such as "[0, 1)", which excludes 1."""
     low, high = map(float, interval[1:-1].split(","))
     included = {low: interval[0] == "[", high: interval[-1] == "]"}
 
@@ -218,17 +198,16 @@ def number(interval, kind=float):
     return parse
 
 
-# Ctrl-C and SIGTERM often reach every process of a run: a terminal, timeout, srun and systemd see
-# to that. The main process decides what to do, and may still need images for it. So the processes
-# of its loaders must not end by themselves.
+# Ctrl-C and SIGTERM often reach every process: a terminal, timeout, srun and systemd see to that.
+# The main one decides what to do, and may still need images: loaders must not end by themselves.
 SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 def watch_signals(run):
-    """Let the first Ctrl-C, SIGTERM or SIGHUP set run.signal: the loop finishes its step and saves.
+    """Let the first Ctrl-C, SIGTERM, SIGHUP or end of torchrun set run.signal: the loop saves.
 
-    So does the end of torchrun. A second one ends this process at once, also while a file hangs.
-    Within two seconds it counts as the first: torchrun repeats what all processes have got.
+    A second one ends this process at once, also while a file hangs. Within two seconds it counts as
+    the first: torchrun repeats what all processes have got.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -241,11 +220,11 @@ def watch_signals(run):
             number = 0
             with suppress(TimeoutError):
                 number = reader.recv(1)[0]
-            if "RANK" in os.environ and os.getppid() != parent:  # torchrun was killed
-                number = signal.SIGTERM
+            if not run.signal and "RANK" in os.environ and os.getppid() != parent:
+                number = signal.SIGTERM  # torchrun was killed
             if number in SIGNALS and not run.signal:
                 first, run.signal = time.monotonic(), int(number)
-            elif number in SIGNALS and time.monotonic() - first > 2 and os.getppid() == parent:
+            elif number in SIGNALS and time.monotonic() - first > 2:
                 os._exit(128 + number)
 
     threading.Thread(target=watch, args=[writer], daemon=True).start()
@@ -255,33 +234,27 @@ def watch_signals(run):
 
 
 def leave_signals(worker):
-    """Leave signals to the main process. A loader's new process calls this."""
+    """Let a loader's new process obey a SIGTERM of the main one only, and end after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = parent_process().pid
+
+    def obey():
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(main, 0)  # raises if it has ended
+                received = signal.sigtimedwait({signal.SIGTERM}, 2)
+                if received and received.si_pid == main:
+                    break
+        os._exit(0)
+
     if hasattr(signal, "sigtimedwait"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=obey_parent, daemon=True).start()
-    elif hasattr(os, "setpgid"):  # macOS: out of reach of signals to the whole group
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that has come
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def obey_parent():
-    """End this process at a SIGTERM of the main process, not at those of others, or after it."""
-    main = multiprocessing.parent_process().pid
-    with suppress(ProcessLookupError):
-        while True:
-            os.kill(main, 0)  # raises if it has ended
-            received = signal.sigtimedwait({signal.SIGTERM}, 2)
-            if received and received.si_pid == main:
-                break
-    os._exit(0)
+        threading.Thread(target=obey, daemon=True).start()
 
 
 def start_loader(loader):
     """Return iter(loader), whose new processes get no signal before leave_signals()."""
-    if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):
+    if loader.num_workers == 0 or not hasattr(signal, "sigtimedwait"):
         return iter(loader)
     resource_tracker.ensure_running()  # later it would unblock the signals (Python < 3.12)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit it
@@ -297,18 +270,14 @@ VITS = "vit_nano vit_pico vit_micro vit_ti vit_s vit_b vit_b32 vit_l vmoe_s32"
 CONVNEXTS = "convnext_nano convnext_t convnext_s convnext_b convnext_iso_s convnext_iso_b"
 MODELS = {name: getattr(vit, name) for name in VITS.split()}
 MODELS |= {name: getattr(convnext, name) for name in CONVNEXTS.split()}
-CHECKPOINT_KEYS = set(
-    "config classes image_size crop_ratio mean std model ema optimizer epoch step best "
-    "args".split())
+CHECKPOINT_KEYS = {*"config classes image_size crop_ratio mean std model ema optimizer".split(),
+                   *"epoch step best args".split()}
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in 0..1, per colour
 STD = (0.229, 0.224, 0.225)
 
 
 def build_model(config):
-    """Build the model of a config: a dict with `model`, a preset's name, and its options.
-
-    Raise ValueError if there is no such model or an option is out of range.
-    """
+    """Build the model of a config: a dict with `model`, a preset's name, and its options."""
     options = dict(config)
     name = options.pop("model")
     if name not in MODELS:
@@ -319,8 +288,7 @@ def build_model(config):
 def load_checkpoint(path, device="cpu", raw=False):
     """Return the model of a checkpoint, in evaluation mode on the device, and the file's dict.
 
-    The model has the averaged weights (EMA) if the run kept them, unless raw. Raise ValueError for
-    whatever is not a checkpoint of train.py.
+    The model has the averaged weights (EMA) if the run kept them, unless raw.
     """
     checkpoint = read_checkpoint(path)
     weights = checkpoint["model"] if raw or not checkpoint["ema"] else checkpoint["ema"]
@@ -338,8 +306,8 @@ def load_checkpoint(path, device="cpu", raw=False):
 def read_checkpoint(path, mmap=True):
     """Read the dict of a checkpoint, on the CPU. Raise ValueError if the file is not one.
 
-    weights_only=True refuses a file that wants to run code when opened. With mmap what nobody looks
-    at, such as the optimizer's moments, takes no memory.
+    weights_only refuses a file that wants to run code. With mmap what nobody looks at, such as the
+    optimizer's moments, takes no memory.
     """
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: expected one like runs/<run>/best.pt")
@@ -356,17 +324,15 @@ def read_checkpoint(path, mmap=True):
 
 
 # ---------------------------------------------------------------- data sets
-# Each has .classes (names in label order), .labels (N,), .path(index) and items (image (3, S, S)
-# uint8 as the transform makes it, label, unreadable). unreadable is -1, or the index of a file that
-# could not be read and was replaced by the next one: train.py reports it and goes on, evaluate()
-# stops. Own pictures have no classes, and every label is -1.
+# Each has .classes (names in label order), .labels (N,) and items (image (3, S, S) uint8 as the
+# transform makes it, label, unreadable). unreadable is -1, or the index of a file that could not be
+# read and was replaced by the next one: train.py reports it and goes on, evaluate() stops.
 
 def open_dataset(spec, split, transform=None):
     """Open split "train", "val" or "all" of a data set spec, one of those at the top of this file.
 
     If a folder has no val/, "val" is a fifth of each class, "train" the rest and "all" both. For
     every other data set "all" is "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
-    Raise ValueError if there is no such data set.
     """
     if spec.partition(":")[0].partition("-")[0] in DRAWN and not os.path.exists(spec):
         return open_drawn(spec, split, transform)
@@ -374,8 +340,7 @@ def open_dataset(spec, split, transform=None):
         kind = getattr(torchvision.datasets, spec.upper())
         read = partial(kind, "data", train=split == "train", download=True)
         cifar = download(read, f"place {kind.filename} in data/ by hand")
-        # (N, 32, 32, 3) -> (N, 3, 32, 32)
-        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) -> channels 1st
         return TensorImages(images, torch.tensor(cifar.targets), cifar.classes, transform)
     return open_folder(spec, split, transform)
 
@@ -393,10 +358,6 @@ class TensorImages:
     def __len__(self):
         return len(self.labels)
 
-    def path(self, index):
-        """Return a name for messages: there is no file."""
-        return f"image {index}"
-
     def __getitem__(self, index):
         image = self.images[index]
         unreadable = torch.full(image.shape[:-3], -1)  # () or (B,)
@@ -406,10 +367,10 @@ class TensorImages:
 
 
 class FolderImages:
-    """Image files of any size and colour mode: files {class: [path from root, ...]}.
+    """Image files {class: [path from root, ...]}. The class "" holds own pictures, labelled -1.
 
-    The class "" holds pictures without a class. All paths are in one array: Python writes a
-    reference count into each str of a list, so every loader process would end up with a copy.
+    All paths are in one array: Python writes a reference count into each str of a list, so every
+    loader process would end up with a copy.
     """
 
     def __init__(self, root, files, transform=None):
@@ -435,10 +396,8 @@ class FolderImages:
                 break
         else:
             raise ValueError(f"cannot read {self.path(index)}, nor the 99 images after it")
-        try:
-            image = self.transform(image) if self.transform else image
-        except MemoryError as error:  # 1 x 20,000 pixels take gigabytes
-            raise ValueError(f"cannot prepare {self.path(i)}: {error}") from error
+        if self.transform:
+            image = self.transform(image)
         return image, self.labels[i], -1 if i == index else index
 
 
@@ -449,8 +408,8 @@ EXTENSIONS = tuple(
 TRAIN = ("train", "training")  # the first that exists, in small letters or capitals
 VAL = ("val", "valid", "validation", "test")
 HINT = ("expected FOLDER/train/<class>/<image>.jpg and FOLDER/val/<class>/<image>.jpg, or "
-        "FOLDER/<class>/<image>.jpg, or one of shapes, flags (also shapes-noise, shapes-blur), "
-        "cifar10, cifar100; to classify also an image or FOLDER/<image>.jpg")
+        "FOLDER/<class>/<image>.jpg, or shapes, flags, cifar10, cifar100; to classify also "
+        "FOLDER/<image>.jpg or one image")
 
 
 def open_folder(root, split, transform=None):
@@ -463,26 +422,26 @@ def open_folder(root, split, transform=None):
         return FolderImages("", {"": [root]}, transform)
     if not os.path.isdir(root):
         raise ValueError(f"no data at {root!r}: {HINT}")
-    paths = {name.lower(): os.path.join(root, name) for name in sorted(os.listdir(root))}
-    train, val = (next((paths[name] for name in names if name in paths
-                        and holds_folders(paths[name])), None) for names in (TRAIN, VAL))
+    train, val = subfolder(root, TRAIN), subfolder(root, VAL)
     flat = not val or split == "train" and not train
-    if not flat:
-        root = train if split == "train" else val
-    elif train:
+    if flat and train:
         warn(f"no {root}/val: a fifth of {train} is held out, all else is not read")
-        root = train
+    root = (val if split != "train" and val else train) or root
     files = find_images(root)
     if split == "train" and len(files) < 2:
-        raise ValueError(f"{len([*filter(None, files)])} class folders in {root}: {HINT}")
+        raise ValueError(f"{root} has not two folders with images: {HINT}")
     if flat and split != "all" and "" not in files:
         files = hold_out(files, split, root)
     return FolderImages(root, files, transform)
 
 
-def holds_folders(path):
-    """Tell whether a path is a folder with folders in it."""
-    return os.path.isdir(path) and any(entry.is_dir() for entry in os.scandir(path))
+def subfolder(root, names):
+    """Return the first folder of root of these names, in any case, that holds folders, or None."""
+    there = {name.lower(): os.path.join(root, name) for name in os.listdir(root)}
+    for path in (there[name] for name in names if name in there):
+        if os.path.isdir(path) and any(entry.is_dir() for entry in os.scandir(path)):
+            return path
+    return None
 
 
 def find_images(root):
@@ -491,16 +450,15 @@ def find_images(root):
     If there are none, the images in root itself come as {"": paths}. Hidden files and links to
     folders are not followed. One warning says what is left out. Raise ValueError if that is all.
     """
-    def refuse(error):
-        raise error
-
     def visible(names):  # no .git, ._1.jpg of macOS, @eaDir of a Synology, $RECYCLE.BIN
         return [name for name in names if name[0] not in ".@$"]
 
+    def refuse(error):
+        raise error
+
     start, found, others = os.path.join(root, ""), defaultdict(list), Counter()
     names = sorted(visible(os.listdir(root)))
-    folders = [name for name in names if os.path.isdir(start + name)]
-    for name in folders:
+    for name in filter(lambda name: os.path.isdir(start + name), names):
         if Path(root).resolve().is_relative_to(Path(start + name).resolve()):
             continue  # a link to root or above
         for place, below, files in os.walk(start + name, onerror=refuse):
@@ -510,19 +468,14 @@ def find_images(root):
                     found[name].append(os.path.join(place, file)[len(start):])
                 else:
                     others[os.path.splitext(file)[1] or file] += 1
-    empty = [name for name in folders if name not in found]
-    notes = []
-    if empty:
-        notes.append(f"folders without images: {', '.join(empty[:5])}")
-    if others:
-        kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        notes.append(f"{others.total()} files that are no images: {kinds}")
-    left_out = f"{root}: left out are {'; '.join(notes)}" if notes else ""
+        if name not in found:
+            others[f"{name}/"] += 1
     loose = [name for name in names if name.lower().endswith(EXTENSIONS)]
+    notes = ", ".join(f"{kind} ({n})" for kind, n in others.most_common(8))
     if not found and not loose:
-        raise ValueError(f"no images in {left_out or root}: {HINT}")
-    if left_out:
-        warn(left_out)
+        raise ValueError(f"no images in {root} (found: {notes or 'nothing'}): {HINT}")
+    if notes:
+        warn(f"{root}: left out what is or holds no image: {notes}")
     return {name: sorted(files) for name, files in found.items()} or {"": loose}
 
 
@@ -530,74 +483,72 @@ def hold_out(classes, split, root):
     """Keep what is for split "train" or "val" of each class: {name: files} -> {name: files}.
 
     Each class is sorted by a hash of the file names, and its first fifth is for validation: adding
-    or removing an image moves at most one other. Warn of classes of root that are too small. Raise
-    ValueError if all are.
+    or removing an image moves at most one other.
     """
+    def hashed(file):  # its path within the class folder
+        return hashlib.sha256(os.fsencode(file.partition("/")[2])).digest()
+
     few = [name for name, files in classes.items() if len(files) < 5]
-    told = f"{len(few)} of {len(classes)} classes of {root} have fewer than 5 images"
     if len(few) == len(classes):
-        raise ValueError(f"{told}: too few to hold out a fifth for validation")
+        raise ValueError(f"classes of {root} have fewer than 5 images: too few to hold out a fifth")
     if few:
-        warn(f"{told}, and so no validation image: {', '.join(few[:5])}")
+        warn(f"no validation image of {', '.join(few[:5])}, {len(few)} classes of fewer than 5")
     kept = {}
-    for name, files in classes.items():  # hashed is the path within the class folder
-        files = sorted(files, key=lambda file: hashlib.sha256(
-            os.fsencode(file.partition("/")[2])).digest())
-        fifth = len(files) // 5
-        kept[name] = sorted(files[:fifth] if split == "val" else files[fifth:])
+    for name, files in classes.items():
+        fifth = set(sorted(files, key=hashed)[:len(files) // 5])
+        kept[name] = [file for file in files if (file in fifth) == (split == "val")]
     return kept
 
 
 warnings.filterwarnings("ignore", module="PIL")  # an odd file is read or reported
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(path):
     """Read an image file: (3, H, W) uint8 RGB, or None. Of an animation the first picture.
 
     It is turned as its EXIF data say, which published ImageNet protocols do not do. Transparency is
-    laid on white. An image of more than 179 million pixels (Pillow's limit) counts as unreadable: a
-    damaged header may claim any size, and decoding it could fill the memory.
+    laid on white. More than 179 million pixels (Pillow's limit) are unreadable: a damaged header
+    may claim any size.
     """
     try:
         if not os.path.isfile(path):  # but a pipe, which may never end
             return None
         content = bytearray(Path(path).read_bytes())
-        if content[:8] == b"\x89PNG\r\n\x1a\n":
+        if content.startswith(b"\x89PNG\r\n"):
             content = without_metadata(content)
         image = Image.open(io.BytesIO(content))  # the header; too many pixels raise
         if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with more than one picture
-            with suppress(Exception):  # torchvision is faster, Pillow reads more
-                return torchvision.io.decode_jpeg(
-                    torch.frombuffer(content, dtype=torch.uint8), mode="RGB",
-                    apply_exif_orientation=True)
-        return read_other(image)  # not by torchvision: one wrong bit of a PNG can crash it
+            with suppress(Exception):  # Pillow is slower, and reads more
+                return torchvision.io.decode_jpeg(torch.frombuffer(content, dtype=torch.uint8),
+                                                  "RGB", apply_exif_orientation=True)
+        return decode(image)  # not by torchvision: one wrong bit of a PNG can crash it
     except Exception:  # a decoder may raise anything
         return None
 
 
-def without_metadata(content):
-    """Return a PNG without chunks that Pillow could stumble over, of whatever is no picture."""
-    kept, start = content[:8], 8
-    while start < len(content):
-        end = start + 12 + int.from_bytes(content[start:start + 4])  # length, name, data, checksum
-        name = bytes(content[start + 4:start + 8])
+def without_metadata(png):
+    """Return a PNG file without chunks that are no picture: Pillow stumbles over damaged ones."""
+    kept, start = png[:8], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start:start + 4], "big")  # name, checksum; data
+        name = png[start + 4:start + 8]
         if name[:1].isupper() or name in (b"tRNS", b"eXIf"):  # capitals: critical
-            kept += content[start:end]
+            kept += png[start:end]
         start = end
     return kept
 
 
-def read_other(image):
-    """Decode an image that Pillow has opened, or raise. Grey of 16 bits is scaled to 8."""
+def decode(image):
+    """Decode an image that Pillow has opened, or raise. Grey of 12 or 16 bits is scaled to 8."""
     with suppress(Exception):  # damaged EXIF data: not turned
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF perhaps 12
+    if image.mode.startswith("I"):
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
         grey = v2.functional.pil_to_tensor(image.convert("F")) * (255 / (2**bits - 1))  # (1, H, W)
-        if image.mode == "F" or not 0 <= grey.min() <= grey.max() <= 255:
-            raise ValueError("no known range: floats, or of 32 bits")
-        return grey.round().to(torch.uint8).repeat(3, 1, 1)
+        if 0 <= grey.min() <= grey.max() <= 255:
+            return grey.round().to(torch.uint8).repeat(3, 1, 1)
+    if image.mode[0] in "IF":
+        raise ValueError("no known range: floats, or of 32 bits")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -607,34 +558,30 @@ def read_other(image):
 # ---------------------------------------------------------------- from images to predictions
 
 def eval_transform(image_size, crop_ratio):
-    """Return the transform uint8 (3, H, W) -> (3, S, S), S = image_size.
+    """Return the transform uint8 (3, H, W) -> (3, S, S), S = image_size: resize and crop.
 
-    It resizes the short side to S / crop_ratio (bicubic) and cuts out the centre: 256 and 224
-    pixels for ImageNet.
+    The short side becomes S / crop_ratio, bicubic: for ImageNet 256 pixels, of which 224 are left.
     """
-    short_side = round(image_size / crop_ratio)
-    resize = v2.Resize(short_side, v2.InterpolationMode.BICUBIC, antialias=True)
+    bicubic, short_side = v2.InterpolationMode.BICUBIC, round(image_size / crop_ratio)
+    resize = v2.Resize(short_side, bicubic, antialias=True)
     return v2.Compose([resize, v2.CenterCrop(image_size)])
 
 
 def normalize(images, mean, std):
     """Turn images uint8 (B, 3, S, S) into float32: (pixel / 255 - mean) / std per colour."""
-    mean, std = per_colour(tuple(mean), images.device), per_colour(tuple(std), images.device)
+    mean, std = (per_colour(tuple(values), images.device) for values in (mean, std))
     # In one pass: a small model would wait for the memory.
     return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
-@cache  # it is a copy from the CPU, for which a GPU waits
-def per_colour(numbers, device):
+@cache  # made once: it is a copy from the CPU, for which a GPU waits
+def per_colour(values, device):
     """Return three numbers as a tensor (3, 1, 1) on a device."""
-    return torch.tensor(numbers, device=device).view(3, 1, 1)
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def auto_workers(dataset, world=1, given=None):
-    """Return how many processes load a dataset: as given, 0 if it is in memory, else 1 to 12.
-
-    world processes share the processors that this one may use.
-    """
+    """Return how many processes load a dataset: as given, 0 if it is in memory, else 1 to 12."""
     if given is not None or isinstance(dataset, TensorImages):
         return given or 0
     world = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # on this machine alone
@@ -643,19 +590,16 @@ def auto_workers(dataset, world=1, given=None):
 
 
 def eval_loader(dataset, batch_size, workers, device, indices=None):
-    """Return a loader of this process's share of a dataset: every world-th image.
+    """Return a loader of this process's share of a dataset, or of these indices: every world-th.
 
     So each image counts once. DistributedSampler would fill up the shares with images that count
-    twice. indices: of the images that take part; None for all.
+    twice.
     """
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = (range(len(dataset)) if indices is None else indices)[rank::world]
     sampling = dict(batch_size=batch_size, sampler=share)
     if isinstance(dataset, TensorImages):  # asked for whole batches
-        batches = BatchSampler(share, batch_size, drop_last=False)
-        sampling = dict(batch_size=None, sampler=batches)
+        sampling = dict(batch_size=None, sampler=BatchSampler(share, batch_size, drop_last=False))
     return DataLoader(dataset, **sampling, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
 
@@ -663,30 +607,27 @@ def eval_loader(dataset, batch_size, workers, device, indices=None):
 @torch.no_grad()
 def outputs(model, loader, device, mean, std, dtype=torch.float32, progress="",
             stop=lambda: False, **options):
-    """Yield (model(images, **options), labels, unreadable) for each batch of a loader.
+    """Yield (model(images, **options), labels, unreadable) for each batch, in evaluation mode.
 
-    The model is in evaluation mode meanwhile. dtype: bfloat16 for autocast. progress: the name of a
-    progress bar, none if empty. stop: a function, asked before each batch whether to end.
+    dtype: bfloat16 for autocast. progress: the name of a bar, none if empty. stop: a function,
+    asked before each batch whether to end.
     """
-    was_training = model.training
+    was_training, hidden = model.training, None if progress else True  # None: off a terminal
     model.eval()
-    hidden = None if progress else True  # None: shown on a terminal only
-    try:
-        for images, labels, unreadable in tqdm(
-                start_loader(loader), progress, len(loader), leave=False, disable=hidden):
-            if stop():
-                break
-            images = normalize(images.to(device, non_blocking=True), mean, std)  # (B, 3, S, S)
-            with autocast(device, dtype):
-                output = model(images, **options)
-            yield output, labels.to(device, non_blocking=True), unreadable
-    finally:
-        model.train(was_training)
+    for images, labels, unreadable in tqdm(
+            start_loader(loader), progress, len(loader), leave=False, disable=hidden):
+        if stop():
+            break
+        images = normalize(images.to(device, non_blocking=True), mean, std)  # (B, 3, S, S)
+        with autocast(device, dtype):
+            output = model(images, **options)
+        yield output, labels.to(device, non_blocking=True), unreadable
+    model.train(was_training)
 
 
 class Predictions(NamedTuple):
     """What a model says of the N images of a loader, in their order, on the CPU."""
-    best: torch.Tensor  # (N, 5) int64, the most probable classes, best first; fewer if there are
+    best: torch.Tensor  # (N, 5) int64, the most probable classes, best first; or fewer
     probs: torch.Tensor  # (N, 5) float32, their probabilities
     losses: torch.Tensor  # (N,) float32, see image_losses()
     answers: torch.Tensor  # (N, L) int64, the right classes, padded with -1
@@ -697,18 +638,14 @@ def predict(model, loader, device, mean, std, columns=None, loss="softmax", stop
             **options):
     """Run a model over a loader of eval_loader(): Predictions, the same for all processes.
 
-    columns: the columns of the logits among which the prediction is made; classes are indices into
-    them. None: all. loss: the kind of image_losses(). For stop and the options see outputs(); after
-    a stop of any process all return None.
+    columns: of the logits, among which the prediction is made; classes are indices into them. loss:
+    see image_losses(). stop, options: see outputs(). After a stop of any process all return None.
     """
-    if columns is not None:
-        columns = torch.tensor(columns, device=device)
+    columns = slice(None) if columns is None else torch.tensor(columns, device=device)
     batches = []
     for logits, labels, unreadable in outputs(
             model, loader, device, mean, std, stop=stop, **options):
-        logits = logits.float()  # (B, classes)
-        if columns is not None:
-            logits = logits[:, columns]
+        logits = logits[:, columns].float()  # (B, classes)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         probs = class_probabilities(logits, loss).gather(1, best)
         answers = labels.view(len(labels), -1)  # (B,) or (B, L) -> (B, L)
@@ -732,21 +669,19 @@ def predict(model, loader, device, mean, std, columns=None, loss="softmax", stop
 def count(found, dataset):
     """Count Predictions: dict(images, correct1, correct5, top1, top5, loss), top1 and 5 in percent.
 
-    correct1: the best guess is one of the answers. correct5: one of the best five is. Raise
-    ValueError, see together(), if images of the dataset could not be read: an accuracy without them
-    would not be comparable. And if losses are not finite.
+    correct5: one of the best five is one of the answers. Raise ValueError if files could not be
+    read: an accuracy without them would not be comparable.
     """
-    broken = found.unreadable[found.unreadable >= 0].tolist()
+    broken = [dataset.path(index) for index in found.unreadable.tolist() if index >= 0]
     with together():
         if broken:
-            names = ", ".join(dataset.path(index) for index in broken[:5])
-            raise ValueError(f"cannot read {len(broken)} files: repair or replace {names}")
+            raise ValueError(f"cannot read {', '.join(broken[:5])} ({len(broken)} in all): repair "
+                             f"or replace them")
     # (N, 5, 1) and (N, 1, L) -> (N, 5): is this guess one of the answers?
     hits = (found.best.unsqueeze(2) == found.answers.unsqueeze(1)).any(2)
-    images, loss = len(hits), found.losses.double().mean().item()
-    correct1, correct5 = hits[:, 0].sum().item(), hits.any(1).sum().item()
-    return dict(images=images, correct1=correct1, correct5=correct5, top1=100 * correct1 / images,
-                top5=100 * correct5 / images, loss=loss)
+    N, correct1, correct5 = len(hits), hits[:, 0].sum().item(), hits.any(1).sum().item()
+    return dict(images=N, correct1=correct1, correct5=correct5, top1=100 * correct1 / N,
+                top5=100 * correct5 / N, loss=found.losses.double().mean().item())
 
 
 def evaluate(model, loader, *args, **options):
@@ -756,12 +691,10 @@ def evaluate(model, loader, *args, **options):
 
 
 def image_losses(logits, answers, loss):
-    """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L).
+    """Return the loss of each image, (B,), for logits (B, classes) and answers (B, L), padded: -1.
 
-    answers are the right classes, int64, padded with -1. loss is the kind with which the model was
-    trained, here without label smoothing:
-    - "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
-    - "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
+    loss "softmax": -log(probability of the right answers), the cross-entropy if there is only one.
+    "sigmoid": each class is a yes or no of its own, summed over the classes (V-MoE).
     """
     if loss == "sigmoid":
         right = F.one_hot(answers + 1, logits.shape[1] + 1).amax(1)  # (B, 1 + classes)
@@ -772,24 +705,18 @@ def image_losses(logits, answers, loss):
 
 
 def class_probabilities(logits, loss):
-    """Return the probability of each class, as trained with a loss: (B, classes) -> (B, classes).
-
-    They sum to 1 for "softmax". For "sigmoid" each class is a yes or no of its own.
-    """
+    """Return the probability of each class of logits (B, classes), as trained with a loss."""
     return logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)
 
 
 def mistakes(found, names):
-    """Return ({class: dict(top1, images)}, Counter of (true class, predicted class)), by names."""
+    """Return {class: dict(top1, images)}, and [[true class, predicted class, images], ...]."""
     pairs = Counter(zip(found.answers[:, 0].tolist(), found.best[:, 0].tolist()))
-    images, per_class = Counter(), {}
-    for (true, _), n in pairs.items():
-        images[true] += n
-    for true in sorted(images):
-        top1 = 100 * pairs[true, true] / images[true]
-        per_class[names[true]] = dict(top1=top1, images=images[true])
-    wrong = Counter({(names[t], names[p]): n for (t, p), n in sorted(pairs.items()) if t != p})
-    return per_class, wrong
+    images, per_class = Counter(found.answers[:, 0].tolist()), {}
+    for true, n in sorted(images.items()):
+        per_class[names[true]] = dict(top1=100 * pairs[true, true] / n, images=n)
+    wrong = [[names[t], names[p], n] for (t, p), n in sorted(pairs.items()) if t != p]
+    return per_class, sorted(wrong, key=lambda pair: -pair[2])
 
 
 # ---------------------------------------------------------------- the drawn data
@@ -797,15 +724,14 @@ def mistakes(found, names):
 # measure what the experts follow. Only whole numbers are used, so that every machine draws the same
 # pictures.
 
-SHIFTS = ("noise", "blur")
+SHIFTS, VAL_IMAGES = ("noise", "blur"), 2000
 
 
 def open_drawn(spec, split, transform=None):
     """Open `NAME`, `NAME:COUNT` or either with `-SHIFT`: a TensorImages with factors and masks.
 
-    16,000 (or COUNT) pictures to train on, 2,000 to validate. factors: a dict of int64 tensors, one
-    value per picture or per part of the object. masks (N, 32, 32) uint8: 0 on the ground, else the
-    part of the object. A shift changes the pictures to what training never shows.
+    factors: a dict of int64 tensors, one value per picture or per part of the object. masks
+    (N, 32, 32) uint8: 0 on the ground, else the part of the object.
     """
     name, _, number = spec.partition(":")
     name, _, shift = name.partition("-")
@@ -813,7 +739,7 @@ def open_drawn(spec, split, transform=None):
     if name not in DRAWN or shift not in ("", *SHIFTS) or not 1 <= count <= 100_000:
         raise ValueError(f"no data set {spec!r}: expected shapes or flags, then perhaps -noise or "
                          f"-blur, then perhaps :COUNT up to 100000")
-    count, seed = (count, 1) if split == "train" else (2000, 2)
+    count, seed = (count, 1) if split == "train" else (VAL_IMAGES, 2)
     draw, classes = DRAWN[name]
     parts = [draw(torch.Generator().manual_seed(1000 * seed + i)) for i in range(-(-count // 500))]
     drawn = {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
@@ -829,11 +755,6 @@ def open_drawn(spec, split, transform=None):
     return data
 
 
-def whole(generator, low, high, *size):
-    """Draw whole numbers from low to high - 1, int32."""
-    return torch.randint(low, high, size, generator=generator, dtype=torch.int32)
-
-
 def paint(colours, layers, noise):
     """Give each pixel the colour of its layer: images (n, 3, 32, 32) uint8.
 
@@ -844,9 +765,9 @@ def paint(colours, layers, noise):
     return (images + noise).clamp(0, 255).to(torch.uint8)
 
 
-def palette(colours):
-    """Turn "E69F00 56B4E9 ..." into a list of (red, green, blue) from 0 to 255."""
-    return [tuple(bytes.fromhex(colour)) for colour in colours.split()]
+def whole_numbers(generator, low, high, *size):
+    """Draw whole numbers from low to high - 1, int32."""
+    return torch.randint(low, high, size, generator=generator, dtype=torch.int32)
 
 
 # ---- shapes: a textured shape on a background; the class is shape and texture. Position, size,
@@ -854,7 +775,8 @@ def palette(colours):
 
 SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "dots")
-PALETTE = palette("E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 EBEBEB")  # Okabe and Ito's
+OKABE_ITO = "E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7 EBEBEB"  # white for black
+PALETTE = [tuple(bytes.fromhex(colour)) for colour in OKABE_ITO.split()]
 COSINES = torch.tensor((213, 237, 251, 256, 251, 237, 213))  # x 256, of -33.75 .. 33.75 degrees
 SINES = torch.tensor((-142, -98, -50, 0, 50, 98, 142))
 
@@ -865,7 +787,7 @@ def draw_shapes(generator, n=500):
     Factors: shape, texture, colour and background (indices into the tuples above), row and column
     of the object's centre in pixels.
     """
-    draw = partial(whole, generator)
+    draw = partial(whole_numbers, generator)
     shape, texture = draw(0, 4, n), draw(0, 4, n)
     row, column = draw(12, 20, n, 1, 1), draw(12, 20, n, 1, 1)
     radius, turn = draw(2560, 3328, n, 1, 1), draw(0, 7, n, 1, 1)
@@ -912,26 +834,25 @@ def textures(u, v):
 # flags was assigned at random to one of 56 countries, 49 to each. No rule predicts the country: the
 # flags must be learnt by heart.
 
-FLAG_PALETTE = palette("F0F0F0 202020 D02030 F07820 F0D020 30A040 105040 40C0D0 2050C0 702080 "
-                       "E080B0 805030 98D838 8090B0")
+FLAG_COLOURS = ("F0F0F0 202020 D02030 F07820 F0D020 30A040 105040 40C0D0 2050C0 702080 E080B0 "
+                "805030 98D838 8090B0")
+FLAG_PALETTE = [tuple(bytes.fromhex(colour)) for colour in FLAG_COLOURS.split()]
 
 
-def countries():
-    """Draw the country of each flag, by its three colours: (14, 14, 14) int64 in 0 .. 55."""
-    lots = torch.randperm(14**3, generator=torch.Generator().manual_seed(0))
-    return (lots % 56).view(14, 14, 14)
+LOTS = torch.randperm(14**3, generator=torch.Generator().manual_seed(0))
+COUNTRIES = (LOTS % 56).view(14, 14, 14)  # of a flag by its three colours, whatever the seed
 
 
 def draw_flags(generator, n=500):
-    """Draw n flags of 24 x 24 pixels: a dict of images, labels, masks and factors, see open_drawn().
+    """Draw n flags of 24 x 24 pixels, as draw_shapes() does.
 
-    Factors: colour (n, 3), of each stripe from above, an index into FLAG_PALETTE; row and column of
-    the centre in pixels. A flag belongs to the same country whatever the seed.
+    Factors: colour (n, 3), of each stripe from above, an index into FLAG_PALETTE; row and column.
     """
-    draw = partial(whole, generator)
+    draw = partial(whole_numbers, generator)
     colours = draw(0, 14, n, 3)
     row, column = draw(15, 18, n, 1, 1), draw(15, 18, n, 1, 1)
-    ground, shade, noise = draw(70, 120, n, 1, 3), draw(-12, 13, n, 4, 3), draw(-16, 17, n, 3, 32, 32)
+    ground, shade = draw(70, 120, n, 1, 3), draw(-12, 13, n, 4, 3)
+    noise = draw(-16, 17, n, 3, 32, 32)
 
     pixels = torch.arange(32, dtype=torch.int32)
     x, y = pixels - column + 12, pixels.view(32, 1) - row + 12  # from the flag's upper left corner
@@ -939,8 +860,9 @@ def draw_flags(generator, n=500):
     masks = torch.where(on_flag, y // 8 + 1, 0)  # (n, 32, 32)
     stripes = torch.tensor(FLAG_PALETTE, dtype=torch.int32)[colours]  # (n, 3 stripes, 3 colours)
     images = paint(torch.cat([ground, stripes], dim=1) + shade, masks, noise)
-    return dict(colour=colours.long(), row=row.flatten().long(), column=column.flatten().long(),
-                images=images, masks=masks.to(torch.uint8), labels=countries()[colours.unbind(1)])
+    colours, row, column = colours.long(), row.flatten().long(), column.flatten().long()
+    return dict(colour=colours, row=row, column=column, images=images, masks=masks.to(torch.uint8),
+                labels=COUNTRIES[colours.unbind(1)])
 
 
 DRAWN = dict(
@@ -973,34 +895,31 @@ def match_classes(names, classes, ignore_unmatched=False):
 
 
 def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
-    """Return a data set as a checkpoint with these classes is scored on it.
+    """Return a copy of a data set, as a checkpoint with these classes is scored on it.
 
-    It is a copy that shares the images, with these attributes: columns, the logits that take part;
-    names, of their classes; labels (N, L), the right answers as indices into columns; indices, of
-    the images that have one; note, what was done, in words. real: a file of ReaL labels, which
-    replace those of the folders. Raise ValueError if no image has an answer.
+    Its attributes: columns, the logits that take part; names, of their classes; labels (N, L), the
+    right answers as indices into columns; indices, of the images that have one; note, what was
+    done, in words. real: a file of ReaL labels, which replace those of the folders.
     """
-    data = copy.copy(dataset)
-    own = not data.classes  # pictures without a class: all take part
+    data, own = copy.copy(dataset), not dataset.classes  # own pictures have no class
     if own and real:
         raise ValueError("--real scores ImageNet's validation images, not pictures without classes")
-    found = match_classes(data.classes, classes, ignore_unmatched) if not own else []
+    found = [] if own else match_classes(data.classes, classes, ignore_unmatched)
     data.columns = sorted(set(found) - {-1}) or list(range(len(classes)))
     data.names = [classes[column] for column in data.columns]
-    places = torch.tensor([data.columns.index(c) if c >= 0 else -1 for c in found] or [-1])
+    place = {column: i for i, column in enumerate(data.columns)}
+    places = torch.tensor([place.get(column, -1) for column in found] or [-1])
     data.labels = places[dataset.labels].unsqueeze(1)  # (N,) -> (N, 1)
     if real:
         data.labels = read_real(real, data, len(data.columns))  # (N, L)
-    data.indices = (data.labels >= 0).any(1).logical_or(torch.tensor(own)).nonzero()[:, 0].tolist()
-    if not data.indices:
-        raise ValueError("no image of the data is in a class that the checkpoint knows")
-    notes = {
-        f"{len(data.indices)} images, {len(data.columns)} of {len(classes)} classes": True,
-        "logits restricted": len(data.columns) < len(classes),
-        f"{found.count(-1)} unmatched folders left out": -1 in found,
-        f"ReaL labels from {real}": real,
-        f"{len(dataset) - len(data.indices)} images skipped": len(data.indices) < len(dataset)}
-    data.note = ", ".join(text for text, holds in notes.items() if holds)
+    data.indices = ((data.labels >= 0).any(1) | own).nonzero()[:, 0].tolist()
+    data.note = f"{len(data.indices)} images, {len(data.columns)} of {len(classes)} classes"
+    if len(data.columns) < len(classes):
+        data.note += ", logits restricted"
+    if len(data.indices) < len(data):
+        data.note += f", {len(data) - len(data.indices)} images without a known class skipped"
+    if real:
+        data.note += f", ReaL labels from {real}"
     return data
 
 
@@ -1009,7 +928,7 @@ def read_real(path, dataset, num_classes):
 
     The file at path is a JSON list of the lists of right labels, some empty. Entry i belongs to the
     image whose NAME has number i + 1, ILSVRC2012_val_00000001.JPEG, not to the i-th of the files
-    sorted by class. Raise ValueError if it does not fit the images or the number of classes.
+    sorted by class.
     """
     try:
         entries = json.loads(Path(path).read_text())
@@ -1021,7 +940,7 @@ def read_real(path, dataset, num_classes):
         if not set().union(*entries) <= set(range(num_classes)):
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes")
         rows = [torch.tensor(real[name], dtype=torch.long) for name in names]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--real {path} does not fit: {one_line(error)}") from None
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -1039,10 +958,7 @@ PARTS = [f"{corruption}/{severity}" for corruption in ALEXNET for severity in "1
 
 @cache  # for several checkpoints
 def open_parts(spec, split):
-    """Open a spec: {"": data set}, or for a folder of ImageNet-C's shape {"fog/1": data set, ...}.
-
-    Raise ValueError if one of its 75 folders is missing or has other classes.
-    """
+    """Open a spec: {"": data set}, or of ImageNet-C's shape {"fog/1": data set, ...}."""
     missing = [part for part in PARTS if not os.path.isdir(os.path.join(spec, part))]
     if missing == PARTS:
         return {"": open_dataset(spec, split)}
@@ -1066,8 +982,8 @@ def corruption_errors(results):
     table = {}
     for name, alexnet in ALEXNET.items():
         errors = [100 - results[f"{name}/{severity}"]["top1"] for severity in "12345"]
-        table[name] = [*errors, statistics.mean(errors), statistics.mean(errors) / alexnet]
-    mean_error, mce = (statistics.mean(row[i] for row in table.values()) for i in (5, 6))
+        table[name] = [*errors, sum(errors) / 5, sum(errors) / 5 / alexnet]
+    mean_error, mce = (sum(row[i] for row in table.values()) / 15 for i in (5, 6))
     return dict(corruptions=table, mean_error=mean_error, mce=mce)
 
 
@@ -1077,8 +993,7 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     """Change how a sparse model chooses its experts. Return what differs, a list of sentences.
 
     k: experts per token. capacity_factor: limits the experts' slots, in units of the even share.
-    drop_experts: pairs (MoE layer, expert), both counted from 0. Raise ValueError if the model has
-    no such layer or expert, or too few are left.
+    drop_experts: pairs (MoE layer, expert), both counted from 0.
     """
     if not (k or capacity_factor or drop_experts):
         return []
@@ -1086,20 +1001,19 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     if not layers:
         raise ValueError("--k, --capacity-factor and --drop-expert are for a model whose tokens "
                          "choose experts, not for a dense one, expert_choice or soft")
-    E, notes, dropped = layers[0].num_experts, [], Counter()
-    for i, expert in set(drop_experts):
-        if i not in range(len(layers)) or expert not in range(E):
-            raise ValueError(f"--drop-expert {i}:{expert}: expected a MoE layer 0 to "
-                             f"{len(layers) - 1}, expert 0 to {E - 1}")
+    E, last, notes = layers[0].num_experts, len(layers) - 1, []
+    drops = set(drop_experts)
+    for i, expert in drops:
+        if not (0 <= i <= last and 0 <= expert < E):
+            raise ValueError(f"--drop-expert {i}:{expert}: expected 0:0 to {last}:{E - 1}")
         layers[i].router.register_forward_hook(partial(mute, expert=expert))
-        notes.append(f"expert {expert} of MoE layer {i}, block {model.moe_blocks[i]}, is not chosen")
-        dropped[i] += 1
-    k, left = k or layers[0].k, E - max(dropped.values(), default=0)
+        notes.append(f"expert {expert} of MoE layer {i}, block {model.moe_blocks[i]}: not chosen")
+    k, trained = k or layers[0].k, layers[0].k
+    left = E - max(Counter(i for i, _ in drops).values(), default=0)
     if k > left:
-        raise ValueError(f"k = {k} experts per token, but a MoE layer has only {left} to choose "
-                         f"from: give --k 1 to {left}")
-    if k != layers[0].k:
-        notes.append(f"k = {k} instead of {layers[0].k}")
+        raise ValueError(f"k = {k}, but a MoE layer has {left} experts to choose from: give --k")
+    if k != trained:
+        notes.append(f"k = {k} instead of {trained}")
     if capacity_factor:
         notes.append(f"capacity factor {capacity_factor}: a prediction depends on its batch")
     for layer in layers:
@@ -1113,20 +1027,19 @@ def mute(router, inputs, logits, expert):
 
 
 @torch.no_grad()
-def count_flops(model, image_size):
-    """Return (the multiply-adds of one image in evaluation, those of them in routed experts).
+def count_flops(model, image_size, modules="^Global$"):
+    """Return the multiply-adds of one image, an int: in all of a model, or in some of its modules.
 
-    That is what the papers call FLOPs: products and convolutions, without norms, activations and
-    additions. torch counts them in a pass of an empty image; it knows no fused attention, and of
-    an L2 router no distances. Count before a capacity limit is set.
+    They are what the papers call FLOPs: products and convolutions alone, counted by torch in a pass
+    of an empty image. It knows no fused attention, and of an L2 router no distances.
+    modules: a regular expression of names such as "ViT.blocks.1.mlp.experts.0".
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     model.train(was_training)
-    parts = counter.get_flop_counts().items()  # {"ViT.blocks.1.mlp.experts.0": {product: number}}
-    routed = sum(sum(flops.values()) for name, flops in parts if re.search(r"experts\.\d+$", name))
-    return counter.get_total_flops() // 2, routed // 2  # torch counts a product and a sum
+    counts = counter.get_flop_counts().items()  # {name: {product: number}}
+    return sum(sum(flops.values()) for name, flops in counts if re.search(modules, name)) // 2
 
 
 # ---------------------------------------------------------------- results: a dict per checkpoint
@@ -1143,62 +1056,94 @@ def prepare(path, args):
         row[name] = checkpoint[name]
     row["deviations"] = change_routing(model, args.k, None, args.drop_expert)
     row["params"], row["active"] = count_parameters(model)
-    row["multiply_adds"], row["routed"] = count_flops(model, row["image_size"])
-    row["deviations"] += change_routing(model, None, args.capacity_factor)
+    row["multiply_adds"] = count_flops(model, row["image_size"])
+    row["routed"] = count_flops(model, row["image_size"], r"experts\.\d+$")  # of these, in experts
+    row["deviations"] += change_routing(model, None, args.capacity_factor)  # now: it needs a batch
     matched, size = {}, row["image_size"]
     for spec in args.data:
-        trained_on = os.path.abspath(row["args"].get("data", "shapes")) == os.path.abspath(spec)
+        trained_on = os.path.abspath(row["args"].get("data", "")) == os.path.abspath(spec)
         split = args.split or ("val" if trained_on else "all")  # "val" of a flat folder is a fifth
         for part, dataset in open_parts(spec, split).items():
             data = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
-            data.transform = eval_transform(size, row["crop_ratio"])
-            if part:
-                data.transform = v2.CenterCrop(size)
-                if min(dataset[data.indices[0]][0].shape[1:]) < size:
-                    raise ValueError(f"{spec} is only cropped, but an image of {part} is smaller "
-                                     f"than {size} pixels")
+            crop = v2.CenterCrop(size)
+            data.transform = crop if part else eval_transform(size, row["crop_ratio"])
+            if part and min(dataset[data.indices[0]][0].shape[1:]) < size:
+                raise ValueError(f"{spec} is only cropped, but {part} has less than {size} pixels")
             matched[spec, part] = data
     return model, row, matched
 
 
 def measure(model, row, matched, args, device, world):
-    """Add to a row of prepare() the counts on each data set, and what the model says of pictures."""
+    """Add to a row of prepare() the counts on each data set, and the answers for own pictures."""
     model.to(device)
-    row["data"], row["pictures"] = {}, []
-    results = defaultdict(dict)  # {spec: {part: counts}}
+    row["data"], row["pictures"] = defaultdict(dict), []
     for (spec, part), data in matched.items():
         workers = auto_workers(data, world, args.workers)
         loader = eval_loader(data, args.batch_size, workers, device, data.indices)
         found = predict(model, loader, device, row["mean"], row["std"], data.columns,
                         row["args"].get("loss", "softmax"), dtype=best_dtype(device),
-                        progress=f"{spec} {part}" if not dist.is_initialized() else "")
-        if not found.probs.isfinite().all():
-            raise ValueError(f"{row['checkpoint']} computes logits on {spec} that are not finite")
+                        progress=f"{spec} {part}" if world == 1 else "")
+        with together():
+            if not found.probs.isfinite().all():
+                raise ValueError(f"{row['checkpoint']}: its logits on {spec} are not finite")
         if not data.classes:
-            row["pictures"] += describe(found, data)
+            for i, (best, probs) in enumerate(zip(found.best.tolist(), found.probs.tolist())):
+                read = found.unreadable[i] < 0
+                row["pictures"].append(dict(
+                    file=data.path(i), classes=[data.names[c] for c in best if read],
+                    probabilities=[p for p in probs if read]))
             continue
         counts = count(found, data) | dict(protocol=data.note, classes=len(data.columns))
         if not part and not args.real:  # not for 75 parts, nor for several right answers
-            counts["per_class"], wrong = mistakes(found, data.names)
-            counts["confusions"] = [[*pair, n] for pair, n in wrong.most_common()]
-        results[spec][part] = counts
-    for spec, parts in results.items():
-        row["data"][spec] = parts[""] if "" in parts else corruption_errors(parts) | {"parts": parts}
+            counts["per_class"], counts["confusions"] = mistakes(found, data.names)
+        row["data"][spec][part] = counts
+    for spec, parts in row["data"].items():
+        row["data"][spec] = parts.get("") or corruption_errors(parts) | dict(parts=parts)
     model.cpu()
 
 
-def describe(found, data):
-    """Return what predict() found of pictures: [dict(file, classes, probabilities), ...].
+def print_row(row, matched):
+    """Say what was evaluated, on what, and what there is besides accuracies."""
+    path, config = row["checkpoint"], row["config"]
+    print(f"\n{path}: {config['model']} after epoch {row['epoch']}, {row['weights']} weights")
+    notes = [f"  deviates from training: {deviation}" for deviation in row["deviations"]]
+    for (spec, part), data in matched.items():
+        notes.append(f"  {spec}{', each part' if part else ''}: {data.note}")
+    print("\n".join(dict.fromkeys(notes)))
+    for spec, result in row["data"].items():
+        if "mce" in result:
+            lines = [[name, *errors] for name, errors in result["corruptions"].items()]
+            print_table([["error in % per severity", *"12345", "mean", "CE"], *lines])
+            print(f"  mean error {result['mean_error']:.2f} %, the mean of the 75 errors; mCE "
+                  f"{result['mce']:.2f} %, the mean of the 15 CE: in % of AlexNet's errors")
+        if result.get("confusions"):
+            worst = sorted((n["top1"], name) for name, n in result["per_class"].items())[:5]
+            print("  lowest top-1:", ", ".join(f"{name} {top1:.1f} %" for top1, name in worst))
+            pairs = [f"{true} -> {best} ({n})" for true, best, n in result["confusions"][:5]]
+            print("  most frequent mistakes:", ", ".join(pairs))
+    for picture in row["pictures"]:
+        best = zip(picture["classes"], picture["probabilities"])
+        told = [f"{name} {100 * probability:.1f} %" for name, probability in best]
+        print(f"  {picture['file']}: {', '.join(told) or 'cannot be read'}")
 
-    classes: the five best, or all if there are fewer. Both are empty if a picture cannot be read.
-    """
-    pictures = []
-    for i, (best, probs) in enumerate(zip(found.best.tolist(), found.probs.tolist())):
-        if found.unreadable[i] >= 0:
-            best, probs = [], []
-        names = [data.names[column] for column in best]
-        pictures.append(dict(file=data.path(i), classes=names, probabilities=probs))
-    return pictures
+
+def print_accuracies(rows):
+    """Print a line per checkpoint. top-5 is left out where it would be 100 %."""
+    titles = ["checkpoint", "params M", "active M", "GFLOPs", "routed %"]
+    scores = []  # (spec, "top1" or "top5"), in the order of the columns
+    for spec in (spec for spec, result in rows[0]["data"].items() if "top1" in result):
+        many = max(row["data"][spec]["classes"] for row in rows) > 5
+        for score, title in [("top1", "top-1 %"), ("top5", "top-5 %")][:1 + many]:
+            scores.append((spec, score))
+            titles.append(f"{os.path.basename(os.path.normpath(spec))} {title}")
+    table = [titles]
+    for row in rows:
+        flops, share = row["multiply_adds"], 100 * row["routed"] / row["multiply_adds"]
+        cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6, f"{flops / 1e9:.3g}"]
+        accuracies = [row["data"][spec][score] for spec, score in scores]
+        table.append([*cells, f"{share:.0f}", *accuracies])
+    print()
+    print_table(table)
 
 
 def print_table(rows):
@@ -1210,84 +1155,34 @@ def print_table(rows):
         print(name.ljust(first), *map(str.rjust, cells, widths), sep="  ")
 
 
-def print_row(row, matched):
-    """Say what was evaluated, and on what, and what there is besides accuracies."""
-    path = row["checkpoint"]
-    print(f"\n{path}: {row['config']['model']} after epoch {row['epoch']}, {row['weights']} weights")
-    notes = [f"  deviates from training: {deviation}" for deviation in row["deviations"]]
-    notes += [f"  {spec}{part and ', each part'}: {data.note}"
-              for (spec, part), data in matched.items()]
-    print("\n".join(dict.fromkeys(notes)))
-    for spec, result in row["data"].items():
-        if "mce" in result:
-            print(f"  {spec}: error in % per severity")
-            table = [[name, *errors] for name, errors in result["corruptions"].items()]
-            print_table([["corruption", *"12345", "mean", "CE"], *table])
-            print(f"mean error {result['mean_error']:.2f} %, the mean of the 75 errors")
-            print(f"mCE {result['mce']:.2f} %, the mean of the 15 CE: in % of AlexNet's errors")
-        if result.get("confusions"):
-            worst = sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]
-            told = [f"{name} {found['top1']:.1f}%" for name, found in worst]
-            print(f"  {spec}, lowest accuracy: {', '.join(told)}")
-            told = [f"{true} -> {best} {n}" for true, best, n in result["confusions"][:5]]
-            print(f"  {spec}, most frequent mistakes: {', '.join(told)}")
-    for picture in row["pictures"]:
-        best = zip(picture["classes"], picture["probabilities"])
-        told = [f"{name} {100 * probability:.1f}%" for name, probability in best]
-        print(f"  {picture['file']}: {', '.join(told) or 'cannot be read'}")
-
-
-def print_accuracies(rows):
-    """Print a line per checkpoint. top-5 is left out where it would be 100 %."""
-    specs = [spec for spec, result in rows[0]["data"].items() if "top1" in result]
-    above = ["", "", "", "", ""]
-    titles = ["checkpoint", "params M", "active M", "GFLOPs", "routed %"]
-    scores = []  # (spec, "top1" or "top5"), in the order of the columns
-    for spec in specs:
-        many = max(row["data"][spec]["classes"] for row in rows) > 5
-        scores += [(spec, "top1")] + [(spec, "top5")] * many
-        above += [spec] + [""] * many
-        titles += ["top-1 %"] + ["top-5 %"] * many
-    table = [above, titles]
-    for row in rows:
-        share = f"{100 * row['routed'] / row['multiply_adds']:.0f}"
-        cells = [row["checkpoint"], row["params"] / 1e6, row["active"] / 1e6]
-        cells += [f"{row['multiply_adds'] / 1e9:.3g}", share]
-        table.append(cells + [row["data"][spec][score] for spec, score in scores])
-    print()
-    print_table(table)
-
-
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
     """Return the flags as a namespace."""
     usage = "%(prog)s CHECKPOINT ... --data SPEC ... (--help shows all flags)"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0])
-    flag, whole_number = parser.add_argument, number("[1, inf)", int)
+    flag, positive = parser.add_argument, number("[1, inf)", int)
     flag("checkpoint", nargs="+", help="files such as runs/convnext_nano-shapes-1/best.pt")
-    flag("--data", required=True, action="append",
-         help="shapes, cifar10, a folder, a picture, ... (top of eval.py); repeatable")
+    flag("--data", required=True, action="append", help="see the top of eval.py; repeatable")
     flag("--split", choices=("train", "val", "all"), help="of a folder without val/ (default: all "
-         "of it, or what training has held out if the checkpoint was trained on it)")
+         "of it, but what training held out if the checkpoint was trained on it)")
     flag("--ignore-unmatched", action="store_true", help="leave out unknown classes")
     flag("--real", metavar="FILE", help="score ImageNet by the ReaL labels in this JSON file")
     flag("--raw", action="store_true", help="plain weights, not the averaged ones (EMA)")
-    flag("--k", type=whole_number, help="experts per token, other than in training")
-    flag("--capacity-factor", type=number("(0, inf)"),
-         help="slots per expert, in units of the even share (default: no limit)")
-    flag("--drop-expert", type=layer_and_expert, action="append", default=[],
-         metavar="LAYER:EXPERT", help="never choose this expert; both count from 0; repeatable")
-    flag("--batch-size", type=whole_number, default=128, help="in each process (default: 128)")
+    flag("--k", type=positive, help="experts per token, other than in training")
+    flag("--capacity-factor", type=number("(0, inf)"), help="slots over the even share")
+    flag("--drop-expert", type=pair, action="append", default=[], metavar="LAYER:EXPERT",
+         help="never choose this expert; both count from 0; repeatable")
+    flag("--batch-size", type=positive, default=128, help="in each process (default: 128)")
     flag("--workers", type=number("[0, inf)", int), help="processes that load images")
     flag("--json", metavar="FILE", help="also write the results there, with all mistakes")
     return parser.parse_args(argv)
 
 
-def layer_and_expert(text):
+def pair(text):
     """Turn "0:3" into (0, 3)."""
-    layer, expert = text.split(":")
-    return int(layer), int(expert)
+    layer, expert = map(int, text.split(":"))
+    return layer, expert
 
 
 def main(args):
@@ -1306,15 +1201,14 @@ def main(args):
         measure(model, row, matched, args, device, world)
     rows = [row for _, row, _ in prepared]
     if args.json and rank == 0:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        run = dict(torch=torch.__version__, device=name, dtype=str(best_dtype(device)),
+        run = dict(torch=torch.__version__, device=str(device), dtype=str(best_dtype(device)),
                    processes=world, batch_size=args.batch_size, results=rows)
         Path(args.json).write_text(json.dumps(run, indent=1))
     for _, row, matched in prepared:
         print_row(row, matched)
     if rows[0]["data"]:
         print_accuracies(rows)
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
     if not all(picture["classes"] for picture in rows[0]["pictures"]):
         sys.exit(1)  # a picture could not be read

@@ -54,9 +54,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from eval import (
-    PALETTE, Output, auto_workers, autocast, best_dtype, class_probabilities, eval_loader,
-    eval_transform, fail, load_checkpoint, match_classes, name_mistakes, normalize, number,
-    one_line, open_dataset, open_pictures, start_loader, warn)
+    PALETTE, auto_workers, autocast, best_dtype, class_probabilities, eval_loader, eval_transform,
+    load_checkpoint, match_classes, normalize, number, open_dataset, run_program, start_loader,
+    warn)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -329,7 +329,7 @@ def known_factors(dataset, chosen, grid):
         mask = dataset.transform(mask).float() / 255  # (M, 1, S, S), cropped like the images
         shares.append(F.adaptive_avg_pool2d(mask, grid[1:]).flatten(1))
     shares = torch.stack(shares)  # (parts, M, N)
-    on_object = shares.sum(0) > dataset.object_share
+    on_object = shares.sum(0) > 1 / 2
     factors["object"] = (on_object.long(), 2)
     part = shares.argmax(0)  # (M, N)
     if parts > 1:
@@ -1119,6 +1119,21 @@ def routing_csv(run):
     return file.getvalue()
 
 
+def name_mistakes(confusion, names):
+    """Put a confusion matrix (true, predicted) into words: dict(per_class, confusions).
+
+    per_class: {name: dict(top1, images)}, in percent. confusions: [[true name, predicted name,
+    images], ...], the most frequent first.
+    """
+    per_class, images = {}, confusion.sum(1).tolist()
+    for name, right, n in zip(names, confusion.diagonal().tolist(), images):
+        if n:
+            per_class[name] = dict(top1=100 * right / n, images=n)
+    pairs = [[names[i], names[j], confusion[i, j].item()]
+             for i, j in confusion.nonzero().tolist() if i != j]
+    return dict(per_class=per_class, confusions=sorted(pairs, key=lambda pair: -pair[2]))
+
+
 def describe(run, args):
     """Return what summary.json says about one checkpoint, a dict."""
     about = dict(checkpoint=run.name, model=run.config, data=args.data, split=args.split)
@@ -1205,8 +1220,8 @@ def parse_args(argv=None):
     flag("checkpoint", help="a file such as runs/convnext_nano-shapes-1/best.pt")
     flag("--data", required=True,
          help="shapes, cifar10, cifar100, a folder, a picture or a folder of pictures")
-    flag("--split", choices=("train", "val", "all"), default="all",
-         help="of a folder without val/: all of it, or the held-out part (default: all)")
+    flag("--split", choices=("train", "val", "all"), help="of a folder without val/ (default: all "
+         "of it, but what training held out if the checkpoint was trained on it)")
     flag("--out", required=True, help="folder for the results")
     flag("--compare", help="another checkpoint, shown beside the first")
     flag("--max-images", type=number("[1, inf)", int),
@@ -1230,15 +1245,15 @@ def open_all(path, args, device):
     """
     model, checkpoint = load_checkpoint(path, device)
     transform = eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"])
-    pictures = open_pictures(args.data, transform)
-    if pictures is None:
-        dataset = open_dataset(args.data, args.split, transform)
+    trained_on = os.path.abspath(checkpoint["args"].get("data", "")) == os.path.abspath(args.data)
+    split = args.split or ("val" if trained_on else "all")
+    dataset = open_dataset(args.data, split, transform)
+    if dataset.classes:
         match_classes(dataset.classes, checkpoint["classes"])
-        return path, model, checkpoint, dataset
-    if len(pictures) > MOST_PICTURES:
-        warn(f"{len(pictures)} pictures in {args.data}: the first {MOST_PICTURES} are shown")
-        pictures.files = pictures.files[:MOST_PICTURES]
-    return path, model, checkpoint, pictures
+    elif len(dataset) > MOST_PICTURES:
+        warn(f"{len(dataset)} pictures in {args.data}: the first {MOST_PICTURES} are shown")
+        dataset.files, dataset.labels = dataset.files[:MOST_PICTURES], dataset.labels[:MOST_PICTURES]
+    return path, model, checkpoint, dataset
 
 
 def print_run(run):
@@ -1247,7 +1262,7 @@ def print_run(run):
         print(f"{run.name}, the best classes and their probabilities in %")
         for example in run.examples:
             best = ", ".join(f"{name} {100 * value:.1f}" for name, value in example.answers)
-            print(f"{one_line(example.title)}: {best}")
+            print(f"{example.title}: {best}")
         return
     print(f"{run.name}, {run.images} images, top-1 {top1(run):.2f}%", end="; ")
     if run.layers:
@@ -1289,8 +1304,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:
-        fail(error)
+    run_program(lambda: main(parse_args()))

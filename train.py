@@ -37,6 +37,7 @@ import time
 import warnings
 from contextlib import suppress
 from functools import partial
+from glob import glob
 from itertools import count
 
 import torch
@@ -572,8 +573,8 @@ def train(run):
         passes = start_loader(run.loader)
         meter = Meter(run)
 
-        hidden = None if run.rank == 0 else True  # None: on a terminal the bar is shown
-        for _ in tqdm(range(first_step, run.steps), f"epoch {epoch + 1}", disable=hidden):
+        for _ in tqdm(range(first_step, run.steps), f"epoch {epoch + 1}", leave=False,
+                      disable=run.rank > 0 or None):  # None: there is a bar on a terminal
             # ---- the rate of this step
             rate = learning_rate(run.step, run.steps, config)
             for group in run.optimizer.param_groups:
@@ -747,6 +748,8 @@ def claim_and_continue(run):
                 with suppress(FileExistsError):  # of another run, which may start just now
                     os.makedirs(folder, exist_ok=folder == config.out)
                     break
+            for unfinished in glob(f"{folder}/*.tmp"):  # by a process that was killed
+                os.remove(unfinished)
             told = [folder, os.path.exists(f"{folder}/last.pt"), here]
     if run.world > 1:
         dist.broadcast_object_list(told)  # rank 0 decides for all
@@ -759,8 +762,7 @@ def claim_and_continue(run):
         if continued:
             restore(run, last)
         elif os.path.exists(best):
-            raise ValueError(f"{best} is there without last.pt: copy it to last.pt to continue, or "
-                             f"give another --out")
+            raise ValueError(f"no {last}: copy {best} there to continue, or give another --out")
     save(run)  # only the log: a folder that cannot be written is found now
 
 
@@ -802,15 +804,16 @@ def save(run, *names):
     with together():  # the others wait
         for name in ("log.jsonl", *names) if run.rank == 0 else ():
             path = f"{run.folder}/{name}"
+            new = f"{path}.{os.getpid()}.tmp"  # torchrun's end may leave another process behind
             try:
-                with open(path + ".tmp", "wb") as file:
+                with open(new, "wb") as file:
                     torch.save(checkpoint, file) if name in names else file.write(log.encode())
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(path + ".tmp", path)
+                os.replace(new, path)
             except (OSError, RuntimeError) as error:  # torch's: of a full disk
                 with suppress(OSError):
-                    os.remove(path + ".tmp")
+                    os.remove(new)
                 raise ValueError(f"cannot write {path} ({one_line(error.__context__ or error)}); "
                                  f"a file that was there is untouched") from None
     run.saved_at = time.monotonic()

@@ -7,6 +7,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+import eval as evaluation
+
 
 def says(error, *words):
     """Assert that a message has these words and numbers, in any order.
@@ -60,3 +62,23 @@ def has_no_loop_over_tokens(function, inputs):
     assert counts[0] == counts[1], (
         f"{counts[0]} operations for 10 tokens, {counts[1]} for 40: a Python loop over tokens?"
     )
+
+
+def drawn(name, count, split="train", transform=None):
+    """The first `count` pictures of `shapes` or `flags`, of those to train on or to validate."""
+    data = evaluation.open_dataset(f"{name}:{count}", split, transform)
+    for part in ("images", "labels", "masks"):
+        setattr(data, part, getattr(data, part)[:count])
+    data.factors = {factor: values[:count] for factor, values in data.factors.items()}
+    return data
+
+
+def few_pictures(monkeypatch, train, val):
+    """Let all drawn data sets have so many pictures, whatever is asked for."""
+    original = evaluation.open_drawn
+
+    def open_few(spec, split, transform=None):
+        return original(f"{spec.partition(':')[0]}:{train}", split, transform)
+
+    monkeypatch.setattr(evaluation, "VAL_IMAGES", val)
+    monkeypatch.setattr(evaluation, "open_drawn", open_few)

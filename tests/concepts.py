@@ -113,7 +113,7 @@ CONCEPTS = (
     ),
     Concept(
         "costs",
-        "moe.count_parameters eval.count_flops eval.cost_of_a_moe eval.cost_of_a_router",
+        "moe.count_parameters eval.count_flops",
         "vit convnext",
         "Parameters grow with E, multiply-adds with k: the reason to be sparse.",
     ),
@@ -140,9 +140,8 @@ CONCEPTS = (
     # ---- eval.py: from images to a number
     Concept(
         "shapes",
-        "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.Shapes.__init__ "
-        "eval.drawn_size eval.draw_parts eval.shift eval.Glyphs.__init__ eval.draw_characters "
-        "eval.draw_glyphs eval.distances eval.Flags.__init__ eval.countries eval.draw_flags",
+        "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.open_drawn eval.paint "
+        "eval.draw_shapes eval.draw_flags",
         "",
         "Pictures whose every factor is known: the same on every machine, and shifted to where "
         "training never was.",
@@ -150,19 +149,16 @@ CONCEPTS = (
     Concept(
         "folders",
         "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
-        "eval.split_folder eval.list_folder eval.list_files eval.find_images eval.hold_out "
-        "eval.read_image eval.read_jpeg eval.read_other eval.fingerprint eval.open_cifar "
-        "eval.Pictures.path eval.Pictures.__getitem__ eval.open_pictures eval.prepare_image "
-        "eval.together eval.download eval.last_line",
+        "eval.open_folder eval.subfolder eval.find_images eval.hold_out eval.read_image "
+        "eval.without_metadata eval.decode eval.together eval.download",
         "shapes",
         "A million files, odd names, broken images: what is on disk is read, or named.",
     ),
     Concept(
         "counting",
-        "eval.eval_transform eval.normalize eval.autocast eval.best_dtype eval.auto_workers eval.per_colour "
-        "eval.eval_loader eval.start_loader eval.show_progress eval.count_batch "
-        "eval.image_losses eval.evaluate eval.class_probabilities eval.accuracy_per_class "
-        "eval.worst_pairs eval.Output.write",
+        "eval.eval_transform eval.normalize eval.per_colour eval.autocast eval.best_dtype "
+        "eval.auto_workers eval.eval_loader eval.start_loader eval.outputs eval.predict eval.count "
+        "eval.evaluate eval.image_losses eval.class_probabilities eval.mistakes eval.Output.write",
         "folders",
         "Each image counts once, at any batch size and any number of processes.",
     ),
@@ -174,17 +170,15 @@ CONCEPTS = (
     ),
     Concept(
         "classes",
-        "eval.match_classes eval.are_numbers eval.match_dataset eval.read_real",
+        "eval.match_classes eval.match_dataset eval.read_real",
         "counting",
         "Robustness sets name their classes otherwise: match by name, predict among those found.",
     ),
     Concept(
         "evaluator",
-        "eval.change_routing eval.mute eval.images_per_second eval.open_parts "
-        "eval.corruption_errors eval.match_pictures eval.classify eval.name_mistakes "
-        "eval.over_seeds eval.check eval.prepare eval.measure eval.speed_on eval.print_plan "
-        "eval.print_table eval.print_results eval.print_accuracies eval.print_mistakes "
-        "eval.print_pictures eval.main",
+        "eval.change_routing eval.mute eval.open_parts eval.corruption_errors eval.prepare "
+        "eval.measure eval.print_row eval.print_accuracies eval.print_table eval.parse_args "
+        "eval.main",
         "checkpoints classes costs expert_choice soft",
         "One table, several checkpoints and test sets; whatever deviates from training is "
         "printed.",

@@ -107,8 +107,8 @@ moe.Experts.grouped
         answers.addmm_(member, b2)  # dropped rows pass through the last expert
 moe.count_parameters
     layer.k -> 1
-eval.cost_of_a_moe
-    layer.k -> layer.num_experts
+eval.count_flops
+    counter.get_flop_counts() -> {}  # nothing is counted
 moe.ExpertChoice.forward
     answers * gates.permute(2, 0, 1).reshape(-1, 1) -> answers
     probs.topk -> logits.topk
@@ -121,55 +121,52 @@ train.experts_from_mlp
     layer.num_experts / layer.k -> 1.0  # copies only: the outputs shrink
 vit.resize_positions
     [class_token, patches] -> [here[:, :1], patches]  # not the class token's own
-eval.shift
-    data.masks.rot90(1, (1, 2)) -> data.masks  # the picture is turned, the mask is not
-    255 - images -> 256 - images  # one too bright
-eval.draw_glyphs
-    nearest.argmin(1) -> nearest.argmax(1)  # the farthest stroke
-    light.argmax(1) -> dark.argmax(1)
-eval.distances
-    dx[:, :, p].unsqueeze(2) -> dx[:, :, p].unsqueeze(3)  # a diagonal
+eval.open_drawn
+    torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32) -> 80
+eval.draw_shapes
+    order[:, :3] -> order[:, 1:4]  # other colours than those of the factors
 eval.draw_flags
-    palette[colours] -> palette[colours.flip(1)]  # upside down
+    torch.tensor(FLAG_PALETTE, dtype=torch.int32)[colours] ->
+        torch.tensor(FLAG_PALETTE, dtype=torch.int32)[colours.flip(1)]  # upside down
     y // 8 -> x // 8  # upright stripes
-eval.open_pictures
-    any(map(is_image, list_files(spec))) -> False  # class folders are no own pictures
+eval.open_folder
+    flat and split != 'all' and '' not in files -> flat and split != 'all'
 eval.hold_out
-    files[:fifth] if split == 'val' else files[fifth:] -> files[fifth:]
+    split == 'val' -> split != 'val'
     file.partition('/')[2] -> file  # the class folder counts
-eval.list_files
-    warn -> str  # without a word
-    met.add(real) -> met  # in two classes
-eval.read_other
+eval.find_images
+    Path(root).resolve().is_relative_to(Path(start + name).resolve()) -> False  # in two classes
+    name[0] not in '.@$' -> True
+eval.decode
     ImageOps.exif_transpose(image) -> image
     2 ** bits - 1 -> 65535  # 12 bits turn black
-eval.read_jpeg
-    True -> False
+    'white' -> 'black'
 eval.read_image
     image.format in ('JPEG', 'MPO') -> True  # may crash
+    True -> False  # as it lies
+eval.without_metadata
+    name[:1].isupper() or name in (b'tRNS', b'eXIf') -> True
 eval.FolderImages.__getitem__
     -1 if i == index else index -> -1 if i == index else i  # the wrong file
-eval.count_batch
+eval.predict
     min(5, logits.shape[1]) -> 5
+    whole[rank::len(shares)] -> whole[rank * len(share):(rank + 1) * len(share)]  # out of order
+eval.count
     hits.any(1) -> hits  # two answers count twice
-    (answers[:, 0], best[:, 0]) -> (best[:, 0], answers[:, 0])  # columns are the true classes
+eval.mistakes
+    t != p -> True  # what is right is a mistake, too
+    100 * pairs[true, true] / n -> 100 * pairs[true, true] / len(found.best)
 eval.class_probabilities
     logits.sigmoid() -> logits.softmax(1)
-eval.accuracy_per_class
-    confusion.sum(1) -> confusion.sum(0)
-eval.worst_pairs
-    true != predicted -> true >= 0  # what is right is no mistake
-    images.argsort(descending=True, stable=True) -> images.argsort(stable=True)
-eval.classify
-    unreadable >= 0 -> False  # a black picture has a class
 eval.eval_loader
-    indices[rank::world] -> indices[::world]  # all count the same
+    (range(len(dataset)) if indices is None else indices)[rank::world] ->
+        range(len(dataset)) if indices is None else indices  # all count the same
 eval.image_losses
     right[:, 1:] -> right[:, :-1]  # not the padding
 eval.normalize
     -mean -> mean
 eval.load_checkpoint
-    raw or not weights -> True  # never the averaged ones
+    raw or not checkpoint['ema'] -> True  # never the averaged ones
 eval.read_checkpoint
     torch.load -> lambda path, **options: torch.load(path, weights_only=False)
 eval.match_classes
@@ -177,9 +174,7 @@ eval.match_classes
         {name: i for i, name in enumerate(names)}  # sorted 0, 1, 10
 eval.prepare
     (row['params'], row['active']) -> (row['active'], row['params'])
-eval.over_seeds
-    groups[json.dumps(setting, sort_keys=True)].setdefault(seed, row) ->
-        groups[json.dumps(setting, sort_keys=True)].setdefault(row['checkpoint'], row)
+    'val' if trained_on else 'all' -> 'all'  # what was trained on counts, too
 train.fit
     config.base_lr * fitting / config.base_batch -> config.base_lr
     config.warmup_epochs = config.epochs / 10 -> pass  # a short run ends at its peak

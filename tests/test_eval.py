@@ -26,13 +26,11 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from checks import on_meta
-from eval import (CHECKPOINT_KEYS, FLAG_PALETTE, MODELS, PALETTE, Flags, Glyphs, Shapes,
-                  TensorImages, accuracy_per_class, auto_workers, autocast, best_dtype, build_model,
-                  class_probabilities, countries, distances, draw_characters, draw_glyphs,
-                  drawn_size, eval_loader, eval_transform, evaluate, hold_out, image_losses,
-                  load_checkpoint, match_classes, normalize, number, open_dataset, open_pictures,
-                  read_image, worst_pairs)
+from checks import drawn, on_meta
+from eval import (CHECKPOINT_KEYS, FLAG_PALETTE, MODELS, PALETTE, TensorImages,
+                  auto_workers, autocast, best_dtype, build_model, class_probabilities, eval_loader,
+                  eval_transform, evaluate, hold_out, image_losses, load_checkpoint, match_classes,
+                  mistakes, normalize, number, open_dataset, predict, read_image)
 
 CPU = torch.device("cpu")
 
@@ -42,7 +40,7 @@ CPU = torch.device("cpu")
 @pytest.mark.shapes
 def test_the_same_pictures_on_every_machine():
     """The first eight pictures to train on are these, bit by bit, with every PyTorch."""
-    checksum = hashlib.sha256(Shapes(500, seed=1).images[:8].numpy().tobytes()).hexdigest()
+    checksum = hashlib.sha256(drawn("shapes", 500).images[:8].numpy().tobytes()).hexdigest()
     expected = "8347a917a37522c1e356cc2102a50295b327ec70f150725e927926cf52a84468"
     assert checksum == expected, "was a draw changed?"
 
@@ -50,7 +48,7 @@ def test_the_same_pictures_on_every_machine():
 @pytest.mark.shapes
 def test_labels_are_what_one_sees():
     """The labels of the first sixteen pictures name what one sees in them: draw them and look."""
-    data = Shapes(500, seed=1)
+    data = drawn("shapes", 500)
     assert [data.classes[data[i][1]] for i in range(16)] == [
         "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
         "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
@@ -61,8 +59,8 @@ def test_labels_are_what_one_sees():
 
 @pytest.mark.shapes
 def test_a_longer_set_begins_with_the_shorter():
-    """20 pictures are the first 20 of 600 of the same seed, drawn in parts of 500."""
-    short, long = Shapes(20, seed=3), Shapes(600, seed=3)
+    """20 pictures are the first 20 of 600, drawn in parts of 500."""
+    short, long = (open_dataset(f"shapes:{n}", "train") for n in (20, 600))
     assert (len(short), len(long)) == (20, 600)
     assert torch.equal(short.images, long.images[:20])
     assert torch.equal(short.labels, long.labels[:20])
@@ -75,15 +73,15 @@ def test_a_longer_set_begins_with_the_shorter():
 @pytest.mark.shapes
 def test_training_and_validation_pictures_differ():
     """No picture to validate with is among those to train on."""
-    train = {image.numpy().tobytes() for image in Shapes(500, 1).images}
-    val = {image.numpy().tobytes() for image in Shapes(500, 2).images}
+    train = {image.numpy().tobytes() for image in drawn("shapes", 500).images}
+    val = {image.numpy().tobytes() for image in drawn("shapes", 500, "val").images}
     assert len(train) == len(val) == 500 and not train & val
 
 
 @pytest.mark.shapes
 def test_classes_are_shape_times_texture():
     """Label 4 * shape + texture is class shape-texture: all textures of the circle first."""
-    data = Shapes(500, seed=1)
+    data = drawn("shapes", 500)
     assert data.classes == [
         "circle-plain", "circle-stripes", "circle-checks", "circle-dots",
         "square-plain", "square-stripes", "square-checks", "square-dots",
@@ -97,7 +95,7 @@ def test_classes_are_shape_times_texture():
 def test_all_classes_are_about_equally_frequent():
     """Of 1,600 pictures each of the 16 classes has 100, give or take four deviations of 10."""
     # one class: mean 1600 / 16 = 100, deviation sqrt(1600 * 1/16 * 15/16) = 9.7
-    counts = Shapes(1600, seed=1).labels.bincount(minlength=16)
+    counts = drawn("shapes", 1600).labels.bincount(minlength=16)
     assert len(counts) == 16 and counts.min() > 60 and counts.max() < 140, counts
 
 
@@ -107,14 +105,14 @@ def test_the_mask_is_where_the_object_is():
     # The dimmest object colour is (0, 158, 115): its brightest channel, less 25 of shade and 12 of
     # noise, is 121. The brightest background is a quarter of 240 + 25: 66, with 12 of noise 78. So
     # 100 separates them always.
-    data = Shapes(500, seed=1)
+    data = drawn("shapes", 500)
     assert torch.equal(data.images.amax(dim=1) > 100, data.masks)
 
 
 @pytest.mark.shapes
 def test_row_and_column_are_the_centre():
     """The centre of mass of a circle's mask is at the factors row and column, in this order."""
-    data = Shapes(500, seed=1)
+    data = drawn("shapes", 500)
     circles = data.factors["shape"] == 0
     masks = data.masks[circles].double()
     area = masks.sum((1, 2))
@@ -128,8 +126,8 @@ def test_row_and_column_are_the_centre():
 @pytest.mark.shapes
 def test_the_mask_has_the_shape_of_its_factor():
     """What one sees in the mask is the shape that its factor names."""
-    data = Shapes(500, seed=1)
-    mask = data.masks
+    data = drawn("shapes", 500)
+    mask = data.masks.bool()
     row = data.factors["row"].view(-1, 1, 1)
     column = data.factors["column"].view(-1, 1, 1)
     y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
@@ -153,7 +151,7 @@ def test_the_mask_has_the_shape_of_its_factor():
 @pytest.mark.shapes
 def test_colours_are_those_of_the_factors():
     """Object and background have the colours of their factors, shaded by up to 25."""
-    data = Shapes(500, seed=1)
+    data = drawn("shapes", 500)
     palette = torch.tensor(PALETTE).float()
     plain = data.factors["texture"] == 0
     for inside, factor, brightness in [(True, "colour", 1), (False, "background", 4)]:
@@ -169,8 +167,8 @@ def test_colours_are_those_of_the_factors():
 @pytest.mark.shapes
 def test_only_plain_objects_have_one_colour():
     """Within a plain object a channel varies by the noise of +-12 only, else by more."""
-    data = Shapes(500, seed=1)
-    inside = data.masks.unsqueeze(1)
+    data = drawn("shapes", 500)
+    inside = data.masks.bool().unsqueeze(1)
     highest = data.images.masked_fill(~inside, 0).amax((2, 3)).int()
     lowest = data.images.masked_fill(~inside, 255).amin((2, 3)).int()
     spread = (highest - lowest).amax(1)
@@ -179,19 +177,19 @@ def test_only_plain_objects_have_one_colour():
 
 @pytest.mark.shapes
 def test_an_item_is_image_label_and_no_complaint():
-    """Item i is (image through the transform, label, -1), and path(i) is a name for messages."""
-    data = Shapes(3, seed=1, transform=lambda image: image[:, :4])
+    """Item i is (image through the transform, label, -1)."""
+    data = drawn("shapes", 3, transform=lambda image: image[:, :4])
     image, label, unreadable = data[2]
     assert torch.equal(image, data.images[2, :, :4])
     assert label == int(data.labels[2])
     assert unreadable == -1
-    assert data.path(2) == "image 2" and len(data) == 3
+    assert len(data) == 3
 
 
 @pytest.mark.shapes
 def test_a_linear_classifier_cannot_solve_it():
     """Ridge regression on the pixels stays under 40%: class is not colour or place."""
-    train, val = Shapes(1600, seed=1), Shapes(500, seed=2)
+    train, val = drawn("shapes", 1600), drawn("shapes", 500, "val")
     x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
     y = F.one_hot(train.labels, 16).float()
     # weights = x^T (x x^T + lambda)^-1 y: the same as (x^T x + lambda)^-1 x^T y, with the smaller
@@ -202,122 +200,21 @@ def test_a_linear_classifier_cannot_solve_it():
 
 
 @pytest.mark.shapes
-def test_the_size_of_shapes():
-    """`shapes:COUNT` changes the number of pictures to train on, and not those to validate."""
-    assert drawn_size("shapes", "train")[0] == 16_000
-    assert drawn_size("shapes:40", "train")[0] == 40
-    for split in ("val", "all"):
-        assert drawn_size("shapes:40", split) == drawn_size("shapes", "val")
-    count, seed, _ = drawn_size("shapes", "val")
-    assert count == 2000 and seed != drawn_size("shapes", "train")[1]
-    data = open_dataset("shapes:40", "train", transform=lambda image: image[:, :1])
-    assert len(data) == 40 and data[0][0].shape == (3, 1, 32)
+def test_the_number_of_pictures():
+    """`shapes:COUNT` is for training: 16,000 unless told, and always 2,000 to validate."""
+    assert len(open_dataset("flags", "train")) == 16_000
+    assert [len(open_dataset("shapes:40", split)) for split in ("train", "val", "all")] == [
+        40, 2000, 2000]
 
 
 @pytest.mark.shapes
-@pytest.mark.parametrize(
-    "spec",
-    ["shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
-     "glyphs:100001", "glyphs:10:1", "glyphs:10:10001", "glyphs:10:10:10",
-     "flags:0", "flags:10:10"],
-)
-def test_a_wrong_number_of_pictures_or_classes(spec):
-    """Only 1 to 100000 pictures, and for glyphs 2 to 10000 classes, can follow the name."""
-    with pytest.raises(ValueError, match=r"expected `shapes\[:COUNT\]`.* 1 to 100000 images"):
+@pytest.mark.parametrize("spec", [
+    "shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
+    "flags:0", "shapes-fog", "flags:"])
+def test_a_wrong_number_of_pictures(spec):
+    """Only 1 to 100000 can follow the name, and only a known shift."""
+    with pytest.raises(ValueError, match=r"expected shapes or flags, .* up to 100000"):
         open_dataset(spec, "train")
-
-
-# ---------------------------------------------------------------- glyphs
-
-
-@pytest.mark.shapes
-def test_the_same_glyphs_on_every_machine():
-    """The first eight glyphs to train on are these, bit by bit, with every PyTorch."""
-    data = Glyphs(500, seed=1)
-    checksum = hashlib.sha256(data.images[:8].numpy().tobytes()).hexdigest()
-    expected = "b007c5fcd45012880eb1bf41fdcc9c0cc43cccea2ffc2810fc018d0d730afe33"
-    assert checksum == expected, "was a draw changed?"
-
-
-@pytest.mark.shapes
-def test_the_size_of_glyphs():
-    """`glyphs:COUNT:CLASSES`: 300 classes unless told, and 2,000 pictures to validate."""
-    assert drawn_size("glyphs", "train") == (16_000, 1, 300)
-    assert drawn_size("glyphs:40", "train") == (40, 1, 300)
-    assert drawn_size("glyphs:40:7", "train") == (40, 1, 7)
-    assert drawn_size("glyphs:40:7", "val") == (2000, 2, 7)
-    data = open_dataset("glyphs:40:7", "train")
-    assert len(data) == 40 and data.classes[:2] == ["glyph-0000", "glyph-0001"]
-    assert data.labels.max() == 6
-
-
-@pytest.mark.shapes
-def test_a_character_is_the_same_in_every_set():
-    """More classes leave the first ones as they are: a class means the same in every set."""
-    assert torch.equal(draw_characters(300)[:7], draw_characters(7))
-
-
-@pytest.mark.shapes
-def test_distances_from_a_stroke():
-    """A point in the middle of pixel (3, 2): 16 units to the next, at most 126 each way."""
-    x = torch.full((1, 3, 1), 16 * 3 + 8, dtype=torch.int32)
-    y = torch.full((1, 3, 1), 16 * 2 + 8, dtype=torch.int32)
-    found = distances(x, y)[0, 1]  # (32 rows, 32 columns)
-    assert found[2, 3] == 0
-    assert found[2, 5] == 32**2 and found[3, 4] == 16**2 + 16**2
-    assert found[31, 31] == 2 * 126**2
-
-
-@pytest.mark.shapes
-def test_a_mask_tells_the_strokes_apart():
-    """Three strokes that are dots, beside each other, in the middle and below: 1, 2 and 3."""
-    dots = torch.tensor([[-200, 0], [0, 0], [0, 200]], dtype=torch.int32)  # x, y of each
-    character = dots.view(1, 3, 1, 2).expand(1, 3, 3, 2)
-    drawn = draw_glyphs(character, torch.Generator().manual_seed(0), n=20)
-    for mask in drawn["masks"]:
-        rows, columns = zip(*[(mask == s).nonzero().double().mean(0).tolist() for s in (1, 2, 3)])
-        assert columns[0] < columns[1] - 3, "stroke 1 is left of 2"
-        assert rows[2] > rows[1] + 3, "stroke 3 is below 2"
-
-
-@pytest.mark.shapes
-def test_the_ink_is_where_a_glyph_is_light():
-    """On the mask a picture is at least 64 brighter on average than off it, in every colour."""
-    data = Glyphs(20, seed=1, classes=5)
-    for image, mask in zip(data.images.float(), data.masks > 0):
-        difference = image[:, mask].mean(1) - image[:, ~mask].mean(1)  # (3,)
-        assert difference.min() > 50
-    assert data.masks.unique().tolist() == [0, 1, 2, 3], "three strokes and the ground"
-
-
-@pytest.mark.shapes
-def test_a_glyph_lies_around_its_centre():
-    """Half a character is 12 pixels wide at most, and turned it stays within 18 of its centre."""
-    data = Glyphs(50, seed=1)
-    for mask, row, column in zip(data.masks, data.factors["row"], data.factors["column"]):
-        rows, columns = mask.nonzero().T
-        distance = (rows - row).square() + (columns - column).square()
-        assert distance.max() < 18**2
-
-
-@pytest.mark.shapes
-def test_the_colour_of_a_glyph_is_that_of_its_ink():
-    """Factor colour: which of red, green and blue is the strongest on the ink."""
-    data = Glyphs(50, seed=1)
-    for image, mask, colour in zip(data.images.float(), data.masks > 0, data.factors["colour"]):
-        means = image[:, mask].mean(1)  # (3,), with a blurred edge and noise
-        assert means[colour] > means.max() - 15
-
-
-@pytest.mark.shapes
-def test_a_linear_classifier_cannot_read_glyphs():
-    """Ridge regression on the pixels stays under 40% of 100 classes: the hand is unsteady."""
-    train, val = Glyphs(1600, seed=1, classes=100), Glyphs(500, seed=2, classes=100)
-    x, x_val = (data.images.flatten(1).float() / 255 - 0.3 for data in (train, val))
-    y = F.one_hot(train.labels, 100).float()
-    weights = x.T @ torch.linalg.solve(x @ x.T + 100 * torch.eye(1600), y)
-    accuracy = ((x_val @ weights).argmax(1) == val.labels).float().mean()
-    assert 1 / 100 < accuracy < 0.4, f"{accuracy:.0%}"
 
 
 # ---------------------------------------------------------------- flags
@@ -326,9 +223,9 @@ def test_a_linear_classifier_cannot_read_glyphs():
 @pytest.mark.shapes
 def test_the_same_flags_on_every_machine():
     """The first eight flags to train on and the country of each flag are these, bit by bit."""
-    images = Flags(500, seed=1).images[:8]
+    images = drawn("flags", 500).images[:8]
     checksums = [hashlib.sha256(data.numpy().tobytes()).hexdigest()
-                 for data in (images, countries())]
+                 for data in (images, evaluation.COUNTRIES)]
     assert checksums[0].startswith("cbf0003f0459d139"), "was a draw changed?"
     assert checksums[1].startswith("8f878ddc00146c48"), "was a draw changed?"
 
@@ -336,7 +233,9 @@ def test_the_same_flags_on_every_machine():
 @pytest.mark.shapes
 def test_each_country_has_49_flags_and_each_flag_one_country():
     """Of 14 x 14 x 14 flags, 56 countries have 49 each, and no stripe tells the country."""
-    country = countries()
+    country = evaluation.COUNTRIES
+    data = drawn("flags", 9)
+    assert torch.equal(data.labels, country[data.factors["colour"].unbind(1)])
     assert country.shape == (14, 14, 14)
     assert country.flatten().bincount().tolist() == [49] * 56
     for stripe in range(3):
@@ -349,7 +248,7 @@ def test_a_flag_belongs_to_the_same_country_in_every_set():
     """A flag's class goes by its three colours alone, to train on and to validate."""
     train, val = [
         {tuple(flag): label for flag, label in zip(data.factors["colour"].tolist(), data.labels)}
-        for data in (Flags(2000, seed=1), Flags(2000, seed=2))
+        for data in (drawn("flags", 2000), drawn("flags", 2000, "val"))
     ]
     common = train.keys() & val.keys()
     assert 500 < len(common) < len(val), "other pictures, and many of the same flags"
@@ -359,7 +258,7 @@ def test_a_flag_belongs_to_the_same_country_in_every_set():
 @pytest.mark.shapes
 def test_a_flag_has_the_colours_of_its_factors():
     """Each stripe of 8 x 24 pixels has its colour of the palette, shaded by up to 12."""
-    data = Flags(20, seed=1)
+    data = drawn("flags", 20)
     palette = torch.tensor(FLAG_PALETTE)
     for image, mask, colours in zip(data.images.float(), data.masks, data.factors["colour"]):
         assert mask.flatten().int().bincount().tolist() == [32 * 32 - 3 * 192, 192, 192, 192]
@@ -371,7 +270,7 @@ def test_a_flag_has_the_colours_of_its_factors():
 @pytest.mark.shapes
 def test_a_flag_lies_around_its_centre():
     """Stripe 1 is the upper one, and the flag reaches from 12 above its centre to 11 below."""
-    data = Flags(20, seed=1)
+    data = drawn("flags", 20)
     for mask, row, column in zip(data.masks, data.factors["row"], data.factors["column"]):
         rows, columns = mask.nonzero().T
         assert rows.aminmax() == (row - 12, row + 11)
@@ -479,31 +378,6 @@ FLAT = array("<u2", 0, 16, 2056, 4095)  # 16 / 4095 * 255 = 0.996, 2056 / 4095 *
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "name, content, expected",
-    [
-        ("16.tif", tiff(16, DEEP), [0, 1, 128, 255]),
-        ("white.tif", tiff(16, DEEP, zero_is=0), [255, 254, 127, 0]),
-        ("12.tif", tiff(12, FLAT), [0, 1, 128, 255]),
-        ("signed.tif", tiff(16, array("<i2", 0, 1000), kind=2), None),
-        ("32.tif", tiff(32, array("<u4", 0, 1000)), None),
-        ("float.tif", tiff(32, array("<f4", 0, 0.5, 1), kind=3), [0, 128, 255]),  # 127.5, to even
-        ("far.tif", tiff(32, array("<f4", 0, 0.5, 2000), kind=3), None),
-        ("nan.tif", tiff(32, array("<f4", 0, math.nan), kind=3), None),
-        ("10.pgm", b"P5 3 1 1023 " + array(">u2", 0, 512, 1023).tobytes(), [0, 128, 255]),  # 127.6
-        ("4.pgm", b"P5 3 1 15 " + bytes([0, 8, 15]), [0, 136, 255]),
-        ("16.pgm", b"P5 2 1 65535 " + array(">u2", 257, 65535).tobytes(), [1, 255]),
-    ],
-)
-def test_deep_files_are_scaled_by_their_range(tmp_path, name, content, expected):
-    """10, 12 and 16 bits, and floats from 0 to 1, become 0 to 255; what has no known range is
-    unreadable, not black or white."""
-    (tmp_path / name).write_bytes(content)
-    image = read_image(str(tmp_path / name))
-    assert image is None if expected is None else image[2, 0].tolist() == expected
-
-
-@pytest.mark.folders
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
 @pytest.mark.parametrize(
     "orientation, corners",
@@ -581,23 +455,6 @@ def test_damaged_files_are_read_or_reported(tmp_path, kind):
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize(
-    "kind, options", [("jpeg", {}), ("jpeg", dict(progressive=True)), ("png", {})]
-)
-def test_more_pixels_than_the_limit_are_unreadable(tmp_path, monkeypatch, kind, options):
-    """The limit is twice Pillow's MAX_IMAGE_PIXELS: of 500, 32 x 32 = 1,024 pixels are beyond it,
-    31 x 32 are not.
-
-    Else a damaged header that claims 65,535 x 65,535 pixels would fill the memory.
-    """
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    for height, shape in [(32, None), (31, (3, 31, 32))]:
-        picture().crop((0, 0, 32, height)).save(tmp_path / "any", kind, **options)
-        image = read_image(str(tmp_path / "any"))
-        assert (image if image is None else image.shape) == shape
-
-
-@pytest.mark.folders
 @pytest.mark.parametrize("width, height", [(1, 1), (7, 3), (3, 7)])
 def test_images_keep_their_size(tmp_path, width, height):
     """A file of W x H pixels is read as (3, H, W): rows first."""
@@ -665,86 +522,11 @@ def test_classes_and_files_are_sorted(tmp_path):
 
 
 @pytest.mark.folders
-def test_subfolders_belong_to_their_class(tmp_path):
-    """An image at any depth below a class folder is of that class."""
-    cats = ["cat/1.png", "cat/indoor/2.png", "cat/indoor/sofa/3.png"]
-    root = make_folder(tmp_path, [*cats, "dog/a/b/c/4.png"])
-    data = open_dataset(root, "all")
-    assert contents(data) == [
-        ("cat/1.png", "cat", 0),
-        ("cat/indoor/2.png", "cat", 1),
-        ("cat/indoor/sofa/3.png", "cat", 2),
-        ("dog/a/b/c/4.png", "dog", 3),
-    ]
-
-
-@pytest.mark.folders
 def test_odd_names(tmp_path):
     """Spaces, accents, other scripts, emoji and dots in names are read and given back."""
     names = ["big cat/my photo (1).png", "chien à poil/éléphant.v2.PNG", "猫/写真.png", "🐈/👍.png"]
     data = open_dataset(make_folder(tmp_path, names), "all")
     assert contents(data) == [(name, name.split("/")[0], level) for level, name in enumerate(names)]
-
-
-@pytest.mark.folders
-def test_what_is_no_image_is_left_out(tmp_path):
-    """Hidden folders, files beside the class folders and other files are no data."""
-    root = make_folder(tmp_path, ["a/1.png", "b/2.png", ".cache/3.png", "4.png"])
-    (tmp_path / "a" / "notes.txt").write_text("ignored")
-    (tmp_path / "a" / "png").write_text("a name without extension")
-    data = open_dataset(root, "all")
-    assert data.classes == ["a", "b"]
-    assert contents(data) == [("a/1.png", "a", 0), ("b/2.png", "b", 1)]
-
-
-@pytest.mark.folders
-def test_what_systems_leave_behind_is_no_data(tmp_path, capsys):
-    """Hidden files, macOS's and Synology's copies and thumbnails, and results of our own runs are
-    neither mentioned nor read."""
-    others = "__MACOSX/a/3.png a/.hidden.png a/.ipynb_checkpoints/4.png a/@eaDir/1.png/thumb.jpg"
-    results = "runs/x/inspect/figure.png b/y/figure.png"
-    root = make_folder(tmp_path, ["a/1.png", "b/2.png", *others.split(), *results.split()])
-    empty = "a/._1.png a/Thumbs.db b/desktop.ini .DS_Store runs/x/last.pt b/y/report.html"
-    for name in empty.split():
-        (tmp_path / name).write_bytes(b"")
-    data = open_dataset(root, "all")
-    assert data.classes == ["a", "b"] and names(data) == ["a/1.png", "b/2.png"]
-    told = f"warning: {root}; 1 class folders without images are left out (runs)\n"
-    assert capsys.readouterr().err == told
-
-
-@pytest.mark.folders
-def test_what_is_left_out_is_said(tmp_path, capsys):
-    """A class folder without an image that can be read is named, with the types of its files, and
-    is no class."""
-    root = make_folder(tmp_path, ["a/1.png", "b/2.png", "b/sub/3.jfif"])
-    (tmp_path / "c").mkdir()
-    for i in range(10):
-        (tmp_path / "c" / f"IMG_{i}.HEIC").write_bytes(b"x")
-    data = open_dataset(root, "all")
-    assert open_dataset(root, "all").classes == data.classes == ["a", "b"]
-    [told] = capsys.readouterr().err.splitlines()  # once, although it was opened twice
-    assert told.startswith(f"warning: {root}; 1 class folders without images are left out (c); ")
-    assert "; 10 files of other types are left out (.heic); " in told
-    assert "; 1 images lie deeper than in a class folder " in told
-    assert told.endswith("belong to the upper one (b/sub/3.jfif)")
-
-
-@pytest.mark.folders
-def test_links_do_not_lead_in_a_circle(tmp_path, capsys):
-    """20 images stay 20: a link to a folder above, or to one that is read already, is named and not
-    followed."""
-    root = make_folder(tmp_path / "data", [f"{name}/{i}.png" for name in "ab" for i in range(10)])
-    make_folder(tmp_path / "elsewhere", ["20.png"])
-    for link, target in [("a/up", ".."), ("b/up", ".."), ("a/b", "../b"), ("above", "../.."),
-                         ("a/self", "self"), ("a/more", "../../elsewhere")]:
-        os.symlink(target, tmp_path / "data" / link)
-    data = open_dataset(root, "all")
-    assert data.classes == ["a", "b"] and len(data) == 21 and "a/more/20.png" in names(data)
-    told = capsys.readouterr().err
-    assert [
-        f"{root}/{link} leads to a folder" in told for link in ("a/up", "b/up", "a/b", "above")
-    ] == [True] * 4
 
 
 @pytest.mark.folders
@@ -779,27 +561,8 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_one_class_is_nothing_to_learn(tmp_path, files):
     """A folder too high has one class, on which the accuracy would be 100%: training refuses it."""
     root = make_folder(tmp_path, files)
-    top = files[0].split("/")[0]
-    told = f"only one class folder, {top}, in .*: give the folder that holds"
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match="has not two folders with images: expected FOLDER/train"):
         open_dataset(root, "train")
-
-
-@pytest.mark.folders
-def test_one_corruption_has_no_classes(tmp_path):
-    """The severities 1 to 5 of one corruption of ImageNet-C are not classes; folders 1 to 5 with
-    images in them are."""
-    files = [f"{severity}/n0{i}/1.png" for severity in range(1, 6) for i in range(2)]
-    root = make_folder(tmp_path / "fog", files)
-    told = "fog looks like one corruption of ImageNet-C: its folders 1, 2, 3, 4, 5 hold class"
-    with pytest.raises(ValueError, match=told):
-        open_dataset(root, "all")
-    stars = make_folder(tmp_path / "stars", ["1/1.png", "5/2.png"])
-    assert open_dataset(stars, "all").classes == ["1", "5"]
-    files = [f"{split}/{name}/patient{i}/x.png"
-             for split in ("train", "val") for name in "12" for i in "ab"]
-    grades = make_folder(tmp_path / "grades", files)
-    assert open_dataset(grades, "val").classes == ["1", "2"], "a folder per patient in each class"
 
 
 @pytest.mark.counting
@@ -819,17 +582,6 @@ def test_new_processes_of_a_loader_get_no_signal():
     evaluation.start_loader(Loader())
     assert {signal.SIGINT, signal.SIGTERM} <= met[0]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-
-
-@pytest.mark.counting
-def test_a_loader_starts_where_signals_cannot_be_blocked(monkeypatch):
-    """On Windows there is no pthread_sigmask."""
-    monkeypatch.delattr(signal, "pthread_sigmask")
-
-    class Loader(list):
-        num_workers = 1
-
-    assert list(evaluation.start_loader(Loader([1, 2]))) == [1, 2]
 
 
 @pytest.mark.folders
@@ -869,42 +621,8 @@ def test_a_folder_that_cannot_be_opened(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=f"cannot open the folder {root}/b: Permission denied"):
+    with pytest.raises(OSError, match=f"Permission denied: '{root}/b'"):
         open_dataset(root, "all")
-
-
-@pytest.mark.folders
-def test_one_name_in_two_spellings(tmp_path):
-    """macOS stores é as e and an accent: in train/ and val/ it is the same class, and the file is
-    found under its own name."""
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    files = f"train/{composed}/1.png train/b/2.png val/{decomposed}/3.png val/b/4.png"
-    root = make_folder(tmp_path, files.split())
-    train, val = (open_dataset(root, split) for split in ("train", "val"))
-    assert train.classes == val.classes == ["b", composed] and int(val[1][0][0, 0, 0]) == 2
-    one, other = (open_dataset(make_folder(tmp_path / "flat" / name, [f"{name}/1.png"]), "all")
-                  for name in (composed, decomposed))
-    assert one.fingerprint() == other.fingerprint(), "a copy on another system is the same data"
-
-
-@pytest.mark.folders
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_that_no_terminal_can_show(tmp_path, capsys):
-    """Names in Latin-1 or with a line break are read, and written with escapes: a message stays one
-    line."""
-    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
-    os.mkdir(folder)
-    for i, name in enumerate([b"a\nb.png", b"\xfc.png"]):
-        with open(os.path.join(folder, name), "wb") as file:
-            Image.new("L", (4, 4), i).save(file, "png")
-    data = open_dataset(str(tmp_path), "all")
-    assert [int(data[i][0][0, 0, 0]) for i in range(2)] == [0, 1]
-    assert data.fingerprint()["images"] == [2] and data.classes == ["caf\udce9"]
-    evaluation.warn(f"cannot read {data.path(0)}")
-    assert capsys.readouterr().err == f"warning: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
-    with pytest.raises(SystemExit, match="2"):
-        evaluation.fail(f"cannot read {data.path(0)}")
-    assert capsys.readouterr().err == f"error: cannot read {tmp_path}/caf\\udce9/a\\nb.png\n"
 
 
 @pytest.mark.folders
@@ -955,10 +673,9 @@ def test_a_class_of_few_images_is_named(tmp_path, capsys):
     root = make_folder(tmp_path / "some", [*files, "c/0.png", "d/0.png"])
     assert open_dataset(root, "val").labels.tolist() == [0, 1]
     assert open_dataset(root, "train").classes == ["a", "b", "c", "d"]
-    told = f"warning: 2 of 4 classes of {root} have fewer than 5 images, and so no validation image"
-    assert capsys.readouterr().err == told + ": c, d\n", "once, although it was opened twice"
-    told = "1 of 1 classes of .* have fewer than 5 images: too few to hold out a fifth"
-    with pytest.raises(ValueError, match=told):
+    told = "warning: no validation image of c, d, 2 classes of fewer than 5\n"
+    assert capsys.readouterr().err == told, "once, although it was opened twice"
+    with pytest.raises(ValueError, match="fewer than 5 images: too few to hold out a fifth"):
         open_dataset(make_folder(tmp_path / "none", files[:4]), "val")
 
 
@@ -977,22 +694,21 @@ def test_a_transform_sees_every_image(tmp_path):
 @pytest.mark.folders
 @pytest.mark.parametrize("make, expected", [
     (lambda root: None, "no data at"),
-    (lambda root: (root.parent / "here").write_text("a file"), "is a file: to train, give a"),
-    (lambda root: root.mkdir(), "no class folders in"),
-    (lambda root: make_folder(root, ["1.png", "2.png"]), "no class folders in"),
-    (lambda root: (root / "a").mkdir(parents=True), "no images in the class folders of"),
-    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "no class folders in"),
+    (lambda root: (root.parent / "here").write_text("a file"), "no data at"),
+    (lambda root: root.mkdir(), "(found: nothing)"),
+    (lambda root: make_folder(root, ["1.png", "2.png"]), "has not two folders with images"),
+    (lambda root: (root / "a").mkdir(parents=True), "(found: a/ (1))"),
+    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "(found: a/ (1))"),
 ], ids=["missing", "a file", "empty", "no classes", "no images", "empty val"])
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
     """A data set that is not there is an error with the place and the expected tree."""
     root = tmp_path / "here"
     make(root)
     with pytest.raises(ValueError) as error:
-        open_dataset(str(root), "val")
+        open_dataset(str(root), "train")
     message = str(error.value)
     assert expected in message and str(root) in message
     assert "FOLDER/train/<class>/<image>.jpg" in message
-    assert " or FOLDER/<class>/<image>.jpg" in message
 
 
 @pytest.mark.folders
@@ -1018,22 +734,21 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
 
 @pytest.mark.folders
 @forked.needs_fork
-def test_an_error_of_a_worker_is_one_line(tmp_path, capsys):
-    """An error of a transform names the file, and the worker's traceback is left out."""
+def test_an_error_of_a_worker_is_one_line(tmp_path):
+    """Of an error in a loader's process the last line counts, and not its traceback."""
 
-    def too_large(image):
-        raise RuntimeError("not enough memory: you tried to allocate 4 GB\nand more")
+    def broken(image):
+        raise RuntimeError("stack expects each tensor to be equal size")
 
-    data = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all", too_large)
+    data = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all", broken)
     try:
         next(iter(DataLoader(data, num_workers=1, multiprocessing_context="fork")))
-    except ValueError as error:
+    except RuntimeError as error:
         message = str(error)  # the error itself would keep the worker alive
     assert "Traceback" in message
-    with pytest.raises(SystemExit, match="2"):
-        evaluation.fail(evaluation.last_line(message))
-    told = f"error: cannot prepare {tmp_path}/a/0.png, (5, 6) pixels: not enough memory"
-    assert capsys.readouterr().err == told + ": you tried to allocate 4 GB\n"
+    told = "RuntimeError: stack expects each tensor to be equal size"
+    assert evaluation.one_line(message) == told
+    assert evaluation.one_line(ValueError()) == "ValueError", "an error without words"
 
 
 @pytest.mark.folders
@@ -1042,88 +757,8 @@ def test_a_folder_of_broken_files_is_an_error(tmp_path):
     root = make_folder(tmp_path, ["a/0.png", "a/1.png"])
     for name in ("0.png", "1.png"):
         (tmp_path / "a" / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"100 images in a row cannot be read, from .*1\.png"):
+    with pytest.raises(ValueError, match=r"cannot read .*1\.png, nor the 99 images"):
         open_dataset(root, "all")[1]
-
-
-@pytest.mark.folders
-def test_pictures_without_classes(tmp_path):
-    """A file is one picture, a folder all that lie in it, sorted: items have the label -1."""
-    root = make_folder(tmp_path / "d", ["b.png", "a.png", ".hidden.png"])
-    (tmp_path / "d" / "notes.txt").write_text("no picture")
-    (tmp_path / "d" / "sub").mkdir()
-    (tmp_path / "d" / "sub" / "notes.txt").write_text("nor is this a class")
-    data = open_pictures(root, lambda image: image + 10)
-    assert [data.path(i) for i in range(len(data))] == [f"{root}/a.png", f"{root}/b.png"]
-    assert data.classes == []
-    items = [(int(image[0, 0, 0]), label, unreadable) for image, label, unreadable in map(
-        data.__getitem__, range(2))]
-    assert items == [(11, -1, -1), (10, -1, -1)], "(transformed grey level, label, unreadable)"
-    one = open_pictures(f"{root}/b.png")
-    assert len(one) == 1 and one.path(0) == f"{root}/b.png" and one[0][0].shape == (3, 5, 6)
-
-
-@pytest.mark.folders
-def test_what_is_not_pictures_without_classes(tmp_path):
-    """None is what open_dataset() may know, or nobody: with a class folder a folder has classes."""
-    classes = make_folder(tmp_path / "c", ["a/0.png", "b/1.png"])
-    both = make_folder(tmp_path / "both", ["0.png", "a/1.png"])
-    (tmp_path / "empty").mkdir()
-    for spec in (classes, both, str(tmp_path / "empty"), str(tmp_path / "no"), "shapes", "cifar10"):
-        assert open_pictures(spec) is None, spec
-
-
-@pytest.mark.folders
-def test_pictures_that_cannot_be_used(tmp_path):
-    """An unreadable picture is a black one with its index; one too large to prepare is named."""
-    root = make_folder(tmp_path / "d", ["a.png", "b.png"])
-    (tmp_path / "d" / "a.png").write_bytes(b"no picture")
-    image, label, unreadable = open_pictures(root, v2.Resize((32, 32)))[0]
-    assert torch.equal(image, torch.zeros(3, 32, 32, dtype=torch.uint8))
-    assert (label, unreadable) == (-1, 0)
-
-    def too_large(image):
-        raise MemoryError("of 9 GB")
-
-    with pytest.raises(ValueError, match=r"cannot prepare .*b.png, \(5, 6\) pixels: of 9 GB"):
-        open_pictures(root, too_large)[1]
-
-
-@pytest.mark.folders
-@pytest.mark.parametrize("spec, expected", [
-    ("d/a.png", "d/a.png is a file: to train, give"), ("d", "no class folders in d.* expected")])
-def test_pictures_without_classes_are_nothing_to_learn(tmp_path, monkeypatch, spec, expected):
-    """For training they are one line, which says what is expected."""
-    monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "d", ["a.png", "b.png"])
-    with pytest.raises(ValueError, match=f"{expected} .*FOLDER"):
-        open_dataset(spec, "train")
-
-
-@pytest.mark.folders
-def test_a_fingerprint_is_of_names(tmp_path):
-    """A data set in another place has the same fingerprint; one image less, renamed or of another
-    class changes it."""
-    names = ["a/1.png", "b/2.png", "b/3.png"]
-    first = open_dataset(make_folder(tmp_path / "first", names), "all").fingerprint()
-    assert (first["classes"], first["images"]) == (["a", "b"], [1, 2])
-    none_of_b = evaluation.TensorImages(torch.zeros(2, 3, 1, 1), torch.tensor([0, 0]), ["a", "b"])
-    assert evaluation.fingerprint(none_of_b, b"")["images"] == [2, 0]
-    assert open_dataset(make_folder(tmp_path / "copy", names), "all").fingerprint() == first
-    for i, other in enumerate(
-        [names[:2], ["a/1.png", "b/2.png", "b/4.png"], ["a/1.png", "a/2.png", "b/3.png"]]
-    ):
-        changed = open_dataset(make_folder(tmp_path / str(i), other), "all").fingerprint()
-        assert changed["digest"] != first["digest"], other
-
-
-@pytest.mark.folders
-def test_a_fingerprint_of_pictures_in_memory():
-    """Pictures without names are known by their labels: equal for the same pictures, not for
-    fewer."""
-    first, fewer = Shapes(20, 1).fingerprint(), Shapes(19, 1).fingerprint()
-    assert Shapes(20, 1).fingerprint() == first and first["digest"] != fewer["digest"]
-    assert len(first["classes"]) == 16 and sum(first["images"]) == 20
 
 
 @pytest.mark.folders
@@ -1166,6 +801,84 @@ def test_cifar_without_a_network(monkeypatch, problem):
     with pytest.raises(ValueError, match=expected) as error:
         open_dataset("cifar10", "train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("files, opened", [
+    (["1.png", "2.jpg"], ["1.png", "2.jpg"]),  # own pictures
+    (["1.png", "a/2.png"], ["a/2.png"]),  # class folders, and a picture beside them
+    (["1.png", "empty/x.txt", ".hidden/2.png"], ["1.png"])])
+def test_pictures_without_classes(tmp_path, files, opened):
+    """If no folder holds images those in the folder itself are one's own: no classes, labels -1."""
+    root = make_folder(tmp_path, [file for file in files if file.endswith("g")])
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    data = open_dataset(root, "all")
+    assert names(data) == opened
+    assert (data.classes, data[0][1]) == (([], -1) if opened[0] == "1.png" else (["a"], 0))
+    single = open_dataset(data.path(0), "all")
+    assert len(single) == 1 and single.path(0) == data.path(0) and not single.classes
+
+
+@pytest.mark.folders
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """Hidden files, links in a circle and what systems leave behind are not followed; folders
+    without images and files of other kinds are named, once."""
+    files = "a/1.png a/deep/2.png b/3.png .git/4.png a/._1.png @eaDir/5.png a/@eaDir/6.png"
+    root = make_folder(tmp_path, files.split())
+    for other in ("a/notes.txt", "a/b.HEIC", "c/d.HEIC", "__MACOSX/a/._1.jpg"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).touch()
+    for link in ("a/up", "up", "a/deep/up"):
+        (tmp_path / link).symlink_to(tmp_path)
+    data = open_dataset(root, "all")
+    assert names(data) == ["a/1.png", "a/deep/2.png", "b/3.png"] and data.classes == ["a", "b"]
+    open_dataset(root, "all")
+    [told] = capsys.readouterr().err.splitlines()
+    assert told == (f"warning: {root}: left out what is or holds no image: .HEIC (2), "
+                    f"__MACOSX/ (1), .txt (1), c/ (1)")
+
+
+def transparent(mode):
+    """A red disc on nothing; what is hidden under the nothing is green."""
+    image = Image.new("RGBA", (20, 20), (0, 255, 0, 0))
+    image.paste((255, 0, 0, 255), (5, 5, 15, 15))
+    if mode == "P":
+        image = image.convert("RGB").quantize(4)
+        image.info["transparency"] = image.getpixel((0, 0))
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("mode, kind", [
+    ("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "webp"), ("RGBA", "gif"), ("P", "gif")])
+def test_transparency_is_white(mode, kind, tmp_path):
+    """Whatever colour is hidden under it, and whatever the mode of the file."""
+    options = dict(lossless=True, exact=True) if kind == "webp" else {}
+    transparent(mode).save(tmp_path / f"a.{kind}", **options)
+    image = read_image(tmp_path / f"a.{kind}")
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    assert image[1, 10, 10] < 100, "the disc itself stays"
+
+
+def png_with(name, data):
+    """A small PNG with one more chunk, whose checksum is wrong."""
+    file = saved("png")
+    chunk = struct.pack(">I", len(data)) + name + data + b"\0\0\0\0"
+    return file[:33] + chunk + file[33:]
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("name, data", [
+    (b"tEXt", b"a\0b"), (b"pHYs", b"ab"), (b"gAMA", b"a"), (b"iCCP", b"x"), (b"tIME", b""),
+    (b"zTXt", b"a\0\0garbage"), (b"iTXt", b"a\0\1\0\0\0garbage")])
+def test_damaged_metadata_do_not_hide_a_picture(name, data, tmp_path):
+    """A chunk of a PNG that is no picture may hold anything."""
+    (tmp_path / "a.png").write_bytes(saved("png"))
+    (tmp_path / "b.png").write_bytes(png_with(name, data))
+    assert torch.equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
 
 
 # ---------------------------------------------------------------- from pixels to the model
@@ -1258,7 +971,7 @@ def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
     """Images in memory are served by this process, files by a share of the processors, 1 to 12."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     files = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all")
-    assert auto_workers(Shapes(500, seed=1)) == 0
+    assert auto_workers(drawn("shapes", 500)) == 0
     assert [auto_workers(files, world) for world in (1, 8, 100)] == [12, 8, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # by torchrun: 8 of the 100 are on this machine
     assert auto_workers(files, 100) == 8
@@ -1336,64 +1049,6 @@ def test_counting_against_a_loop(batch_size):
 
 
 @pytest.mark.counting
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-@pytest.mark.parametrize("columns", [None, [4, 0, 7]])
-def test_the_confusion_matrix_against_a_loop(batch_size, columns):
-    """It counts each image at (true class, predicted class), at any size of the batches."""
-    C = len(columns or range(12))
-    table, labels = torch.randn(23, 12), torch.randint(0, C, (23,)).tolist()
-    expected = torch.zeros(C, C, dtype=torch.int64)
-    for logits, label in zip(table, labels):
-        taking_part = [float(logits[column]) for column in columns or range(12)]
-        expected[label, taking_part.index(max(taking_part))] += 1
-    result = count(table, labels, columns, batch_size, confusion=True)
-    found = result.pop("confusion")
-    assert found.dtype == torch.int64
-    assert torch.equal(found, expected), "transposed?" if torch.equal(found, expected.T) else ""
-    assert found.sum() == 23 and found.trace() == result["correct1"]
-    assert result == count(table, labels, columns, batch_size), "only when asked"
-
-
-@pytest.mark.counting
-def test_accuracy_per_class_against_a_loop():
-    """Of the images of a class, so many percent are right: no number for a class without any."""
-    confusion = torch.randint(0, 9, (6, 6))
-    confusion[2] = 0
-    for i, accuracy in enumerate(accuracy_per_class(confusion).tolist()):
-        images = sum(int(confusion[i, j]) for j in range(6))
-        expected = 100 * int(confusion[i, i]) / images if images else math.nan
-        assert accuracy == pytest.approx(expected, nan_ok=True), "of the images predicted so?"
-
-
-@pytest.mark.counting
-def test_the_worst_pairs_against_a_loop():
-    """The most frequent first, equal ones in the order of the classes, nothing that is right."""
-    confusion = torch.randint(0, 4, (6, 6))
-    pairs = []
-    for true in range(6):
-        for predicted in range(6):
-            if true != predicted and confusion[true, predicted] > 0:
-                pairs.append([true, predicted, int(confusion[true, predicted])])
-    pairs.sort(key=lambda pair: -pair[2])
-    assert worst_pairs(confusion) == pairs
-    assert worst_pairs(confusion, 3) == pairs[:3]
-    assert worst_pairs(confusion, 99) == pairs
-    assert worst_pairs(torch.eye(3, dtype=torch.int64), 5) == []
-
-
-@pytest.mark.counting
-def test_class_probabilities_against_a_loop():
-    """softmax shares 1 among the classes; sigmoid asks each on its own, as V-MoE's loss does."""
-    logits = torch.randn(3, 4)
-    softmax = class_probabilities(logits, "softmax").tolist()
-    sigmoid = class_probabilities(logits, "sigmoid").tolist()
-    for i, row in enumerate(logits.tolist()):
-        total = sum(math.exp(logit) for logit in row)
-        assert softmax[i] == pytest.approx([math.exp(logit) / total for logit in row])
-        assert sigmoid[i] == pytest.approx([1 / (1 + math.exp(-logit)) for logit in row])
-
-
-@pytest.mark.counting
 def test_output_goes_on_when_nobody_reads_it(tmp_path):
     """Lines arrive at once, also with names that the encoding lacks; a closed pipe ends nothing."""
     with open(tmp_path / "log", "w", encoding="ascii") as log:
@@ -1407,17 +1062,26 @@ def test_output_goes_on_when_nobody_reads_it(tmp_path):
 
 
 @pytest.mark.counting
-@pytest.mark.parametrize("name, on_a_terminal, shown", [
-    ("val", True, True), ("", True, False), ("val", False, False)])
-def test_a_progress_bar_is_for_a_terminal(name, on_a_terminal, shown, monkeypatch):
-    """It has a name, and it is gone when the last batch is done."""
-    terminal = io.StringIO()
-    terminal.isatty = lambda: on_a_terminal
-    monkeypatch.setattr(sys, "stderr", terminal)
-    loader = eval_loader(Shapes(4, seed=1), 2, 0, CPU)
-    assert len(list(evaluation.show_progress(loader, name))) == 2
-    assert (f"{name}: " in terminal.getvalue()) == shown
-    assert not shown or terminal.getvalue().endswith(" \r"), "the line is not empty at the end"
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_mistakes_against_a_loop(batch_size):
+    """Accuracy per class in percent, and the pairs of classes that were taken for another."""
+    table, labels = torch.randn(60, 4), torch.randint(4, (60,))
+    images = torch.arange(60, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    loader = eval_loader(TensorImages(images, labels, "abcd"), batch_size, 0, CPU)
+    found = predict(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3)
+    per_class, pairs = mistakes(found, "abcd")
+    guesses = table.argmax(1)
+    assert found.best[:, 0].tolist() == guesses.tolist(), "in the order of the data"
+    assert_close(found.probs, table.softmax(1).sort(1, descending=True).values)
+    for c, name in enumerate("abcd"):
+        mine = labels == c
+        right = (guesses[mine] == c).double().mean().item()
+        assert per_class[name]["images"] == mine.sum() and math.isclose(
+            per_class[name]["top1"], 100 * right, abs_tol=1e-9)
+    counts = [n for *_, n in pairs]
+    assert counts == sorted(counts, reverse=True) and sum(counts) == (guesses != labels).sum()
+    for true, guess, n in pairs:
+        assert ((labels == "abcd".index(true)) & (guesses == "abcd".index(guess))).sum() == n
 
 
 @pytest.mark.counting
@@ -1490,7 +1154,7 @@ def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
     """evaluate() stops at an unreadable file and names it."""
     data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png"]), "all")
     (tmp_path / broken).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"cannot read .*{broken}: .*repair or replace the file"):
+    with pytest.raises(ValueError, match=f"cannot read .*{broken} .1 in all.: repair"):
         loader = eval_loader(data, 2, 0, CPU)
         evaluate(Known(torch.zeros(3, 2)), loader, CPU, (0.0,) * 3, (1.0,) * 3)
 
@@ -1509,22 +1173,6 @@ def test_processes_share_the_images(monkeypatch):
         shares.append(torch.cat(batches).tolist())
     assert sorted(itertools.chain(*shares)) == list(range(11)), "an image twice, or not at all"
     assert sorted(map(len, shares)) == [3, 4, 4]
-
-
-@pytest.mark.counting
-def test_the_sums_of_all_processes_are_added(monkeypatch):
-    """The counts of all processes are added exactly: here to another's 2^24 hits."""
-    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(evaluation.dist, "all_gather_object", lambda errors, error: None)
-    add = lambda sums, op=None: op or sums.add_(2**24)
-    monkeypatch.setattr(evaluation.dist, "all_reduce", add)
-    table = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    result = count(table, [0, 1, 1], columns=[0, 1], confusion=True)  # two of three are right
-    assert result["confusion"].tolist() == [[2**24 + 1, 2**24], [2**24 + 1, 2**24 + 1]]
-    assert result["images"] == 2**24 + 3, "float32 counts to 2^24 only, and then in steps of 2"
-    assert result["top1"] == pytest.approx(100 * (2**24 + 2) / (2**24 + 3), rel=1e-12)
 
 
 # ---------------------------------------------------------------- models and checkpoints
@@ -1621,7 +1269,7 @@ NO_CHECKPOINTS = {  # how it is made, and a part of the message
     "missing": (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
     "folder": (lambda path: path.mkdir(), "no checkpoint at {path}"),
     "cut off": (
-        cut_off, "{path} cannot be opened as a checkpoint, it is truncated or not one of ours"),
+        cut_off, "{path} cannot be opened as a checkpoint, it is empty, truncated or not one of ours"),
     "empty": (
         lambda path: path.write_bytes(b""),
         "{path} cannot be opened as a checkpoint, it is empty"),
@@ -1636,29 +1284,25 @@ NO_CHECKPOINTS = {  # how it is made, and a part of the message
         "{path} is not a checkpoint of train.py: it lacks args,"),
     "number": (
         lambda path: torch.save(7, path),
-        "{path} is not a checkpoint of train.py: it lacks args,"),
+        "{path} cannot be opened as a checkpoint"),
     "other width": (
         lambda path: write_checkpoint(path, CONFIG | {"dim": 32}),
-        "the weights in {path} do not fit its own config"),
+        "config and weights in {path} do not fit: Error"),
     "other depth": (
         lambda path: write_checkpoint(path, CONFIG | {"depth": 3}),
-        "the weights in {path} do not fit its own config"),
+        "config and weights in {path} do not fit: Error"),
     "other model": (
         lambda path: write_checkpoint(path, {"model": "resnet"}),
         "unknown model 'resnet': expected one of vit_nano,"),
     "unknown option": (
         lambda path: write_checkpoint(path, CONFIG | {"size": 1}),
-        "the config in {path} does not describe a model"),
+        "config and weights in {path} do not fit: "),
     "no model": (
         lambda path: write_checkpoint(path, {"dim": 16}),
-        "the config in {path} does not describe a model"),
+        "config and weights in {path} do not fit: "),
     "few classes": (
         lambda path: write_checkpoint(path, classes=["a", "b"]),
-        "{path} names 2 classes, but its model has 3 outputs"),
-    "stacked experts": (
-        lambda path: write_checkpoint(
-            path, model={"blocks.1.mlp.experts.w1": torch.zeros(4, 16, 64)}),
-        "{path} is from an older version, whose experts were stacked weights"),
+        "config and weights in {path} do not fit: 'num_classes is not 2'"),
 }
 
 
@@ -1672,20 +1316,6 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, expected):
         load_checkpoint(str(path), CPU)
     message = str(error.value)
     assert message.startswith(expected.format(path=path)) and "\n" not in message
-
-
-@pytest.mark.checkpoints
-def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
-    """A file without permission, or on a disk that fails, is an error that names it, too."""
-
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    write_checkpoint(tmp_path / "last.pt")
-    monkeypatch.setattr(torch, "load", refuse)
-    expected = "last.pt cannot be opened as a checkpoint.*Permission denied"
-    with pytest.raises(ValueError, match=expected):
-        load_checkpoint(str(tmp_path / "last.pt"), CPU)
 
 
 class Burglar:
@@ -1736,7 +1366,6 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
     flags = ["best.pt", "--data", "shapes", flag]
     for value in right:
         args = evaluation.parse_args([*flags, str(value)])
-        evaluation.check(args)
         assert getattr(args, flag[2:].replace("-", "_")) == value
     for text in wrong:
         with pytest.raises(SystemExit, match="2"):
@@ -1763,9 +1392,8 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
     both, plain = folder / "both.pt", folder / "plain.pt"
     flags = f"--data {one} --data {two} --batch-size 2 --workers 0 --json {folder}/out.json"
     run(monkeypatch, both, plain, *flags.split())
-    *_, names, header, first, second = capsys.readouterr().out.splitlines()
-    assert names.split() == [one, two]
-    assert header.split("  ")[0].startswith("checkpoint") and header.count("top-1 %") == 2
+    *_, header, first, second = capsys.readouterr().out.splitlines()
+    assert header.startswith("checkpoint ") and header.endswith("one top-1 %  two top-1 %")
     assert "top-5" not in header
     params = sum(p.numel() for p in model.parameters())
     # width 16, hidden 64: 2 of the 8 experts of one layer work
@@ -1781,7 +1409,6 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
         assert cells[:3] == [str(path), *size] and cells[5:] == numbers
 
     text = (folder / "out.json").read_text()
-    assert text.startswith('{\n "'), "one entry per line, for people"
     written = json.loads(text)
     assert written["batch_size"] == 2 and written["processes"] == 1 and len(written["results"]) == 2
     assert written["dtype"] == "torch.float32" and written["torch"] == torch.__version__
@@ -1799,14 +1426,14 @@ def test_the_command_prints_a_table_and_writes_json(saved_model, monkeypatch, ca
 
 @pytest.mark.evaluator
 def test_what_is_evaluated_is_said_first(saved_model, monkeypatch, capsys):
-    """Before the table stand the kind of weights and how the classes were matched."""
+    """Above the table stand the kind of weights and how the classes were matched."""
     _, folder = saved_model
     data = make_folder(folder / "data", ["b/0.png", "b/1.png", "b/2.png", "c/3.png"])
     # EMA says "c", the raw weights "b"
     for flags, weights, top1 in [([], "EMA", "25.00"), (["--raw"], "raw", "75.00")]:
         run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == [
+        assert lines[1:3] == [
             f"{folder / 'both.pt'}: vit_nano after epoch 1, {weights} weights",
             f"  {data}: 4 images, 2 of 3 classes, logits restricted",
         ]
@@ -1833,35 +1460,6 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
     loss = -model(x.unsqueeze(0)).log_softmax(1)[0].mean().item()
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["results"][0]["data"][data]["loss"] == pytest.approx(loss)
-
-
-@pytest.mark.evaluator
-@pytest.mark.parametrize(
-    "flags, images", [("", 10), ("--split all", 10), ("--split val", 2), ("--split train", 8)]
-)
-def test_split_chooses_among_the_images_of_a_flat_folder(
-    saved_model, monkeypatch, capsys, flags, images
-):
-    """A folder without val/ is evaluated whole, unless --split asks for a part."""
-    _, folder = saved_model
-    data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
-    run(monkeypatch, folder / "both.pt", "--data", data, "--workers", 0, *flags.split())
-    lines = capsys.readouterr().out.splitlines()
-    # "c" is half
-    assert lines[1].startswith(f"  {data}: {images} images")
-    assert table_row(lines, folder / "both.pt")[5] == "50.00"
-
-
-@pytest.mark.evaluator
-def test_images_of_the_training_are_not_counted_unnoticed(saved_model, monkeypatch, capsys):
-    """A whole folder that the checkpoint was trained on is evaluated with a remark."""
-    model, folder = saved_model
-    data = make_folder(folder / "data", [f"{name}/{i}.png" for name in "bc" for i in range(5)])
-    write_checkpoint(folder / "here.pt", model=model.state_dict(), args=dict(data=data))
-    for flags, said in ((["--split", "all"], True), (["--split", "val"], False)):
-        run(monkeypatch, folder / "here.pt", "--data", data, "--workers", 0, *flags)
-        remark = ", those of the training among them: --split val leaves them out"
-        assert (remark in capsys.readouterr().out) == said
 
 
 @pytest.mark.evaluator

@@ -23,7 +23,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import inspect_experts
-from eval import (MEAN, STD, Flags, Glyphs, Shapes, TensorImages, build_model, draw_shapes,
+from checks import drawn
+from eval import (DRAWN, MEAN, STD, TensorImages, build_model,
                   eval_loader, eval_transform, load_checkpoint, normalize, read_image)
 from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
                              cumulative, cut_out, draw_balance, draw_curves, draw_examples,
@@ -446,6 +447,9 @@ def test_an_image_that_cannot_be_read_is_named():
             unreadable = torch.tensor([i if i == 1 else -1 for i in indices])
             return self.images[indices], self.labels[indices], unreadable
 
+        def path(self, index):
+            return f"image {index}"
+
     data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
     layer = LayerCounts(3, 2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
     loader = eval_loader(data, 2, 0, CPU)
@@ -471,7 +475,7 @@ def test_a_router_that_computes_nan_is_refused():
 @pytest.mark.statistics
 def test_known_factors_of_shapes():
     """A patch shows the object if more than half its pixels do, and only then has a shape."""
-    data = Shapes(20, seed=2, transform=lambda images: images)
+    data = drawn("shapes", 20, transform=lambda images: images)
     factors = known_factors(data, torch.arange(20), (0, 8, 8))
     assert list(factors) == ["class", "object", "shape", "texture", "colour"]
     colours = int(data.factors["colour"].max()) + 1
@@ -486,27 +490,9 @@ def test_known_factors_of_shapes():
 
 
 @pytest.mark.statistics
-def test_known_factors_of_glyphs():
-    """A patch shows ink if more than a fifth of it does; its stroke is the one with most ink."""
-    data = Glyphs(5, seed=2, transform=lambda images: images)
-    factors = known_factors(data, torch.arange(5), (0, 4, 4))
-    assert list(factors) == ["class", "object", "part", "colour"]
-    assert [count for _, count in factors.values()] == [300, 2, 3, 3]
-    for m in range(5):
-        for n in range(16):
-            r, c = n // 4 * 8, n % 4 * 8
-            patch = data.masks[m, r:r + 8, c:c + 8]
-            counts = [(patch == stroke).sum().item() for stroke in (1, 2, 3)]
-            shown = sum(counts) > 12.8  # of 64 pixels
-            assert factors["object"][0][m, n] == shown
-            assert factors["part"][0][m, n] == (counts.index(max(counts)) if shown else -1)
-            assert factors["colour"][0][m, n] == (data.factors["colour"][m] if shown else -1)
-
-
-@pytest.mark.statistics
 def test_known_factors_of_flags():
     """A patch that is mostly flag has the colour of the stripe with most of its pixels."""
-    data = Flags(5, seed=2, transform=lambda images: images)
+    data = drawn("flags", 5, transform=lambda images: images)
     factors = known_factors(data, torch.arange(5), (0, 4, 4))
     assert list(factors) == ["class", "object", "part", "colour"]
     for m in range(5):
@@ -524,7 +510,7 @@ def test_known_factors_of_flags():
 @pytest.mark.statistics
 def test_experts_that_follow_the_object_are_found():
     """Experts for background and object have an information of 1 with `object`, 0 with shape."""
-    data = Shapes(200, seed=2, transform=lambda images: images)
+    data = drawn("shapes", 200, transform=lambda images: images)
     factors = known_factors(data, torch.arange(200), (0, 8, 8))
     layer = LayerCounts(200, 2, (0, 8, 8), factors)
     layer.add(routing(factors["object"][0].tolist(), 2))
@@ -1016,15 +1002,14 @@ def checkpoint(tmp_path, monkeypatch):
         model = build_model(config).state_dict()
         usual = dict(image_size=32, crop_ratio=1.0, mean=MEAN, std=STD, ema={}, optimizer={},
                      epoch=1, step=1, best=0.0, args={})
-        torch.save(usual | dict(config=config, classes=Shapes(1, 2).classes, model=model), name)
+        torch.save(usual | dict(config=config, classes=DRAWN["shapes"][1], model=model), name)
         return name
     return save
 
 
 def run_main(monkeypatch, *argv):
     """python inspect_experts.py ARGV in this process; `shapes` has 100 pictures."""
-    monkeypatch.setattr("eval.drawn_size", lambda spec, split: (100, 2, 300))
-    monkeypatch.setattr("eval.draw_shapes", lambda generator: draw_shapes(generator, n=100))
+    monkeypatch.setattr("eval.VAL_IMAGES", 100)
     monkeypatch.setattr(sys, "argv", ["inspect_experts.py", *argv])
     inspect_experts.main(inspect_experts.parse_args())
 
@@ -1358,7 +1343,7 @@ def test_a_broken_picture_is_named(checkpoint, monkeypatch):
     """A file that is no picture ends in one line with its name."""
     Path("photo.jpg").write_bytes(b"no picture")
     path = checkpoint("a.pt", moe_layers="last2")
-    with pytest.raises(ValueError, match="cannot read photo.jpg: repair or replace"):
+    with pytest.raises(ValueError, match="cannot read photo.jpg, nor the 99 images after it"):
         run_main(monkeypatch, path, "--data", "photo.jpg", "--workers", "0", "--out", "out")
 
 

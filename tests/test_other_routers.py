@@ -284,7 +284,7 @@ def test_upcycling_copies_the_experts_but_no_codes(router, preset):
 def test_a_run_with_another_router(router, model, tmp_path, monkeypatch):
     """One epoch of three steps: the weights of every expert and of the codes have moved."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (48, 1, 300))
+    monkeypatch.setattr(evaluation, "VAL_IMAGES", 48)
     flags = "--data shapes:48 --batch-size 16 --epochs 1 --experts 4 --workers 0 --out r".split()
     config = train.parse_args([*flags, "--model", model, "--router", router])
     state = train.Run(config)
@@ -319,10 +319,10 @@ def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypa
     )
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
         config=config, model=evaluation.build_model(config).state_dict(), args={},
-        classes=evaluation.Shapes(1, 1).classes, image_size=32, crop_ratio=1.0,
+        classes=evaluation.DRAWN["shapes"][1], image_size=32, crop_ratio=1.0,
         mean=evaluation.MEAN, std=evaluation.STD)
     torch.save(checkpoint, tmp_path / "r.pt")
-    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (40, 2, 300))
+    monkeypatch.setattr(evaluation, "VAL_IMAGES", 40)
     flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

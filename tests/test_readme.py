@@ -23,6 +23,7 @@ import forked
 import inspect_experts
 import make_assignment
 import train
+from checks import few_pictures
 from concepts import BY_NAME, CONCEPTS
 from make_assignment import ROOT
 
@@ -92,9 +93,7 @@ def test_the_lines_that_classify_a_picture(tmp_path, monkeypatch, capsys):
     """As printed, they name the best classes of a picture with the probabilities of eval.py."""
     monkeypatch.chdir(tmp_path)
     data = ["--data", "shapes:64", "--model", "vit_nano", "--epochs", "1", "--out", "runs/mine"]
-    monkeypatch.setattr(
-        evaluation, "drawn_size", lambda spec, split: (64, 1 if split == "train" else 2, 300)
-    )
+    few_pictures(monkeypatch, train=64, val=64)
     train.main(train.parse_args(data))
     image = evaluation.open_dataset("shapes:1", "train")[0][0]
     torchvision.io.write_jpeg(image, "photo.jpg")
@@ -110,7 +109,7 @@ def test_the_lines_that_classify_a_picture(tmp_path, monkeypatch, capsys):
 
 def test_the_mixer_takes_a_step(monkeypatch):
     """As printed, for one step: then every expert has a gradient, and so does its router."""
-    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: (64, 1, 300))
+    few_pictures(monkeypatch, train=64, val=64)
     names = {}
     exec(python_block("mixer").replace("range(1000)", "range(1)"), names)
     logits, routings = names["model"](torch.randn(4, 3, 32, 32))
@@ -142,11 +141,7 @@ def test_the_commands_for_a_laptop_run_in_their_order(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nor waits for the disk
-    sizes = collections.defaultdict(lambda: (16, 2, 300), train=(64, 1, 300))
-    monkeypatch.setattr(evaluation, "drawn_size", lambda spec, split: sizes[split])
-    # and not 500 at a time
-    monkeypatch.setattr(evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=16))
-    monkeypatch.setattr(evaluation, "images_per_second", lambda *_: 1.0)
+    few_pictures(monkeypatch, train=64, val=16)
     for name in ("cat", "dog"):
         Path(f"path/to/folder/{name}").mkdir(parents=True)
     for i, (image, *_) in enumerate(evaluation.open_dataset("shapes", "train")):

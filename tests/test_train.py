@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 import convnext
 import eval as evaluation
 import train
+from checks import drawn
 from moe import MoE
 from vit import vit_nano
 
@@ -39,13 +40,7 @@ def workplace(tmp_path, monkeypatch):
     leave the signal handlers as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda file: None)
-    monkeypatch.setattr(
-        evaluation, "draw_shapes", functools.partial(evaluation.draw_shapes, n=128)
-    )  # and not 500 at a time
-    small = {"train": lambda n: (n, 1, 300), "val": lambda n: (40, 2, 300)}
-    monkeypatch.setattr(
-        evaluation, "drawn_size", lambda spec, split: small[split](int(spec.split(":")[1]))
-    )
+    monkeypatch.setattr(evaluation, "VAL_IMAGES", 40)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -157,7 +152,7 @@ def test_a_flag_overrides_the_recipe():
     assert config.moe_layers == [3, 5]
 
 
-# From the sources that train.py names; drop_path is in the next table. (min_lr of ViT-tune is ours.)
+# From the sources that train.py names; drop_path is in the next table. min_lr of ViT-tune is ours.
 PUBLISHED = """
                      ConvNeXt  iso     DeiT     V-MoE   ConvNeXt-tune  iso-tune  ViT-tune
     moe_layers       last2     last2   every2   last2   last2          last2     every2
@@ -492,7 +487,7 @@ def test_draws_depend_on_each_number_and_on_their_order():
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
     """Of 4 images item 2 is image 2 in epoch 0, item 6 in epoch 1, with another crop."""
     config = resolve("--model vit_s --image-size 32")
-    data = train.Augmented(evaluation.Shapes(4, 1, train.train_transform(config)), seed=0)
+    data = train.Augmented(drawn("shapes", 4, transform=train.train_transform(config)), seed=0)
     first = data[2][0]
     torch.manual_seed(99)
     assert torch.equal(data[2][0], first), "whatever was drawn before"
@@ -876,7 +871,7 @@ def test_a_best_checkpoint_without_a_last_one_is_not_overwritten():
     """A run that starts anew in its folder would replace it."""
     run("--epochs 1 --out r")
     os.remove("r/last.pt")
-    with pytest.raises(ValueError, match="copy it to last.pt to continue"):
+    with pytest.raises(ValueError, match="no r/last.pt: copy r/best.pt there"):
         run("--epochs 1 --out r")
 
 
