@@ -25,6 +25,7 @@ A data set spec is
 
 import argparse
 import copy
+import getpass
 import hashlib
 import io
 import json
@@ -34,6 +35,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -117,20 +119,19 @@ def together():
 
 
 def download(function, by_hand):
-    """Return function(), after the first process of each node has called it, and downloaded.
+    """Return function(), called by one process of a machine at a time: the first one downloads.
 
     by_hand: what a user can do if it fails, in words.
     """
-    with suppress(Exception):  # raised below
-        if os.environ.get("LOCAL_RANK") == "0":
-            function()
-    if dist.is_initialized():
-        dist.barrier()
-    try:
-        return function()
-    except Exception as error:  # any bytes may be in the file
-        told = f"not downloaded or not readable ({one_line(error)}): {by_hand}"
-        raise ValueError(told) from None
+    with open(Path(tempfile.gettempdir(), f"download-{getpass.getuser()}.lock"), "w") as lock:
+        with suppress(ImportError, OSError):  # Windows, or a file system without locks
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return function()
+        except Exception as error:  # any bytes may be in the file
+            told = f"not downloaded or not readable ({one_line(error)}): {by_hand}"
+            raise ValueError(told) from None
 
 
 def run_program(main):
@@ -334,7 +335,7 @@ def open_dataset(spec, split, transform=None):
     If a folder has no val/, "val" is a fifth of each class, "train" the rest and "all" both. For
     every other data set "all" is "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
     """
-    if spec.partition(":")[0].partition("-")[0] in DRAWN and not os.path.exists(spec):
+    if re.fullmatch("(shapes|flags)(-noise|-blur)?(:.*)?", spec):
         return open_drawn(spec, split, transform)
     if spec in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, spec.upper())
@@ -724,7 +725,7 @@ def mistakes(found, names):
 # measure what the experts follow. Only whole numbers are used, so that every machine draws the same
 # pictures.
 
-SHIFTS, VAL_IMAGES = ("noise", "blur"), 2000
+VAL_IMAGES = 2000
 
 
 def open_drawn(spec, split, transform=None):
@@ -733,12 +734,10 @@ def open_drawn(spec, split, transform=None):
     factors: a dict of int64 tensors, one value per picture or per part of the object. masks
     (N, 32, 32) uint8: 0 on the ground, else the part of the object.
     """
-    name, _, number = spec.partition(":")
-    name, _, shift = name.partition("-")
-    count = int(number) if number.isdecimal() else 0 if ":" in spec else 16_000
-    if name not in DRAWN or shift not in ("", *SHIFTS) or not 1 <= count <= 100_000:
-        raise ValueError(f"no data set {spec!r}: expected shapes or flags, then perhaps -noise or "
-                         f"-blur, then perhaps :COUNT up to 100000")
+    name, shift, count = re.fullmatch("([a-z]+)-?([a-z]*):?(.*)", spec).groups()
+    count = int(count) if count.isdecimal() else 0 if ":" in spec else 16_000
+    if not 1 <= count <= 100_000:
+        raise ValueError(f"no data set {spec!r}: expected {name}:COUNT with a COUNT up to 100000")
     count, seed = (count, 1) if split == "train" else (VAL_IMAGES, 2)
     draw, classes = DRAWN[name]
     parts = [draw(torch.Generator().manual_seed(1000 * seed + i)) for i in range(-(-count // 500))]

@@ -12,12 +12,12 @@ start from, optimisation. Below it: the run's folder, main.
 
 An image: image_order() says when it comes, a loader's process reads it (eval.read_image) and
 augments it (train_transform), next_batch() brings it to the GPU, normalizes and mixes it.
-The rate: fit() scales a recipe's base_lr to the batch unless --lr gives the peak, and
+The rate: settle() scales a recipe's base_lr to the batch unless --lr gives the peak, and
 learning_rate() makes of it the rate of a step.
 Saved: last.pt every --save-every-minutes, after a signal, and at the end of an epoch both before
 its validation and after it; best.pt after a validation that was the best so far. Each is a whole
 checkpoint: weights, averaged weights, optimizer, step, log.
-Random draws depend on the seed and on what they are for: an image's augmentation on (seed, epoch,
+Random draws depend on the seed and on where they are made: an image's augmentation on (seed, epoch,
 image); mixing, noise and drop path on (seed, step, share of the batch). So no generator has to be
 saved, the number of loader processes changes nothing, and a run that was stopped and started again
 ends with the weights of an uninterrupted one.
@@ -37,7 +37,7 @@ import time
 import warnings
 from contextlib import suppress
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from itertools import count
 
 import torch
@@ -163,7 +163,7 @@ def blocks(text):
 def parse_args(argv=None):
     """Return the configuration of a run, a namespace: flags, or the recipe where none is given.
 
-    lr, batch_size and epochs may be None until fit() has seen the data.
+    lr, batch_size and epochs may be None until settle() has seen the data.
     """
     parser = argparse.ArgumentParser(
         description="A flag that is not given has the value of the model's recipe (in train.py).",
@@ -225,7 +225,7 @@ def parse_args(argv=None):
     return config
 
 
-def fit(config, train_images, val_images, world):
+def settle(config, train_images, val_images, world):
     """Settle batch size, learning rates, epochs and warm-up, in place in the config.
 
     `world` processes train on train_images. Raise ValueError for options that do not go together.
@@ -240,8 +240,8 @@ def fit(config, train_images, val_images, world):
     fitting = min(batch, train_images) // shares * shares
     if fitting == 0 or config.batch_size not in (None, fitting):
         raise ValueError(
-            f"--batch-size {batch}: expected a multiple of {shares} ({world} processes x "
-            f"{config.accumulate} passes) up to {train_images} images: use {fitting or 'more'}")
+            f"--batch-size {batch}: expected a multiple of {shares} = {world} process(es) x "
+            f"{config.accumulate} pass(es), up to {train_images} images: use {fitting or 'more'}")
     config.batch_size = fitting
     if config.lr is None:
         config.lr = config.base_lr * fitting / config.base_batch
@@ -259,9 +259,8 @@ def model_config(config, num_classes):
     """Return what eval.build_model() needs to build the model of a run, a dict."""
     names = "model moe_layers k expert_ratio router router_noise drop_path image_size"
     options = {name: getattr(config, name) for name in names.split()}
-    factor = config.capacity_factor or None
-    return options | dict(
-        num_classes=num_classes, num_experts=config.experts, capacity_factor=factor)
+    options |= dict(num_classes=num_classes, num_experts=config.experts)
+    return options | dict(capacity_factor=config.capacity_factor or None)
 
 
 # ---------------------------------------------------------------- data
@@ -458,8 +457,8 @@ def parameter_groups(model, weight_decay, expert_weight_decay, layer_decay=1.0):
 
     Keys: params, weight_decay, and lr_scale, by which train() multiplies the learning rate.
     weight_decay holds for weight matrices and convolutions, expert_weight_decay for the experts'
-    matrices, 0 for the rest: norms, biases, layer scale, embeddings, router temperatures. The head
-    has lr_scale 1 and comes first; each layer_group() below has layer_decay of the one above.
+    matrices, 0 for the rest: norms, biases, layer scale, embeddings, router temperatures. The first
+    group has lr_scale 1, the head's; each layer_group() has layer_decay of the one above.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -503,7 +502,7 @@ def update_ema(ema, model, step, decay):
 class Run:
     """All that a run consists of, from its configuration. It is continued if its folder holds one.
 
-    Raise ValueError for whatever is wrong, before a file is written.
+    Raise ValueError for whatever is wrong, before a step is made.
     """
 
     def __init__(self, config):
@@ -511,19 +510,19 @@ class Run:
         self.config = config
         with together():
             self.train_set, self.val_set = open_data(config)
-            fit(config, len(self.train_set), len(self.val_set), self.world)
+            settle(config, len(self.train_set), len(self.val_set), self.world)
             classes = self.train_set.classes
             torch.manual_seed(config.seed)
             self.model, self.fresh_head = build_model(model_config(config, len(classes))), True
             for parameter in self.model.head.parameters():
                 parameter.data *= config.head_scale  # overwritten by a head of --init-from
-            if config.init_from and not os.path.exists(f"{config.out}/last.pt"):
+            if config.init_from and not (config.out and os.path.exists(f"{config.out}/last.pt")):
                 self.fresh_head = start_from(self.model, config, classes)
         if config.freeze_backbone:
             self.model.requires_grad_(False).head.requires_grad_(True)
         # ---- images: their loaders, and what mixes them
         workers = auto_workers(self.train_set, self.world, config.workers)
-        self.passes = []  # of the rest of an epoch: the images of each, as Augmented calls them
+        self.passes = []  # those left of an epoch: for each the keys of its images in Augmented
         self.loader = DataLoader(
             Augmented(self.train_set, config.seed), batch_sampler=self.passes,
             num_workers=workers, pin_memory=self.device.type == "cuda",
@@ -620,7 +619,7 @@ def train(run):
         run.log.append(line)
         run.best = max(run.log, key=lambda line: line.get("ema_top1", line["top1"]))
         save(run, *["best.pt"] * (run.best is line), "last.pt")
-        words = [words.format(line[name]) for name, words in WORDS.items() if name in line]
+        words = [form.format(line[name]) for name, form in WORDS.items() if name in line]
         print(f"epoch {epoch + 1}/{config.epochs}", *words, sep="  ")
     return 0
 
@@ -645,8 +644,8 @@ def next_batch(run, passes, part, meter):
 
 
 def check_and_agree(run, losses, norm):
-    """Share three flags across all processes: a non-finite loss or gradient norm, a stop signal,
-    and whether it is time to save. Called before the optimizer step, so that all ranks act alike.
+    """Share three flags, so that all processes act alike: a non-finite loss or gradient norm, a
+    stop signal, and whether it is time to save. Called before such numbers reach the weights.
 
     Return (signal or 0, whether to save). Raise ValueError if a number is not finite.
     """
@@ -656,7 +655,7 @@ def check_and_agree(run, losses, norm):
     flags[:1], flags[2:] = broken, due  # slices: no copy from the CPU, for which a GPU would wait
     if run.world > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    broken_somewhere, stop, due = flags.tolist()  # the only wait of a step
+    broken_somewhere, stop, due = flags.tolist()  # where this loop waits for a GPU
     if broken_somewhere:
         with together():
             if broken:
@@ -668,7 +667,7 @@ def check_and_agree(run, losses, norm):
 
 
 class Meter:
-    """What the log says of an epoch's training: sums over the steps of this process."""
+    """What the log says of training: sums over this process's steps of an epoch, or of its rest."""
 
     def __init__(self, run):
         layers, E = len(run.model.moe_blocks), run.config.experts
@@ -715,8 +714,8 @@ def validate(run):
             return None
         with together():
             if not math.isfinite(val["loss"]):
-                raise ValueError("the validation loss is not finite: to continue from the best "
-                                 "epoch copy best.pt to last.pt, and give a smaller --lr")
+                raise ValueError("the validation loss is not finite: give a smaller --lr, and copy "
+                                 "best.pt, if there is one, to last.pt to continue from there")
         line[f"{prefix}val_loss"] = val["loss"]
         for name in ("top1", "top5"):
             line[f"{prefix}{name}"] = val[name]
@@ -733,7 +732,7 @@ WORDS = dict(  # of an epoch's line
 # What may change when a run is continued. Everything else must be as it was.
 MAY_CHANGE = set(
     "out data workers accumulate lr min_lr clip_grad dtype compile balance_weight epochs "
-    "warmup_epochs save_every_minutes".split())
+    "warmup_epochs save_every_minutes val_images".split())
 
 
 def claim_and_continue(run):
@@ -748,7 +747,7 @@ def claim_and_continue(run):
                 with suppress(FileExistsError):  # of another run, which may start just now
                     os.makedirs(folder, exist_ok=folder == config.out)
                     break
-            for unfinished in glob(f"{folder}/*.tmp"):  # by a process that was killed
+            for unfinished in glob(f"{escape(folder)}/*.pt.*.tmp"):  # by a killed process
                 os.remove(unfinished)
             told = [folder, os.path.exists(f"{folder}/last.pt"), here]
     if run.world > 1:
@@ -773,7 +772,7 @@ def restore(run, path):
     for name, now in vars(run.config).items():
         then = checkpoint["args"].get(name)
         if then != now:
-            change = f"--{name.replace('_', '-')} {then} there, {now} now"
+            change = f"{name.replace('_', ' ')} {then} there, {now} now"
             (run.changed if name in MAY_CHANGE else refused).append(change)
     other = set(checkpoint["classes"]) ^ set(run.train_set.classes)
     if other:
@@ -823,12 +822,12 @@ def save(run, *names):
 
 def print_summary(run):
     """Print what was chosen, and what follows from it: a line per subject."""
-    config, blocks = run.config, run.model.moe_blocks
+    config, moe_blocks = run.config, run.model.moe_blocks
     total, active = count_parameters(run.model)
-    sparse = f"{config.experts} experts, top {config.k}, in blocks {blocks}" if blocks else "dense"
+    sparse = f"{config.experts} experts, top {config.k}, in blocks {moe_blocks}"
     print(f"data        {config.data}: {config.train_images} images to train on, "
           f"{config.val_images} to validate, {len(run.train_set.classes)} classes")
-    print(f"model       {config.model}, {sparse}")
+    print(f"model       {config.model}, {sparse if moe_blocks else 'dense'}")
     print(f"parameters  {total / 1e6:.2f}M, active per token {active / 1e6:.2f}M")
     if config.init_from and not run.step:
         print(f"start       {config.init_from}{', head fresh' * run.fresh_head}")

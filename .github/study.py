@@ -27,7 +27,7 @@ def what_a_run_reached(folder):
     import torch
 
     from eval import read_checkpoint
-    checkpoint = read_checkpoint(str(folder / "last.pt"), "cpu")
+    checkpoint = read_checkpoint(str(folder / "last.pt"))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     args, last = checkpoint["args"], log[-1]
     if checkpoint["epoch"] != args["epochs"]:

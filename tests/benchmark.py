@@ -9,6 +9,8 @@
 With --models it prints another one:
 4. For each model with the experts of its recipe: images/s of forward and backward, and how much
    memory one more image in the batch takes (a minute per large model, which needs 10 GB).
+With --layer the second table alone, with --gpu, on a GPU:
+5. Images/s and memory of whole training steps at 224 pixels, dense and sparse, eager and compiled.
 """
 
 import multiprocessing
@@ -25,7 +27,7 @@ import convnext  # noqa: E402, after the path is set
 import train  # noqa: E402
 import vit  # noqa: E402
 from eval import build_model, count_flops  # noqa: E402
-from moe import MLP, MoE, count_parameters, make_moe  # noqa: E402
+from moe import MLP, MoE, balance_loss, count_parameters, make_moe  # noqa: E402
 
 SHAPES = (  # name, T tokens on a CPU, D, H, E, K
     ("ViT-S", 6272, 384, 1536, 8, 2),
@@ -179,9 +181,40 @@ def step_cost(options, B):
     return statistics.median(seconds[1:]), peak
 
 
+def print_gpu_speed(B=256, steps=10):
+    """Print images/s and peak memory of training steps on a GPU, in bfloat16."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {B}, {steps} steps")
+    for name in ("vit_s", "convnext_t"):
+        for layers in ("none", train.RECIPES[name]["moe_layers"]):
+            for compiled in (False, True):
+                config = train.parse_args(["--model", name, "--moe-layers", layers])
+                model = build_model(train.model_config(config, num_classes=1000)).cuda()
+                optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+                net = torch.compile(model) if compiled else model
+                images = torch.randn(B, 3, 224, 224, device="cuda")
+                labels = torch.randint(1000, (B,), device="cuda")
+                torch.cuda.reset_peak_memory_stats()
+                for step in range(steps + 3):
+                    if step == 3:  # after the warm-up
+                        start = clock("cuda")
+                    with torch.autocast("cuda", torch.bfloat16):
+                        logits, routings = net(images, return_routing=True)
+                    loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+                    (loss + 0.005 * balance_loss(routings)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                speed = steps * B / (clock("cuda") - start)
+                memory = torch.cuda.max_memory_allocated() / 2**30
+                print(f"{name:<12}{layers:<8}{'compiled' if compiled else 'eager':<10}"
+                      f"{speed:>8.0f} images/s{memory:>8.1f} GiB", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--models"]:
         print_model_costs()
+        sys.exit()
+    if sys.argv[1:] in (["--layer"], ["--gpu"]):
+        print_layer_times() if sys.argv[1] == "--layer" else print_gpu_speed()
         sys.exit()
     print_paper_table()
     print()

@@ -186,7 +186,7 @@ CONCEPTS = (
     # ---- train.py: from a recipe to a checkpoint
     Concept(
         "recipe",
-        "train.parse_args train.blocks train.recipe_of train.fit",
+        "train.parse_args train.blocks train.recipe_of train.settle",
         "",
         "Published hyperparameters, overridden by flags, refused before any work when they cannot "
         "be.",

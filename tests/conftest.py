@@ -40,6 +40,7 @@ def pytest_configure(config):
         "filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning"
     )
     config.addinivalue_line("markers", "slow: starts processes or takes long; runs with --slow")
+    config.addinivalue_line("markers", "gpu: for a real GPU, from which other tests are kept away")
     for concept in CONCEPTS:
         config.addinivalue_line("markers", f"{concept.name}: {concept.lesson}")
     if importlib.util.find_spec("needs"):  # not in an assignment
@@ -51,6 +52,13 @@ def same_draws_every_time():
     """Start each test from the same seed, whatever ran before it."""
     # torch.manual_seed() would also write down a stack trace, which takes 3 ms
     torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Hide the GPU from our programs: the numbers are the same on every machine."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 # ---------------------------------------------------------------- tests in the order of concepts

@@ -175,7 +175,7 @@ eval.match_classes
 eval.prepare
     (row['params'], row['active']) -> (row['active'], row['params'])
     'val' if trained_on else 'all' -> 'all'  # what was trained on counts, too
-train.fit
+train.settle
     config.base_lr * fitting / config.base_batch -> config.base_lr
     config.warmup_epochs = config.epochs / 10 -> pass  # a short run ends at its peak
 train.recipe_of

@@ -210,10 +210,10 @@ def test_the_number_of_pictures():
 @pytest.mark.shapes
 @pytest.mark.parametrize("spec", [
     "shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
-    "flags:0", "shapes-fog", "flags:"])
+    "flags:0", "flags:", "flags-blur:x"])
 def test_a_wrong_number_of_pictures(spec):
-    """Only 1 to 100000 can follow the name, and only a known shift."""
-    with pytest.raises(ValueError, match=r"expected shapes or flags, .* up to 100000"):
+    """Only 1 to 100000 can follow the name."""
+    with pytest.raises(ValueError, match="expected (shapes|flags):COUNT with a COUNT up to 100000"):
         open_dataset(spec, "train")
 
 
@@ -1344,8 +1344,6 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def run(monkeypatch, *arguments):
     """The whole program, as `python eval.py <arguments>` would run it."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    # the same numbers on every machine
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     evaluation.main(evaluation.parse_args())
 
 

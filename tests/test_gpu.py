@@ -8,12 +8,15 @@ backward() cannot be tried like this. What is marked `gpu` runs on a real one on
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as evaluation
+import train
 from convnext import convnext_nano
 from moe import balance_loss, make_moe
 from vit import vit_nano
@@ -120,3 +123,98 @@ def test_no_model_makes_a_gpu_wait(preset, training, monkeypatch):
         logits, routings = call_on_gpu(model, images, return_routing=True)
         total = logits.float().logsumexp(1).mean() + balance_loss(routings)
     assert logits.device.type == total.device.type == "cuda" and len(routings) == 2
+
+
+@pytest.fixture
+def no_mean_to_copy(monkeypatch):
+    """Mean and deviation are on the GPU already: they are brought there once."""
+    monkeypatch.setattr(evaluation, "per_colour", lambda values, device: torch.empty(
+        3, 1, 1, device=device))
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_an_evaluation_waits_only_at_its_end(loss, no_mean_to_copy, monkeypatch):
+    """No batch makes a GPU wait. After the last one all predictions are brought to the CPU."""
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2).long()
+    model, batches = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5)), []
+
+    class Loader(list):
+        num_workers = 0
+
+    class OnGPU(torch.nn.Module):
+        def forward(self, images):
+            batches.append(images)
+            return call_on_gpu(model, images)
+
+    with imagined_gpu(monkeypatch), pytest.raises(AssertionError, match="a GPU waits for"):
+        loader = Loader([(images, labels, labels)] * 3)
+        evaluation.predict(OnGPU(), loader, GPU, (0.5,) * 3, (0.5,) * 3, loss=loss)
+    assert len(batches) == 3, "it waited before the last batch"
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("moe_layers", ["none", "last2"])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_step_of_training_waits_once(moe_layers, loss, no_mean_to_copy, monkeypatch):
+    """For three flags: not for the batch, the losses or the counts of the experts. (The backward
+    pass and the optimizer are torch's.)"""
+    config = train.parse_args(f"--model vit_nano --loss {loss}".split())
+    model, waits = vit_nano(5, moe_layers=moe_layers), []
+    run = SimpleNamespace(config=config, device=GPU, model=model, world=1, rank=0, step=0, signal=0,
+                          mixer=None, unreadable=set(), saved_at=0.0)
+    batch = [torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64),
+             SimpleNamespace(tolist=lambda: [-1])]
+    with imagined_gpu(monkeypatch):
+        meter = train.Meter(run)
+        images, targets = train.next_batch(run, iter([batch]), 0, meter)
+        logits, routings = call_on_gpu(model, images, return_routing=True)
+        loss = train.classification_loss(logits.float(), targets, config)
+        balance = balance_loss(routings) + torch.zeros_like(loss)
+        losses = torch.zeros(2, device=GPU) + torch.stack([loss, balance]).detach()
+        meter.count(routings)
+        meter.losses += losses
+        monkeypatch.setattr(FakeTensor, "tolist", lambda flags: waits.append(flags) or [0, 0, 0])
+        train.check_and_agree(run, losses, loss)
+    assert len(waits) == 1 and waits[0].shape == (3,)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.grouped
+@needs_gpu
+@pytest.mark.parametrize("capacity_factor", [None, 1.05, 0.3])
+def test_a_gpu_computes_what_a_cpu_does(capacity_factor):
+    """Answers and gradients of a layer in bfloat16 against float64, with idle experts."""
+    layer = make_moe(64, 256, 8, 2, "linear", 49, capacity_factor=capacity_factor, router_noise=0.0)
+    on_gpu = make_moe(64, 256, 8, 2, "linear", 49, capacity_factor=capacity_factor,
+                      router_noise=0.0).to(GPU)
+    on_gpu.load_state_dict(layer.state_dict())
+    x, results = torch.randn(4, 49, 64, dtype=torch.float64), []
+    for module, tokens in ((layer.double(), x), (on_gpu, x.float().to(GPU))):
+        tokens = tokens.requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=module is on_gpu):
+            y, routing = module(tokens)
+        (y.double().square().sum() + routing.balance_loss).backward()
+        gradients = [tokens.grad, *(p.grad for p in module.parameters())]
+        results.append([part.double().cpu() for part in (y, *gradients)])
+    for right, found in zip(*results):
+        assert (found - right).norm() <= 0.03 * right.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.training
+@needs_gpu
+@pytest.mark.parametrize("model", ["vit_nano", "convnext_nano"])
+def test_a_run_on_a_gpu_is_continued(model, tmp_path, monkeypatch):
+    """Two epochs at once, and one after the other: the same losses to the precision of bfloat16."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "VAL_IMAGES", 64)
+    flags = f"--data shapes:256 --model {model} --warmup-epochs 1 --ema 0.9 --out".split()
+    for out, epochs in (("whole", "2"), ("parts", "1"), ("parts", "2")):
+        train.main(train.parse_args([*flags, out, "--epochs", epochs, "--warmup-epochs", "0.5"]))
+    whole, parts = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 8
+    assert abs(whole["log"][0]["train_loss"] - parts["log"][0]["train_loss"]) < 0.05

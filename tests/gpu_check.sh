@@ -1,0 +1,41 @@
+#!/bin/bash
+# A quarter of an hour on one GPU, the most telling first: is it right, does a run stop and continue,
+# how long does a layer take, how many images per second, how much memory.
+#
+#     bash tests/gpu_check.sh [FOLDER]
+#
+# Each step has a time limit and a log in FOLDER (default: gpu_check); one that fails stops no other.
+cd "$(dirname "$0")/.." || exit
+logs=$(realpath -m "${1:-gpu_check}")
+mkdir -p "$logs"
+export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
+torchrun="python -m torch.distributed.run --standalone --nproc-per-node=1"
+
+step() {  # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  timeout --kill-after 5 "$limit" "${@:3}" >"$logs/$name.txt" 2>&1
+  echo "== $name: status $?, $((SECONDS - start)) s"
+  tail -n "${LINES_SHOWN:-12}" "$logs/$name.txt" | cut -c1-150
+}
+
+interrupted() {  # a run under torchrun that gets a SIGTERM after 25 s: it must save
+  $torchrun train.py --data flags --epochs 9 --out "$logs/c" &
+  sleep 25
+  kill -TERM $!
+  wait $!
+  ls -l "$logs/c"
+}
+
+nvidia-smi -L
+python -c 'import torch; print(torch.__version__, torch.cuda.get_device_capability())'
+step right 120 python -m pytest -q -m gpu
+step train 60 python train.py --out "$logs/a" --epochs 2
+step nccl 60 $torchrun train.py --model vit_nano --data flags --epochs 2 --ema .99 \
+  --capacity-factor 1.05 --mixup .2 --out "$logs/b"
+step stop 50 interrupted
+step continue 60 $torchrun train.py --data flags --epochs 9 --out "$logs/c" --compile
+step layer 100 python tests/benchmark.py --layer
+step speed 200 python tests/benchmark.py --gpu
+step eval 40 python eval.py "$logs/a/best.pt" --data shapes --data shapes-noise --json "$logs/e.json"
+step inspect 40 python inspect_experts.py "$logs/a/best.pt" --data shapes --out "$logs/i"
+step tests 200 python -m pytest -q
