@@ -242,7 +242,7 @@ CONCEPTS = (
         "inspect_experts.open_folder inspect_experts.write_files inspect_experts.open_all "
         "inspect_experts.describe_picture inspect_experts.print_run inspect_experts.print_layers "
         "inspect_experts.parse_args inspect_experts.main",
-        "statistics evaluator",
+        "statistics checkpoints expert_choice soft",
         "A page that says under each figure how to read it, and files that are whole or not "
         "there.",
     ),

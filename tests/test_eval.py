@@ -15,6 +15,7 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -817,6 +818,8 @@ def test_pictures_without_classes(tmp_path, files, opened):
     data = open_dataset(root, "all")
     assert names(data) == opened
     assert (data.classes, data[0][1]) == (([], -1) if opened[0] == "1.png" else (["a"], 0))
+    if not data.classes:
+        assert names(open_dataset(root, "val")) == opened, "a fifth is not held out"
     single = open_dataset(data.path(0), "all")
     assert len(single) == 1 and single.path(0) == data.path(0) and not single.classes
 
@@ -838,6 +841,16 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     [told] = capsys.readouterr().err.splitlines()
     assert told == (f"warning: {root}: left out what is or holds no image: .HEIC (2), "
                     f"__MACOSX/ (1), .txt (1), c/ (1)")
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("bits", [12, 16])
+def test_grey_of_12_and_16_bits(bits):
+    """Black, half and white become 0, 128 and 255, whatever the depth that a TIFF states."""
+    white = 2**bits - 1
+    image = Image.fromarray(np.array([[0, white // 2 + 1, white]], dtype=np.uint16))
+    image.tag_v2 = {258: (bits,)}
+    assert evaluation.decode(image)[0].tolist() == [[0, 128, 255]]
 
 
 def transparent(mode):
@@ -1157,6 +1170,37 @@ def test_an_accuracy_without_an_image_is_refused(tmp_path, broken):
     with pytest.raises(ValueError, match=f"cannot read .*{broken} .1 in all.: repair"):
         loader = eval_loader(data, 2, 0, CPU)
         evaluate(Known(torch.zeros(3, 2)), loader, CPU, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.counting
+@pytest.mark.parametrize("world", [1, 2, 3, 12])
+def test_predictions_come_in_the_order_of_the_data(world, monkeypatch):
+    """Whatever the number of processes, even if one has no image: all have the same result."""
+    table = torch.randn(11, 6)
+    images = torch.arange(11, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    data, shares = TensorImages(images, torch.arange(11) % 6, "abcdef"), {}
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: world)
+
+    def gather(found, own):  # in the second round all shares are known
+        shares[rank] = own
+        found[:] = [shares.get(i, own) for i in range(world)]
+
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    for rank in [*range(world), *range(world)]:
+        monkeypatch.setattr(evaluation.dist, "get_rank", lambda: rank)
+        loader = eval_loader(data, 2, 0, CPU)
+        found = predict(Known(table), loader, CPU, (0.0,) * 3, (1.0,) * 3)
+    assert_close(found.losses, F.cross_entropy(table, data.labels, reduction="none"))
+    assert found.answers[:, 0].tolist() == data.labels.tolist()
+
+
+@pytest.mark.counting
+def test_class_probabilities_by_hand():
+    """Logits 0 and ln 3: 1/4 and 3/4 for softmax; 1/2 and 3/4, each for itself, for sigmoid."""
+    logits = torch.tensor([[0.0, math.log(3)]])
+    assert_close(class_probabilities(logits, "softmax"), torch.tensor([[0.25, 0.75]]))
+    assert_close(class_probabilities(logits, "sigmoid"), torch.tensor([[0.5, 0.75]]))
 
 
 @pytest.mark.counting

@@ -334,6 +334,16 @@ def test_sigmoid_loss_by_hand():
 
 
 @pytest.mark.optimizer
+def test_sigmoid_loss_is_smoothed_by_hand():
+    """Smoothing 0.2 over 2 classes: the targets 1 and 0 become 0.9 and 0.1."""
+    config = SimpleNamespace(loss="sigmoid", label_smoothing=0.2)
+    yes, no = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))  # of logit 2
+    expected = 0.9 * yes + 0.1 * no + math.log(2)  # logit 0 costs log 2, whatever is right
+    found = train.classification_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), config).item()
+    assert math.isclose(found, expected, rel_tol=1e-6)
+
+
+@pytest.mark.optimizer
 @pytest.mark.parametrize("preset, third_stage", [
     (convnext.convnext_t, [3, 3, 3, 4, 4, 4, 5, 5, 5]),
     (convnext.convnext_s, [3 + i // 3 for i in range(27)]),
