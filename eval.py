@@ -39,6 +39,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -533,7 +534,9 @@ def without_metadata(png):
     while start < len(png):
         end = start + 12 + int.from_bytes(png[start:start + 4], "big")  # name, checksum; data
         name = png[start + 4:start + 8]
-        if name[:1].isupper() or name in (b"tRNS", b"eXIf"):  # capitals: critical
+        if name == b"eXIf":  # with a right checksum
+            kept += png[start:end - 4] + zlib.crc32(png[start + 4:end - 4]).to_bytes(4, "big")
+        elif name[:1].isupper() or name == b"tRNS":  # capitals: critical
             kept += png[start:end]
         start = end
     return kept
@@ -541,7 +544,8 @@ def without_metadata(png):
 
 def decode(image):
     """Decode an image that Pillow has opened, or raise. Grey of 12 or 16 bits is scaled to 8."""
-    with suppress(Exception):  # damaged EXIF data: not turned
+    image.load()  # damaged pixels raise here; damaged EXIF data only mean that it is not turned
+    with suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
@@ -938,6 +942,8 @@ def read_real(path, dataset, num_classes):
                              f"expected one for each of ILSVRC2012_val_00000001 to {len(names):08}")
         if not set().union(*entries) <= set(range(num_classes)):
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes")
+        if not any(entries):
+            raise ValueError("no image has a label")
         rows = [torch.tensor(real[name], dtype=torch.long) for name in names]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--real {path} does not fit: {one_line(error)}") from None

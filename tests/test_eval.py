@@ -876,6 +876,31 @@ def test_transparency_is_white(mode, kind, tmp_path):
     assert image[1, 10, 10] < 100, "the disc itself stays"
 
 
+@pytest.mark.folders
+@pytest.mark.parametrize("kind", ["png", "gif", "tiff", "webp"])
+def test_damaged_pixels_are_no_picture(kind, tmp_path):
+    """Of 20 files with a few damaged bytes each is what Pillow makes of it, and None if it raises:
+    never the blank or half a picture that it leaves behind."""
+    pixels = torch.randint(0, 256, (120, 160, 3), dtype=torch.uint8).numpy()
+    whole, refused = io.BytesIO(), 0
+    options = dict(compression="tiff_lzw") if kind == "tiff" else {}
+    Image.fromarray(pixels).save(whole, kind, **options)
+    for i in range(20):
+        content = bytearray(whole.getvalue())
+        start = len(content) // 4 + i * len(content) // 40
+        content[start:start + 4] = b"\xff\0\xff\0"
+        (tmp_path / "a").write_bytes(content)
+        try:
+            image = Image.open(io.BytesIO(content))
+            image.load()
+            expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            assert torch.equal(read_image(tmp_path / "a"), expected)
+        except (OSError, SyntaxError, ValueError):
+            assert read_image(tmp_path / "a") is None
+            refused += 1
+    assert refused or kind != "png"
+
+
 def png_with(name, data):
     """A small PNG with one more chunk, whose checksum is wrong."""
     file = saved("png")
@@ -886,7 +911,7 @@ def png_with(name, data):
 @pytest.mark.folders
 @pytest.mark.parametrize("name, data", [
     (b"tEXt", b"a\0b"), (b"pHYs", b"ab"), (b"gAMA", b"a"), (b"iCCP", b"x"), (b"tIME", b""),
-    (b"zTXt", b"a\0\0garbage"), (b"iTXt", b"a\0\1\0\0\0garbage")])
+    (b"zTXt", b"a\0\0garbage"), (b"iTXt", b"a\0\1\0\0\0garbage"), (b"eXIf", b"II")])
 def test_damaged_metadata_do_not_hide_a_picture(name, data, tmp_path):
     """A chunk of a PNG that is no picture may hold anything."""
     (tmp_path / "a.png").write_bytes(saved("png"))

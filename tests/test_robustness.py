@@ -303,6 +303,7 @@ def test_real_labels_are_padded_with_minus_1(tmp_path):
     ('[["n00"], [], [0], [2], [1]]', "real.json does not fit"),
     ("[[1.5], [], [0], [2], [1]]", "expected labels from 0 to 2"),
     ("[1, 2, 3, 4, 5]", "real.json does not fit"),
+    ("[[], [], [], [], []]", "no image has a label"),
     ("7", "real.json does not fit"),
     ("[[1], ", "real.json does not fit: Expecting value"),
     (None, "real.json does not fit: .*No such file"),
