@@ -145,7 +145,7 @@ eval.read_image
     image.format in ('JPEG', 'MPO') -> True  # may crash
     True -> False  # as it lies
 eval.without_metadata
-    name[:1].isupper() or name in (b'tRNS', b'eXIf') -> True
+    name[:1].isupper() or name == b'tRNS' -> True
 eval.FolderImages.__getitem__
     -1 if i == index else index -> -1 if i == index else i  # the wrong file
 eval.predict
