@@ -923,6 +923,8 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
         data.note += f", {len(data) - len(data.indices)} images without a known class skipped"
     if real:
         data.note += f", ReaL labels from {real}"
+    if own:
+        data.note = f"{len(data)} picture(s) without a class"
     return data
 
 
@@ -1123,9 +1125,10 @@ def print_row(row, matched):
                   f"{result['mce']:.2f} %, the mean of the 15 CE: in % of AlexNet's errors")
         if result.get("confusions"):
             worst = sorted((n["top1"], name) for name, n in result["per_class"].items())[:5]
-            print("  lowest top-1:", ", ".join(f"{name} {top1:.1f} %" for top1, name in worst))
+            told = [f"{name} {top1:.1f} %" for top1, name in worst]
+            print(f"  {spec}, lowest top-1: {', '.join(told)}")
             pairs = [f"{true} -> {best} ({n})" for true, best, n in result["confusions"][:5]]
-            print("  most frequent mistakes:", ", ".join(pairs))
+            print(f"  {spec}, most frequent mistakes: {', '.join(pairs)}")
     for picture in row["pictures"]:
         best = zip(picture["classes"], picture["probabilities"])
         told = [f"{name} {100 * probability:.1f} %" for name, probability in best]

@@ -534,7 +534,8 @@ class Run:
         self.unreadable = set()  # indices of images
         # ---- model and optimizer
         self.model.to(self.device)
-        self.dtype = getattr(torch, config.dtype, best_dtype(self.device))  # there is no torch.auto
+        auto = config.dtype == "auto"  # bfloat16 means autocast
+        self.dtype = best_dtype(self.device) if auto else getattr(torch, config.dtype)
         self.ema = copy.deepcopy(self.model) if config.ema else None
         groups = parameter_groups(  # the rate is set by train(), step by step
             self.model, config.weight_decay, config.expert_weight_decay, config.layer_decay)

@@ -589,8 +589,8 @@ def test_mistakes_are_printed_and_written(always, tmp_path, monkeypatch, capsys)
     wrong = make_folder(tmp_path / "wrong", ["n02/0.png", "n03/1.png"])
     [row] = run(monkeypatch, tmp_path, always, "--data", wrong)
     out = capsys.readouterr().out
-    assert "  lowest top-1: n03 0.0 %, n02 100.0 %\n" in out
-    assert "  most frequent mistakes: n03 -> n02 (1)\n" in out
+    assert f"  {wrong}, lowest top-1: n03 0.0 %, n02 100.0 %\n" in out
+    assert f"  {wrong}, most frequent mistakes: n03 -> n02 (1)\n" in out
     assert row["data"][wrong]["confusions"] == [["n03", "n02", 1]]
     assert row["data"][wrong]["per_class"]["n02"] == dict(top1=100.0, images=1)
     run(monkeypatch, tmp_path, always, "--data", make_folder(tmp_path / "right", ["n02/0.png"]))
@@ -650,6 +650,7 @@ def test_one_picture_of_two_classes(tmp_path, monkeypatch, capsys):
         run(monkeypatch, tmp_path, path, "--data", file, *flags)
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == f"  {file}: {cells}"
+        assert f"  {file}: 1 picture(s) without a class\n" in out
         assert ("deviates from training: k = 1 instead of 2" in out) == ("--k" in flags)
 
 
