@@ -25,7 +25,6 @@ A data set spec is
 
 import argparse
 import copy
-import getpass
 import hashlib
 import io
 import json
@@ -80,7 +79,8 @@ def setup_processes():
     if gpu:
         torch.cuda.set_device(device)
     hour = timedelta(hours=1)  # the others wait while one saves or downloads
-    dist.init_process_group(timeout=hour, device_id=device if gpu else None)  # NCCL or Gloo
+    backend, gpu = ("nccl", device) if gpu else ("gloo", None)
+    dist.init_process_group(backend, timeout=hour, device_id=gpu)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size(), device
@@ -124,7 +124,8 @@ def download(function, by_hand):
 
     by_hand: what a user can do if it fails, in words.
     """
-    with open(Path(tempfile.gettempdir(), f"download-{getpass.getuser()}.lock"), "w") as lock:
+    user = getattr(os, "getuid", int)()  # on Windows 0
+    with open(Path(tempfile.gettempdir(), f"download-{user}.lock"), "w") as lock:
         with suppress(ImportError, OSError):  # Windows, or a file system without locks
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -148,8 +149,8 @@ def run_program(main):
             told = f"out of memory ({told}): a larger --accumulate (train.py) helps, or a smaller "
             told += "--batch-size, --image-size or --model"
         elif isinstance(error, RuntimeError) and not re.search(
-                "DataLoader worker|Connection closed", str(error)):  # not of another process
-            raise
+                "DataLoader worker|Connection closed", str(error)):
+            raise  # a bug of ours: show the traceback
         print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
@@ -208,8 +209,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTE
 def watch_signals(run):
     """Let the first Ctrl-C, SIGTERM, SIGHUP or end of torchrun set run.signal: the loop saves.
 
-    A second one ends this process at once, also while a file hangs. Within two seconds it counts as
-    the first: torchrun repeats what all processes have got.
+    A second one ends this process at once, also while a file hangs. Repeats within two seconds are
+    ignored: torchrun forwards signals that every process already received.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -391,16 +392,20 @@ class FolderImages:
         return os.path.join(self.root, os.fsdecode(self.files[index]))
 
     def __getitem__(self, index):
-        for i in range(index, index + 100):  # the file itself or the next that can be read
+        tries = min(100, len(self)) if self.classes else 1
+        for i in range(index, index + tries):  # the file itself or the next that can be read
             i %= len(self)
             image = read_image(self.path(i))
             if image is not None:
                 break
-        else:
-            raise ValueError(f"cannot read {self.path(index)}, nor the 99 images after it")
+        replaced = image is None or i != index
+        if image is None and self.classes:
+            raise ValueError(f"cannot read {self.path(index)}, nor the images after it")
+        if image is None:  # black: nothing takes the place of one's own picture
+            image = torch.zeros(3, 1, 1, dtype=torch.uint8)
         if self.transform:
             image = self.transform(image)
-        return image, self.labels[i], -1 if i == index else index
+        return image, self.labels[i], index if replaced else -1
 
 
 # ---------------------------------------------------------------- folders of images
@@ -423,15 +428,15 @@ def open_folder(root, split, transform=None):
     if os.path.isfile(root) and split != "train":
         return FolderImages("", {"": [root]}, transform)
     if not os.path.isdir(root):
-        raise ValueError(f"no data at {root!r}: {HINT}")
+        raise ValueError(f"no folder {root!r}: {HINT}")
     train, val = subfolder(root, TRAIN), subfolder(root, VAL)
     flat = not val or split == "train" and not train
     if flat and train:
-        warn(f"no {root}/val: a fifth of {train} is held out, all else is not read")
+        warn(f"no {root}/val: only {train} is read, of which training holds out a fifth")
     root = (val if split != "train" and val else train) or root
     files = find_images(root)
     if split == "train" and len(files) < 2:
-        raise ValueError(f"{root} has not two folders with images: {HINT}")
+        raise ValueError(f"{root} has fewer than two class folders with images: {HINT}")
     if flat and split != "all" and "" not in files:
         files = hold_out(files, split, root)
     return FolderImages(root, files, transform)
@@ -449,23 +454,27 @@ def subfolder(root, names):
 def find_images(root):
     """List the images in and below each class folder: {class: paths from root}, both sorted.
 
-    If there are none, the images in root itself come as {"": paths}. Hidden files and links to
-    folders are not followed. One warning says what is left out. Raise ValueError if that is all.
+    If there are none, the images in root itself come as {"": paths}. Links below a class folder are
+    not followed. One warning says what is left out. Raise ValueError if that is all.
     """
-    def visible(names):  # no .git, ._1.jpg of macOS, @eaDir of a Synology, $RECYCLE.BIN
-        return [name for name in names if name[0] not in ".@$"]
+    def visible(name):  # no ._1.jpg of macOS
+        return not name.startswith(".")
+
+    def is_data(folder):  # no .git, no @eaDir of a Synology, no $RECYCLE.BIN
+        return folder[0] not in ".@$" and folder != "lost+found"
 
     def refuse(error):
         raise error
 
     start, found, others = os.path.join(root, ""), defaultdict(list), Counter()
-    names = sorted(visible(os.listdir(root)))
-    for name in filter(lambda name: os.path.isdir(start + name), names):
+    names = sorted(filter(visible, os.listdir(root)))
+    for name in (name for name in names if is_data(name) and os.path.isdir(start + name)):
         if Path(root).resolve().is_relative_to(Path(start + name).resolve()):
             continue  # a link to root or above
         for place, below, files in os.walk(start + name, onerror=refuse):
-            below[:] = visible(below)
-            for file in visible(files):
+            below[:] = filter(is_data, below)
+            others["links to folders"] += sum(os.path.islink(f"{place}/{name}") for name in below)
+            for file in filter(visible, files):
                 if file.lower().endswith(EXTENSIONS):
                     found[name].append(os.path.join(place, file)[len(start):])
                 else:
@@ -473,7 +482,7 @@ def find_images(root):
         if name not in found:
             others[f"{name}/"] += 1
     loose = [name for name in names if name.lower().endswith(EXTENSIONS)]
-    notes = ", ".join(f"{kind} ({n})" for kind, n in others.most_common(8))
+    notes = ", ".join(f"{kind} ({n})" for kind, n in others.most_common(8) if n)
     if not found and not loose:
         raise ValueError(f"no images in {root} (found: {notes or 'nothing'}): {HINT}")
     if notes:
@@ -494,7 +503,8 @@ def hold_out(classes, split, root):
     if len(few) == len(classes):
         raise ValueError(f"classes of {root} have fewer than 5 images: too few to hold out a fifth")
     if few:
-        warn(f"no validation image of {', '.join(few[:5])}, {len(few)} classes of fewer than 5")
+        warn(f"classes of fewer than 5 images have none to validate: {', '.join(few[:5])} "
+             f"({len(few)} in all)")
     kept = {}
     for name, files in classes.items():
         fifth = set(sorted(files, key=hashed)[:len(files) // 5])
@@ -545,15 +555,17 @@ def without_metadata(png):
 def decode(image):
     """Decode an image that Pillow has opened, or raise. Grey of 12 or 16 bits is scaled to 8."""
     image.load()  # damaged pixels raise here; damaged EXIF data only mean that it is not turned
+    tags = dict(getattr(image, "tag_v2", {}))  # of a TIFF. 258: bits, 262: 0 is white, 339: signed
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF
+    if image.mode.startswith(("I", "F")):
+        bits = tags.get(258, (16,))[0]  # PNG and PGM have 16
         grey = v2.functional.pil_to_tensor(image.convert("F")) * (255 / (2**bits - 1))  # (1, H, W)
-        if 0 <= grey.min() <= grey.max() <= 255:
-            return grey.round().to(torch.uint8).repeat(3, 1, 1)
-    if image.mode[0] in "IF":
-        raise ValueError("no known range: floats, or of 32 bits")
+        known = image.mode != "F" and bits <= 16 and tags.get(339, (1,))[0] == 1
+        if not known or not 0 <= grey.min() <= grey.max() <= 255:
+            raise ValueError("no known range: floats, signed, or of 32 bits")
+        grey = 255 - grey if tags.get(262) == 0 else grey
+        return grey.round().to(torch.uint8).repeat(3, 1, 1)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -619,15 +631,17 @@ def outputs(model, loader, device, mean, std, dtype=torch.float32, progress="",
     """
     was_training, hidden = model.training, None if progress else True  # None: off a terminal
     model.eval()
-    for images, labels, unreadable in tqdm(
-            start_loader(loader), progress, len(loader), leave=False, disable=hidden):
-        if stop():
-            break
-        images = normalize(images.to(device, non_blocking=True), mean, std)  # (B, 3, S, S)
-        with autocast(device, dtype):
-            output = model(images, **options)
-        yield output, labels.to(device, non_blocking=True), unreadable
-    model.train(was_training)
+    try:
+        for images, labels, unreadable in tqdm(
+                start_loader(loader), progress, len(loader), leave=False, disable=hidden):
+            if stop():
+                break
+            images = normalize(images.to(device, non_blocking=True), mean, std)  # (B, 3, S, S)
+            with autocast(device, dtype):
+                output = model(images, **options)
+            yield output, labels.to(device, non_blocking=True), unreadable
+    finally:  # also if nobody asks for the rest
+        model.train(was_training)
 
 
 class Predictions(NamedTuple):
@@ -916,11 +930,13 @@ def match_dataset(dataset, classes, ignore_unmatched=False, real=None):
     if real:
         data.labels = read_real(real, data, len(data.columns))  # (N, L)
     data.indices = ((data.labels >= 0).any(1) | own).nonzero()[:, 0].tolist()
+    if not data.indices:
+        raise ValueError("no image of the data has a class that the checkpoint knows")
     data.note = f"{len(data.indices)} images, {len(data.columns)} of {len(classes)} classes"
     if len(data.columns) < len(classes):
         data.note += ", logits restricted"
     if len(data.indices) < len(data):
-        data.note += f", {len(data) - len(data.indices)} images without a known class skipped"
+        data.note += f", {len(data) - len(data.indices)} images without an answer skipped"
     if real:
         data.note += f", ReaL labels from {real}"
     if own:
@@ -944,8 +960,6 @@ def read_real(path, dataset, num_classes):
                              f"expected one for each of ILSVRC2012_val_00000001 to {len(names):08}")
         if not set().union(*entries) <= set(range(num_classes)):
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, the matched classes")
-        if not any(entries):
-            raise ValueError("no image has a label")
         rows = [torch.tensor(real[name], dtype=torch.long) for name in names]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--real {path} does not fit: {one_line(error)}") from None
@@ -1018,7 +1032,7 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     k, trained = k or layers[0].k, layers[0].k
     left = E - max(Counter(i for i, _ in drops).values(), default=0)
     if k > left:
-        raise ValueError(f"k = {k}, but a MoE layer has {left} experts to choose from: give --k")
+        raise ValueError(f"--k {k}: a MoE layer has {left} experts to choose from")
     if k != trained:
         notes.append(f"k = {k} instead of {trained}")
     if capacity_factor:
@@ -1038,7 +1052,7 @@ def count_flops(model, image_size, modules="^Global$"):
     """Return the multiply-adds of one image, an int: in all of a model, or in some of its modules.
 
     They are what the papers call FLOPs: products and convolutions alone, counted by torch in a pass
-    of an empty image. It knows no fused attention, and of an L2 router no distances.
+    of an empty image. It misses fused attention (hence MATH) and the distances of an L2 router.
     modules: a regular expression of names such as "ViT.blocks.1.mlp.experts.0".
     """
     was_training = model.training
@@ -1068,7 +1082,7 @@ def prepare(path, args):
     row["deviations"] += change_routing(model, None, args.capacity_factor)  # now: it needs a batch
     matched, size = {}, row["image_size"]
     for spec in args.data:
-        trained_on = os.path.abspath(row["args"].get("data", "")) == os.path.abspath(spec)
+        trained_on = os.path.realpath(row["args"].get("data", "")) == os.path.realpath(spec)
         split = args.split or ("val" if trained_on else "all")  # "val" of a flat folder is a fifth
         for part, dataset in open_parts(spec, split).items():
             data = match_dataset(dataset, checkpoint["classes"], args.ignore_unmatched, args.real)
@@ -1076,6 +1090,7 @@ def prepare(path, args):
             data.transform = crop if part else eval_transform(size, row["crop_ratio"])
             if part and min(dataset[data.indices[0]][0].shape[1:]) < size:
                 raise ValueError(f"{spec} is only cropped, but {part} has less than {size} pixels")
+            data.note += ", those held out from its training" * (trained_on and split == "val")
             matched[spec, part] = data
     return model, row, matched
 
@@ -1091,7 +1106,7 @@ def measure(model, row, matched, args, device, world):
                         row["args"].get("loss", "softmax"), dtype=best_dtype(device),
                         progress=f"{spec} {part}" if world == 1 else "")
         with together():
-            if not found.probs.isfinite().all():
+            if not (found.losses if data.classes else found.probs).isfinite().all():
                 raise ValueError(f"{row['checkpoint']}: its logits on {spec} are not finite")
         if not data.classes:
             for i, (best, probs) in enumerate(zip(found.best.tolist(), found.probs.tolist())):
@@ -1202,20 +1217,23 @@ def main(args):
     with together():
         if args.real and (len(args.data) > 1 or args.ignore_unmatched):
             raise ValueError("--real scores one --data, ImageNet's validation images, all classes")
-        if args.json and not os.access(os.path.dirname(os.path.abspath(args.json)), os.W_OK):
-            raise ValueError(f"--json {args.json}: its folder cannot be written")
+        place = args.json if os.path.exists(args.json or "") else os.path.dirname(args.json or "")
+        if os.path.isdir(args.json or "") or not os.access(place or ".", os.W_OK):
+            raise ValueError(f"--json {args.json} cannot be written")
         prepared = [prepare(path, args) for path in args.checkpoint]
     for model, row, matched in prepared:
         measure(model, row, matched, args, device, world)
     rows = [row for _, row, _ in prepared]
-    if args.json and rank == 0:
-        run = dict(torch=torch.__version__, device=str(device), dtype=str(best_dtype(device)),
-                   processes=world, batch_size=args.batch_size, results=rows)
-        Path(args.json).write_text(json.dumps(run, indent=1))
-    for _, row, matched in prepared:
-        print_row(row, matched)
-    if rows[0]["data"]:
-        print_accuracies(rows)
+    try:
+        if args.json and rank == 0:
+            run = dict(torch=torch.__version__, device=str(device), dtype=str(best_dtype(device)),
+                       processes=world, batch_size=args.batch_size, results=rows)
+            Path(args.json).write_text(json.dumps(run, indent=1))
+    finally:  # a full disk loses no result
+        for _, row, matched in prepared:
+            print_row(row, matched)
+        if rows[0]["data"]:
+            print_accuracies(rows)
     if world > 1:
         dist.destroy_process_group()
     if not all(picture["classes"] for picture in rows[0]["pictures"]):

@@ -136,7 +136,7 @@ eval.hold_out
     file.partition('/')[2] -> file  # the class folder counts
 eval.find_images
     Path(root).resolve().is_relative_to(Path(start + name).resolve()) -> False  # in two classes
-    name[0] not in '.@$' -> True
+    folder[0] not in '.@$' and folder != 'lost+found' -> True
 eval.decode
     ImageOps.exif_transpose(image) -> image
     2 ** bits - 1 -> 65535  # 12 bits turn black

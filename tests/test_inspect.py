@@ -1343,7 +1343,7 @@ def test_a_broken_picture_is_named(checkpoint, monkeypatch):
     """A file that is no picture ends in one line with its name."""
     Path("photo.jpg").write_bytes(b"no picture")
     path = checkpoint("a.pt", moe_layers="last2")
-    with pytest.raises(ValueError, match="cannot read photo.jpg, nor the 99 images after it"):
+    with pytest.raises(ValueError, match="cannot read photo.jpg: repair or replace the file"):
         run_main(monkeypatch, path, "--data", "photo.jpg", "--workers", "0", "--out", "out")
 
 

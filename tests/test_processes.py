@@ -137,7 +137,7 @@ def programs(folder, flags, data):
 
 
 @pytest.mark.parametrize("second, expected", [
-    ("nowhere", "error: process 1: no data at 'nowhere'"),
+    ("nowhere", "error: process 1: no folder 'nowhere'"),
     ("other", "error: process 1: other or r/last.pt is not what process 0 has"),
 ])
 def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):

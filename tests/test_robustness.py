@@ -186,7 +186,7 @@ def test_ignored_folders_do_not_count(always, tmp_path, monkeypatch, capsys):
     [row] = run(monkeypatch, tmp_path, always, "--data", data, "--ignore-unmatched")
     # "n02" is what the model says
     assert (row["data"][data]["images"], row["data"][data]["correct1"]) == (3, 1)
-    note = "3 images, 2 of 12 classes, logits restricted, 3 images without a known class skipped\n"
+    note = "3 images, 2 of 12 classes, logits restricted, 3 images without an answer skipped\n"
     assert note in capsys.readouterr().out
 
 
@@ -279,7 +279,7 @@ def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys)
     [row] = run(monkeypatch, tmp_path, always, "--data", data, "--real", tmp_path / "real.json")
     result = row["data"][data]
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 3, 4)
-    note = f"1 images without a known class skipped, ReaL labels from {tmp_path / 'real.json'}\n"
+    note = f"1 images without an answer skipped, ReaL labels from {tmp_path / 'real.json'}\n"
     assert note in capsys.readouterr().out
     labels = read_real(str(tmp_path / "real.json"), open_dataset(data, "all"), 3)
     assert labels.tolist() == [[-1, -1], [2, 1], [0, 2], [1, -1], [1, -1]]  # images 2, 4, 3, 5, 1
@@ -303,7 +303,6 @@ def test_real_labels_are_padded_with_minus_1(tmp_path):
     ('[["n00"], [], [0], [2], [1]]', "real.json does not fit"),
     ("[[1.5], [], [0], [2], [1]]", "expected labels from 0 to 2"),
     ("[1, 2, 3, 4, 5]", "real.json does not fit"),
-    ("[[], [], [], [], []]", "no image has a label"),
     ("7", "real.json does not fit"),
     ("[[1], ", "real.json does not fit: Expecting value"),
     (None, "real.json does not fit: .*No such file"),
@@ -523,9 +522,9 @@ def test_a_dropped_expert():
 @pytest.mark.evaluator
 @pytest.mark.parametrize("changes, expected", [
     (dict(k=5),
-     "k = 5, but a MoE layer has 4 experts to choose from"),
+     "--k 5: a MoE layer has 4 experts to choose from"),
     (dict(drop_experts=[(0, 0), (0, 1), (0, 3)]),
-     "k = 2, but a MoE layer has 1 experts"),
+     "--k 2: a MoE layer has 1 experts"),
     (dict(drop_experts=[(1, 0)]), "--drop-expert 1:0: expected 0:0 to 0:3"),
     (dict(drop_experts=[(0, 4)]), "--drop-expert 0:4: expected 0:0 to 0:3"),
     (dict(drop_experts=[(0, -1)]), "--drop-expert 0:-1: expected"),
@@ -655,7 +654,7 @@ def test_one_picture_of_two_classes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize("names", [["a.png", "b.png"], ["a.png", "b.png", "c.png"]])
+@pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"]])
 def test_an_unreadable_picture_is_a_line(always, tmp_path, monkeypatch, capsys, names):
     """It says so, the others are classified, the JSON is written, and the status is 1."""
     data = make_folder(tmp_path / "d", names)
@@ -667,9 +666,6 @@ def test_an_unreadable_picture_is_a_line(always, tmp_path, monkeypatch, capsys, 
     assert [len(picture["classes"]) for picture in row["pictures"][1:]] == [5] * (len(names) - 1)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "a.png" in line]
     assert line == f"  {data}/a.png: cannot be read"
-    (tmp_path / "d" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="cannot read .*a.png"):  # a picture alone
-        run(monkeypatch, tmp_path, always, "--data", f"{data}/a.png")
 
 
 @pytest.mark.evaluator
@@ -707,7 +703,8 @@ def test_head_ends_the_output_in_silence(always, tmp_path):
 @pytest.mark.evaluator
 @pytest.mark.parametrize("flags, expected", [
     ("--data shapes-blur --real real.json", "--real scores one --data"),
-    ("--json no/such/out.json", "--json no/such/out.json: its folder cannot be written"),
+    ("--json no/such/out.json", "--json no/such/out.json cannot be written"),
+    ("--json /", "--json / cannot be written"),
 ])
 def test_options_that_cannot_be(always, flags, expected):
     """An option that cannot be is found before anything is computed, in one line."""

@@ -76,7 +76,7 @@ def make_folder(root, classes=("cat", "dog"), images=6, size=(12, 10)):
     ("--moe-layers 1,9", "names block 9"),
     ("--router quadratic", "linear, cosine, l2"),
     ("--experts 4 --k 5", "k = 5: expected 1 to 4"),
-    ("--data nowhere", "no data at 'nowhere'"),
+    ("--data nowhere", "no folder 'nowhere'"),
     ("--batch-size 31 --accumulate 2",
      "expected a multiple of 2 = 1 process(es) x 2 pass(es), up to 96"),
     ("--batch-size 1000", "up to 96 images: use 96"),
