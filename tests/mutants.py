@@ -147,7 +147,7 @@ eval.read_image
 eval.without_metadata
     name[:1].isupper() or name == b'tRNS' -> True
 eval.FolderImages.__getitem__
-    -1 if i == index else index -> -1 if i == index else i  # the wrong file
+    index if replaced else -1 -> i if replaced else -1  # the wrong file
 eval.predict
     min(5, logits.shape[1]) -> 5
     whole[rank::len(shares)] -> whole[rank * len(share):(rank + 1) * len(share)]  # out of order
