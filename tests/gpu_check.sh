@@ -1,10 +1,11 @@
 #!/bin/bash
-# A quarter of an hour on one GPU, the most telling first: is it right, does a run stop and continue,
+# A quarter of an hour on one GPU, the most telling first: is it right, does a run stop and go on,
 # how long does a layer take, how many images per second, how much memory.
 #
 #     bash tests/gpu_check.sh [FOLDER]
 #
-# Each step has a time limit and a log in FOLDER (default: runs/gpu_check); one that fails stops no other.
+# Each step has a time limit, and a log in FOLDER (default: runs/gpu_check). One that fails stops no
+# other.
 cd "$(dirname "$0")/.." || exit
 logs=$(realpath -m "${1:-runs/gpu_check}")
 mkdir -p "$logs"
@@ -28,6 +29,6 @@ step stop 60 timeout --signal TERM 30 $torchrun train.py --data flags --epochs 9
 step continue 60 $torchrun train.py --data flags --epochs 9 --out "$logs/c" --compile
 step layer 100 python tests/benchmark.py --layer
 step speed 200 python tests/benchmark.py --gpu
-step eval 40 python eval.py "$logs/a/best.pt" --data shapes --data shapes-noise --json "$logs/e.json"
+step eval 40 python eval.py "$logs/a/best.pt" --data shapes --json "$logs/e.json"
 step inspect 40 python inspect_experts.py "$logs/a/best.pt" --data shapes --out "$logs/i"
 step tests 200 python -m pytest -q
