@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tokenize
 from pathlib import Path
 
 from blanks import blank, body_of, find, parameters, replace_body
@@ -62,7 +63,8 @@ def blanked_concepts(assignment):
 def read_submission(submission, file):
     """Return the source of FILE.py in a submission: a folder, or the one file itself."""
     path = submission if submission.suffix == ".py" else submission / f"{file}.py"
-    return path.read_text(encoding="utf-8")
+    with tokenize.open(path) as source:  # as Python reads it: byte order mark, coding line
+        return source.read()
 
 
 def graft(ours, path, concept, theirs):
@@ -105,7 +107,7 @@ def write_copy(folder, concept, submission, copy_project):
         ours = (folder / f"{file}.py").read_text(encoding="utf-8")
         try:
             theirs = read_submission(submission, file)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
             theirs = ""
             missing.append(f"{file}.py: {error}")
         source, reason = graft(ours, path, concept, theirs)

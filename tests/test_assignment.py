@@ -522,6 +522,14 @@ def test_the_environment_is_empty(tmp_path, expected, monkeypatch):
     assert result["score"] == 1 and result["look"] == ["os"]
 
 
+@pytest.mark.parametrize("encoding, first", [("utf-8-sig", ""), ("latin-1", "# coding: latin-1\n")])
+def test_a_submission_is_read_as_python_reads_it(encoding, first, tmp_path):
+    """A byte order mark, as some editors write, and a coding line change nothing."""
+    source = first + "name = 'Zoë'\n"
+    (tmp_path / "moe.py").write_text(source, encoding=encoding)
+    assert grade.read_submission(tmp_path, "moe") == source
+
+
 @pytest.mark.slow
 def test_grades_of_a_class(tmp_path, capsys, monkeypatch):
     """A CSV line per submission, details in JSON. A submission may be a folder or the file."""
