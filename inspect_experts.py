@@ -411,6 +411,7 @@ def surest_patches(dataset, chosen, layer):
 
 
 class Example(NamedTuple):
+    """An image, where its patches went, and what the model answered."""
     title: str  # the class of the image, or the path of an own picture
     image: torch.Tensor  # (3, S, S) uint8, what the model sees
     maps: list  # per MoE layer: the first choices, (rows, columns)
@@ -503,6 +504,7 @@ VIOLET = (150, 0, 240)  # see palette()
 
 
 class Panel(NamedTuple):
+    """A part of a figure, drawn below the one before it."""
     title: str
     height: float  # without the title
     marks: list  # elements of SVG, strings
@@ -1252,7 +1254,8 @@ def open_all(path, args, device):
         match_classes(dataset.classes, checkpoint["classes"])
     elif len(dataset) > MOST_PICTURES:
         warn(f"{len(dataset)} pictures in {args.data}: the first {MOST_PICTURES} are shown")
-        dataset.files, dataset.labels = dataset.files[:MOST_PICTURES], dataset.labels[:MOST_PICTURES]
+        dataset.files = dataset.files[:MOST_PICTURES]
+        dataset.labels = dataset.labels[:MOST_PICTURES]
     return path, model, checkpoint, dataset
 
 

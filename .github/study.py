@@ -262,7 +262,7 @@ in more than this: number of classes, of pictures, learning rate.
 
 Top-1 accuracy in % after the last epoch: mean ± standard deviation over n seeds. The gain is the
 mean difference between runs of the same seed, of those seeds that both have, with the 95% interval
-of a paired t-test. A seed is an order of the pictures and a start; all seeds have the same pictures.
+of a paired t-test. A seed is an order of the pictures and a start; all have the same pictures.
 Learning rate and number of experts of vit_nano were chosen on the 2,000 that validate, too. Those
 of the other models were not tuned on flags. If there were no effect at all, one interval in twenty
 would still exclude 0. "Load, CV" is the deviation of the experts' loads over their mean in the last

@@ -1345,7 +1345,8 @@ NO_CHECKPOINTS = {  # how it is made, and a part of the message
     "missing": (lambda path: None, "no checkpoint at {path}: expected one like runs/<run>/best.pt"),
     "folder": (lambda path: path.mkdir(), "no checkpoint at {path}"),
     "cut off": (
-        cut_off, "{path} cannot be opened as a checkpoint, it is empty, truncated or not one of ours"),
+        cut_off, "{path} cannot be opened as a checkpoint, it is empty, truncated or not one of "
+                 "ours"),
     "empty": (
         lambda path: path.write_bytes(b""),
         "{path} cannot be opened as a checkpoint, it is empty"),
