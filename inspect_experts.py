@@ -54,9 +54,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from eval import (
-    PALETTE, auto_workers, autocast, best_dtype, class_probabilities, eval_loader, eval_transform,
-    load_checkpoint, match_classes, normalize, number, open_dataset, run_program, start_loader,
-    warn)
+    PALETTE, auto_workers, best_dtype, eval_loader, eval_transform, load_checkpoint, match_classes,
+    normalize, number, open_dataset, run_program, warn)
 
 # ---------------------------------------------------------------- 1. statistics
 # Pure functions of counts. "Patches of an expert" are the patches that chose it.
@@ -355,18 +354,18 @@ def count_choices(model, loader, layers, columns, checkpoint, device, examples=(
     loss = checkpoint["args"].get("loss", "softmax")
     predicted, shown = [], []
     seen = 0
-    batches = tqdm(start_loader(loader), "inspect", len(loader), unit="batch", leave=False,
+    batches = tqdm(loader, "inspect", len(loader), unit="batch", leave=False,
                    disable=None)
     for images, _, unreadable in batches:
         broken = int(unreadable.max())
         if broken >= 0:
             path = loader.dataset.path(broken)
             raise ValueError(f"cannot read {path}: repair or replace the file")
-        with autocast(device, best_dtype(device)):
+        with torch.autocast(device.type, torch.bfloat16, best_dtype(device) == torch.bfloat16):
             inputs = normalize(images.to(device), checkpoint["mean"], checkpoint["std"])
             logits, routings = model(inputs, return_routing=True)
         logits = logits.float()[:, columns]
-        probs = class_probabilities(logits, loss).cpu()
+        probs = (logits.sigmoid() if loss == "sigmoid" else logits.softmax(1)).cpu()
         predicted.append(logits.argmax(1).cpu())
         maps = [layer.add(routing) for layer, routing in zip(layers, routings)]
         for i in range(len(images)):

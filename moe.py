@@ -28,11 +28,14 @@ The last section has two other ways to route: experts choose tokens, and Soft Mo
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROUTERS = ("linear", "cosine", "l2")
 
@@ -438,3 +441,19 @@ def count_parameters(model):
             expert = sum(parameter.numel() for parameter in layer.experts[0].parameters())
             active -= (layer.num_experts - layer.k) * expert
     return total, active
+
+
+@torch.no_grad()
+def count_flops(model, image_size, modules="^Global$"):
+    """Return the multiply-adds of one image, an int: in all of a model, or in some of its modules.
+
+    They are what the papers call FLOPs: products and convolutions alone, counted by torch in a pass
+    of an empty image. It misses fused attention (hence MATH) and the distances of an L2 router.
+    modules: a regular expression of names such as "ViT.blocks.1.mlp.experts.0".
+    """
+    was_training = model.training
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    model.train(was_training)
+    counts = counter.get_flop_counts().items()  # {name: {product: number}}
+    return sum(sum(flops.values()) for name, flops in counts if re.search(modules, name)) // 2

@@ -52,10 +52,9 @@ from tqdm import tqdm
 import convnext
 import vit
 from eval import (  # what all programs share: data sets, checkpoints, processes, evaluate()
-    MEAN, STD, auto_workers, autocast, best_dtype, build_model, download, eval_loader,
-    eval_transform, evaluate, leave_signals, load_checkpoint, normalize, number, one_line,
-    open_dataset, read_checkpoint, run_program, setup_processes, start_loader,
-    together, watch_signals)
+    MEAN, STD, auto_workers, best_dtype, build_model, download, eval_loader, eval_transform,
+    evaluate, leave_signals, load_checkpoint, normalize, number, one_line, open_dataset,
+    read_checkpoint, run_program, setup_processes, together, watch_signals)
 from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
 
 # ---------------------------------------------------------------- recipes
@@ -570,7 +569,7 @@ def train(run):
         order = image_order(config, epoch, run.rank, run.world)[first_step:].flatten(0, 1)
         run.passes[:] = (epoch * config.train_images + order).tolist()
         run.net.train(not config.freeze_backbone)  # frozen layers work as in evaluation
-        passes = start_loader(run.loader)
+        passes = iter(run.loader)
         meter = Meter(run)
 
         for _ in tqdm(range(first_step, run.steps), f"epoch {epoch + 1}", leave=False,
@@ -586,7 +585,7 @@ def train(run):
                 images, targets = next_batch(run, passes, part, meter)
                 # DDP averages the gradients over the processes in the last pass only.
                 run.net.require_backward_grad_sync = part == config.accumulate - 1
-                with autocast(run.device, run.dtype):
+                with torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16):
                     logits, routings = run.net(images, return_routing=True)
                 loss = classification_loss(logits.float(), targets, config)
                 balance = balance_loss(routings) + torch.zeros_like(loss)  # on its device

@@ -113,7 +113,7 @@ CONCEPTS = (
     ),
     Concept(
         "costs",
-        "moe.count_parameters eval.count_flops",
+        "moe.count_parameters moe.count_flops",
         "vit convnext",
         "Parameters grow with E, multiply-adds with k: the reason to be sparse.",
     ),
@@ -156,9 +156,9 @@ CONCEPTS = (
     ),
     Concept(
         "counting",
-        "eval.eval_transform eval.normalize eval.per_colour eval.autocast eval.best_dtype "
-        "eval.auto_workers eval.eval_loader eval.start_loader eval.outputs eval.predict eval.count "
-        "eval.evaluate eval.image_losses eval.class_probabilities eval.mistakes eval.Output.write",
+        "eval.eval_transform eval.normalize eval.per_colour eval.best_dtype "
+        "eval.auto_workers eval.eval_loader eval.predict eval.count "
+        "eval.evaluate eval.image_losses eval.best_classes eval.mistakes eval.shield",
         "folders",
         "Each image counts once, at any batch size and any number of processes.",
     ),
@@ -177,7 +177,7 @@ CONCEPTS = (
     Concept(
         "evaluator",
         "eval.change_routing eval.mute eval.open_parts eval.corruption_errors eval.prepare "
-        "eval.measure eval.print_row eval.print_accuracies eval.print_table eval.parse_args "
+        "eval.measure eval.print_row eval.parse_args "
         "eval.main",
         "checkpoints classes costs expert_choice soft",
         "One table, several checkpoints and test sets; whatever deviates from training is "

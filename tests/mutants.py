@@ -107,7 +107,7 @@ moe.Experts.grouped
         answers.addmm_(member, b2)  # dropped rows pass through the last expert
 moe.count_parameters
     layer.k -> 1
-eval.count_flops
+moe.count_flops
     counter.get_flop_counts() -> {}  # nothing is counted
 moe.ExpertChoice.forward
     answers * gates.permute(2, 0, 1).reshape(-1, 1) -> answers
@@ -147,17 +147,16 @@ eval.read_image
 eval.without_metadata
     name[:1].isupper() or name == b'tRNS' -> True
 eval.FolderImages.__getitem__
-    index if replaced else -1 -> i if replaced else -1  # the wrong file
+    unreadable = index -> unreadable = i  # the wrong file
 eval.predict
     min(5, logits.shape[1]) -> 5
-    whole[rank::len(shares)] -> whole[rank * len(share):(rank + 1) * len(share)]  # out of order
+    logits.sigmoid() -> logits.softmax(1)
+    whole[rank::len(parts)] -> whole[rank * len(part):(rank + 1) * len(part)]  # out of order
 eval.count
     hits.any(1) -> hits  # two answers count twice
 eval.mistakes
-    t != p -> True  # what is right is a mistake, too
-    100 * pairs[true, true] / n -> 100 * pairs[true, true] / len(found.best)
-eval.class_probabilities
-    logits.sigmoid() -> logits.softmax(1)
+    t != b -> True  # what is right is a mistake, too
+    100 * pairs[c, c] / n -> 100 * pairs[c, c] / len(true)
 eval.eval_loader
     (range(len(dataset)) if indices is None else indices)[rank::world] ->
         range(len(dataset)) if indices is None else indices  # all count the same

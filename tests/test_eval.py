@@ -29,7 +29,7 @@ import eval as evaluation
 import forked
 from checks import drawn, on_meta
 from eval import (CHECKPOINT_KEYS, FLAG_PALETTE, MODELS, PALETTE, TensorImages,
-                  auto_workers, autocast, best_dtype, build_model, class_probabilities, eval_loader,
+                  auto_workers, best_dtype, build_model, eval_loader,
                   eval_transform, evaluate, hold_out, image_losses, load_checkpoint, match_classes,
                   mistakes, normalize, number, open_dataset, predict, read_image)
 
@@ -499,7 +499,7 @@ def make_folder(root, files):
 
 def names(dataset):
     """The file of every item, relative to the folder."""
-    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
+    return [Path(dataset.path(i)).name for i in range(len(dataset))]
 
 
 def contents(dataset):
