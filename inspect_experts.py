@@ -175,7 +175,7 @@ def inspect(path, args, device):
     """
     model, checkpoint = load_checkpoint(path)
     config, size = checkpoint["config"], checkpoint["image_size"]
-    E = config["num_experts"] if model.moe_blocks else 0
+    E = max(getattr(module, "num_experts", 0) for module in model.modules())
     routed = count_flops(model, size, r"experts\.\d+$") / count_flops(model, size)
     data = open_matched(args, checkpoint)
     M = min(len(data.indices), args.max_images or len(data.indices))
