@@ -637,8 +637,8 @@ p { max-width: 70ch; opacity: 0.8; overflow-wrap: anywhere } h3 { margin: 0 0 4p
   gap: 20px 28px } figure { margin: 0; min-width: 0; overflow-x: auto }
 .legend { position: sticky; top: 0; background: Canvas; padding: 4px 0; z-index: 1 }
 .legend span { white-space: nowrap } i { display: inline-block; width: 0.8em; height: 0.8em }
-.tiles { display: flex; flex-wrap: wrap; gap: 6px }
-.tiles div { flex: 1 1 75px; max-width: 150px; font-size: 13px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(72px, 1fr));
+  gap: 6px; font-size: 13px }
 img { width: 100%; display: block } .pixels { image-rendering: pixelated }
 .map img { height: 400px } svg { fill: currentColor; font-size: 11px } svg polyline { fill: none }
 .bar { display: grid; grid-template-columns: 6em 1fr; font-size: 13px }
