@@ -64,10 +64,3 @@ def body_of(source, path):
     node, _ = find(source, path)
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
     return "\n".join(map(ast.unparse, statements)) or "pass"
-
-
-def parameters(source, path):
-    """Return the names of a function's parameters, in order."""
-    args = find(source, path)[0].args
-    named = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-    return [arg.arg for arg in named if arg is not None]

@@ -8,7 +8,7 @@ and line breaks do not matter. It must be there exactly once.
 import ast
 
 from concepts import CONCEPTS
-from make_assignment import find
+from blanks import find
 
 TABLE = """
 moe.Router.__init__
