@@ -95,19 +95,6 @@ def test_a_token_that_no_expert_takes_gets_0():
 
 
 @pytest.mark.expert_choice
-def test_expert_choice_against_a_loop():
-    """Image by image and expert by expert: take the C best tokens, add gate times answer."""
-    layer, x = make("expert_choice"), torch.randn(4, 5, 6, dtype=torch.float64)
-    expected = torch.zeros_like(x)
-    for b, image in enumerate(x):
-        probs = (image @ layer.router.codes.T).softmax(1)  # (N, E)
-        for e, expert in enumerate(layer.experts):
-            for n in probs[:, e].argsort(descending=True)[: ROUND(5 * 2 / 3)]:  # C = 4
-                expected[b, n] += probs[n, e] * expert(image[n])
-    torch.testing.assert_close(layer(x)[0], expected)
-
-
-@pytest.mark.expert_choice
 def test_the_expert_of_a_token_is_one_that_took_it():
     """Expert 0 is the most probable for token 2, but takes the others: expert 1 has it."""
     layer = ExpertChoice(dim=2, hidden=4, num_experts=2, k=1)
