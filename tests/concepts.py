@@ -19,7 +19,7 @@ To add a concept, write
 2. docstrings of its functions that are enough to write them: they are the handout;
 3. tests with its marker, by hand first. Mark those `edge` that a student may fail with the right
    numbers: a device, a loop over tokens, no tokens, NaN. They are graded apart;
-4. three lines or more in mutants.py, and the number of concepts in README.md.
+4. likely mistakes in mutants.py, a line each, and the number of concepts in README.md.
 
 Then `python -m pytest -q --slow -m course` says whether the tests notice the mistakes, fail without
 the concept, and need no other than the row says. To move or rename a function, change its name here
@@ -70,8 +70,8 @@ CONCEPTS = (
             "Which blocks hold experts matters: the last two are the safe choice, every second "
             "one is not."),
     Concept("building",
-            "moe.make_moe vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ "
-            "convnext.init_weights", "placement layer",
+            "vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ convnext.init_weights",
+            "placement layer",
             "A sparse backbone is the dense one with other MLPs: same widths, same drop path, "
             "same start."),
     Concept("vit", "vit.Attention.forward vit.Block.forward vit.ViT.forward", "building",

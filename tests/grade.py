@@ -26,7 +26,6 @@ import csv
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -103,14 +102,6 @@ def write_copy(folder, concept, sources):
 
 # ---------------------------------------------------------------- run the tests of a copy
 
-running = set()  # processes that Ctrl-C has to end
-
-
-def end(process):
-    """Kill a process and all that it has started."""
-    with contextlib.suppress(OSError):  # all have ended
-        os.killpg(process.pid, signal.SIGKILL)
-
 
 def run_tests(folder, concept, limit):
     """Run a concept's quick tests in a copy. Return {test: what conftest.py wrote about it}.
@@ -121,15 +112,9 @@ def run_tests(folder, concept, limit):
     results.touch()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", concept,
                f"--results={results}", *files_with_tests([concept], folder)]
-    process = subprocess.Popen(
-        command, cwd=folder, env={}, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    running.add(process)
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(limit)
-    end(process)
-    process.wait()
-    running.discard(process)
+        subprocess.run(command, cwd=folder, env={}, timeout=limit, **quiet)
     return read_results(results)
 
 
@@ -164,7 +149,7 @@ def shorten(message):
     return " ".join([first, *re.findall("^Hint: .*", more, re.MULTILINE)])
 
 
-def run_ours(concept, limit):
+def run_ours(limit, concept):
     """Return the results of our own code. Raise ValueError if its tests do not work here."""
     with tempfile.TemporaryDirectory() as folder:
         write_copy(Path(folder), concept, {})
@@ -256,18 +241,15 @@ def grade(submissions, assignment, table, limit=LIMIT, jobs=1):
         print(f"in {table} already, and left alone: {len(submissions) - len(left)}")
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            ours = list(pool.map(lambda name: run_ours(name, limit), concepts))
+            ours = list(pool.map(partial(run_ours, limit), concepts))
             for submission in left:
                 sources, reasons = read_submission(submission, files)
-                results = list(pool.map(partial(grade_concept, sources, limit), concepts, ours))
-                row = row_of(submission, reasons, dict(zip(concepts, results)))
+                scores = list(pool.map(partial(grade_concept, sources, limit), concepts, ours))
+                row = row_of(submission, reasons, dict(zip(concepts, scores)))
                 add_line(table, row)
                 print(f"{row[0]}: {row[1]} of {len(concepts)} concepts, edges {row[2]}", flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                end(process)
-            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of no use after Ctrl-C or a mistake
 
 
 def parse_args(argv=None):

@@ -637,12 +637,22 @@ def test_no_two_experts_start_alike():
 
 
 @pytest.mark.experts
-def test_without_a_gpu_the_loop_is_taken(monkeypatch):
-    """There it is the faster way, also where the kernel fits: bfloat16 and multiples of 8."""
-    experts = Experts(2, 8, 16).bfloat16()
-    monkeypatch.setattr(experts, "grouped", lambda *_: pytest.fail("the kernel was called"))
-    rows, counts = torch.randn(3, 8).bfloat16(), torch.tensor([2, 1])
-    close(experts(rows, counts), experts.loop(rows, counts))
+@pytest.mark.parametrize("compiling, fits, path", [
+    (True, True, "grouped"),
+    (True, False, "loop"),
+    (False, True, "loop"),  # on a CPU the loop is faster
+])
+def test_which_path_is_taken(compiling, fits, path, monkeypatch):
+    """The kernel where it fits, if the layer is compiled. On a CPU all else takes the loop."""
+    experts, taken = Experts(3, 8, 16), []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(experts, "use_grouped_mm", lambda rows: fits)
+    for name in ("loop", "grouped"):
+        monkeypatch.setattr(experts, name, lambda *inputs, name=name: taken.append((name, *inputs)))
+    rows, counts = torch.zeros(4, 8), torch.tensor([4, 0, 0])
+    experts(rows, counts)
+    [(found, *inputs)] = taken
+    assert found == path and inputs[0] is rows and inputs[1] is counts
 
 
 # ---------------------------------------------------------------- the two ways to run the experts
@@ -754,23 +764,6 @@ def test_where_the_kernel_can_be_used(dtype, dim, hidden, exporting, possible, m
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     experts, rows = Experts(3, dim, hidden), torch.zeros(4, dim, dtype=dtype)
     assert experts.use_grouped_mm(rows) == possible
-
-
-@pytest.mark.grouped
-@pytest.mark.parametrize("compiling, dtype, path", [
-    (True, torch.bfloat16, "grouped"),
-    (True, torch.float32, "loop"),
-    (False, torch.bfloat16, "loop"),  # on a CPU the loop is faster
-])
-def test_which_path_is_taken(compiling, dtype, path, monkeypatch):
-    """Compiled bfloat16 takes the kernel; on a CPU all else takes the loop."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    experts, taken = Experts(3, 8, 16).to(dtype), []
-    for name in PATHS:
-        monkeypatch.setattr(experts, name, lambda rows, counts, name=name: taken.append(name))
-    assert experts.use_grouped_mm(torch.zeros(4, 8, dtype=dtype)) == (dtype == torch.bfloat16)
-    experts(torch.zeros(4, 8, dtype=dtype), torch.tensor([4, 0, 0]))
-    assert taken == [path]
 
 
 @pytest.mark.experts
