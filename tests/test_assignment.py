@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,8 +39,7 @@ def test_a_blank_keeps_everything_but_the_body():
     body = "# a hint that would give it away\n    return x"
     assert blank(OURS, "f", "roots") == OURS.replace(body, raises)
     undocumented = "class A:\n    def f(x):\n        # why\n        return x\n"
-    assert blank(undocumented, "A.f", "c").endswith('def f(x):\n        raise '
-                                                    'NotImplementedError("c: write A.f")\n')
+    assert "why" not in blank(undocumented, "A.f", "roots")
     with pytest.raises(ValueError, match="a function of one line"):
         blank("def f(x): return x\n", "f", "c")
 
@@ -203,7 +201,7 @@ def test_a_score_by_hand():
 
 
 def grade_source(source, folder, limit=60):
-    """Grade moe.py for top_k and capacity: return the cells of the table by column."""
+    """Grade a moe.py for top_k and capacity. Return the student's line of the table, a dict."""
     (folder / "alice").mkdir()
     (folder / "alice/moe.py").write_text(source, encoding="utf-8")
     (folder / "ASSIGNMENT.md").write_text("# Assignment\n\n## top_k\n\n## capacity\n\n## Plan\n")
@@ -213,45 +211,21 @@ def grade_source(source, folder, limit=60):
     return row
 
 
-def with_body(path, body):
-    """Return our moe.py with another body of one function."""
-    return replace_body(source_of("moe"), path, textwrap.dedent(body).strip())
-
-
 @pytest.mark.slow
-def test_an_honest_mistake_costs_its_concept_only(tmp_path):
-    """An unstable sort: ties fail, and the other tests of capacity are counted."""
-    body = """
-        order = torch.arange(len(experts))
-        if priority is not None:
-            order = priority.argsort(descending=True)  # stable=True is missing
-        kept = torch.zeros_like(experts, dtype=torch.bool)
-        used = [0] * num_experts
-        for j in range(experts.shape[1]):
-            for t in order.tolist():
-                kept[t, j] = used[experts[t, j]] < capacity
-                used[experts[t, j]] += 1
-        return kept
-    """
-    row = grade_source(with_body("assign_slots", body), tmp_path)
-    tests = int(row["capacity tests"].split(" of ")[1])
+def test_an_honest_mistake_and_a_loop_over_tokens(tmp_path):
+    """An unstable sort costs one test, and so capacity, but not top_k. There a loop over tokens has
+    right numbers: it costs an edge and no concept."""
+    source = source_of("moe").replace("descending=True, stable=True", "descending=True")
+    loop = "best = [sorted(range(len(p)), key=lambda e: -p[e])[:k] for p in probs]\n"
+    loop += "experts = torch.tensor(best).view(len(probs), k)\n"
+    loop += "return probs.gather(1, experts), experts"
+    row = grade_source(replace_body(source, "top_k_gates", loop), tmp_path)
     assert (row["score"], row["top_k"], row["capacity"]) == ("1", "1", "0")
-    assert row["capacity tests"] == f"{tests - 1} of {tests}" and tests > 10
-    assert row["note"].startswith("capacity: test_ties_go_to_the_earlier_token: ")
-
-
-@pytest.mark.slow
-def test_a_loop_over_tokens_costs_an_edge_and_no_concept(tmp_path):
-    """Right numbers score. One of the tests marked edge says what they lack."""
-    body = """
-        best = [sorted(range(len(p)), key=lambda e: -p[e])[:k] for p in probs]
-        experts = torch.tensor(best, dtype=torch.int64).view(len(probs), k)
-        return probs.gather(1, experts), experts
-    """
-    row = grade_source(with_body("top_k_gates", body), tmp_path)
+    passed, tests = map(int, row["capacity tests"].split(" of "))
     right, edges = map(int, row["edges"].split(" of "))
-    assert (row["score"], row["top_k"], row["capacity"]) == ("2", "1", "1")
-    assert right == edges - 1 and "test_top_k_in_one_go" in row["note"]
+    assert tests - passed == edges - right == 1 and passed > 10
+    assert "capacity: test_ties_go_to_the_earlier_token: " in row["note"]
+    assert "top_k: test_top_k_in_one_go: " in row["note"]
 
 
 @pytest.mark.slow
@@ -269,14 +243,12 @@ def test_a_body_has_no_environment_and_a_limit_of_time(tmp_path, monkeypatch):
     """Keys in the environment of the one who grades stay there. A loop for ever is ended."""
     monkeypatch.setenv("SECRET_TOKEN", "1")
     monkeypatch.setattr(grade, "run_ours", lambda *_: {"t::a": result(True)})
-    body = f"""
-        import os
-        open({str(tmp_path / "seen")!r}, "w").write(str("SECRET_TOKEN" in os.environ))
-        while True: pass
-    """
-    row = grade_source(with_body("top_k_gates", body), tmp_path, limit=8)
+    seen = tmp_path / "seen"
+    body = f"import os\nopen({str(seen)!r}, 'w').write(str('SECRET_TOKEN' in os.environ))\n"
+    source = replace_body(source_of("moe"), "top_k_gates", body + "while True: pass")
+    row = grade_source(source, tmp_path, limit=8)
     assert row["score"] == "0" and "top_k: a: did not end" in row["note"]
-    assert (tmp_path / "seen").read_text() == "False"
+    assert seen.read_text() == "False"
 
 
 @pytest.fixture
