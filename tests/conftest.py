@@ -175,9 +175,10 @@ def pytest_unconfigure(config):
         return
     folders = {Path(arg).resolve() for arg in config.args}
     whole_suite = folders <= {ROOT, ROOT / "tests"} and not config.getoption("lf", False)
+    states = {concept: state_of(concept.name, whole_suite)
+              for concept in CONCEPTS if concept.name in tested}
+    states_width = max(len(state) for _, state in states.values())
     width = shutil.get_terminal_size((160, 24)).columns
-    for concept in CONCEPTS:
-        if concept.name in tested:
-            count, state = state_of(concept.name, whole_suite)
-            line = f"{concept.name:<13} {count:>7}  {state:<15}  {concept.lesson}"
-            terminal.write_line(line if len(line) <= width else line[:width - 3] + "...")
+    for concept, (count, state) in states.items():
+        line = f"{concept.name:<13} {count:>7}  {state:<{states_width}}  {concept.lesson}"
+        terminal.write_line(line if len(line) <= width else line[:width - 3] + "...")

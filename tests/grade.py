@@ -36,7 +36,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from blanks import blank, body_of, replace_body
+from blanks import blank, body_of, replace_bodies
 from concepts import BY_NAME, functions_of
 from make_assignment import copy_project, files_with_tests, read_results
 
@@ -91,10 +91,10 @@ def write_copy(folder, concept, sources):
         if file in sources:
             ours = (folder / f"{file}.py").read_text(encoding="utf-8")
             try:
-                source = replace_body(ours, path, body_of(sources[file], path))
+                source = replace_bodies(ours, {path: body_of(sources[file], path)})
                 compile(source, path, "exec")  # a `nonlocal` that has lost its function
             except (ValueError, SyntaxError) as error:
-                source = blank(ours, path, concept)
+                source = blank(ours, {path: concept})
                 notes.append(f"{path}: {error}")
             (folder / f"{file}.py").write_text(source, encoding="utf-8")
     return notes

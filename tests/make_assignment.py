@@ -87,10 +87,14 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 - Word error messages as you like, with the values the tests ask for.
 
 ```sh
-python -m pytest -x -m {first}   # one concept, seconds: stops at the next thing to learn
-python -m pytest -x -m "{mine}"   # all of yours
-python -m pytest -q   # everything, a minute or two. At first hundreds fail: what is not written yet
-python -m py_compile {files}   # before you hand in: silent if Python can read it
+# one concept, in seconds: stops at the next thing to learn
+python -m pytest -x -m {first}
+# all concepts of this assignment
+python -m pytest -x -m "{mine}"
+# everything, a minute or two, with a line per concept: at first hundreds fail, not written yet
+python -m pytest -q --tb=no -rN
+# before you hand in: silent if Python can parse it
+python -m py_compile {files}
 ```
 """
 COMMON = """
@@ -204,11 +208,11 @@ def copy_project(out):
 
 def blanked(names):
     """Return {file: source} of the programs in which these concepts are, with their blanks."""
-    sources = {}
+    concepts = {}  # {file: {path of a function: its concept}}
     for name in names:
         for file, path in functions_of(name):
-            sources[file] = blank(sources.get(file) or source_of(file), path, name)
-    return sources
+            concepts.setdefault(file, {})[path] = name
+    return {file: blank(source_of(file), paths) for file, paths in concepts.items()}
 
 
 def check(out, names):

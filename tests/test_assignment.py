@@ -13,7 +13,7 @@ import pytest
 
 import grade
 import make_assignment
-from blanks import blank, body_of, find, replace_body
+from blanks import blank, body_of, find, replace_bodies
 from concepts import BY_NAME, CONCEPTS, functions_of
 from make_assignment import ROOT, source_of
 
@@ -37,11 +37,11 @@ def test_a_blank_keeps_everything_but_the_body():
     """Decorator, signature, docstring and what is around stay. Comments of the body go."""
     raises = 'raise NotImplementedError("roots: write f")'
     body = "# a hint that would give it away\n    return x"
-    assert blank(OURS, "f", "roots") == OURS.replace(body, raises)
+    assert blank(OURS, {"f": "roots"}) == OURS.replace(body, raises)
     undocumented = "class A:\n    def f(x):\n        # why\n        return x\n"
-    assert "why" not in blank(undocumented, "A.f", "roots")
+    assert "why" not in blank(undocumented, {"A.f": "roots"})
     with pytest.raises(ValueError, match="a function of one line"):
-        blank("def f(x): return x\n", "f", "c")
+        blank("def f(x): return x\n", {"f": "c"})
 
 
 def test_a_body_and_nothing_else_is_taken():
@@ -57,7 +57,7 @@ def f(x: print(1), k=print(2)) -> print(3):
 
     return helper(x)
 '''
-    source = replace_body(OURS, "f", body_of(theirs, "f"))
+    source = replace_bodies(OURS, {"f": body_of(theirs, "f")})
     body = "    def helper(y):\n        return y + 1\n    return helper(x)\n"
     assert source == f'@fast\ndef f(x, k=1):\n    """Ours."""\n{body}\n\nz = 1\n'
     assert body_of("def f(x): return 1\ndef f(x): return 2", "f") == "return 2", "as in Python"
@@ -72,7 +72,7 @@ def f(x: print(1), k=print(2)) -> print(3):
 def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words, tmp_path):
     """There is a note, and the other functions are graded all the same."""
     [note] = grade.write_copy(tmp_path, "top_k", {"moe": theirs})
-    blank_source = blank(source_of("moe"), "top_k_gates", "top_k")
+    blank_source = blank(source_of("moe"), {"top_k_gates": "top_k"})
     assert (tmp_path / "moe.py").read_text("utf-8") == blank_source and words in note
 
 
@@ -126,7 +126,7 @@ def test_the_handout_by_hand(homework):
     """In this order: example, setup, one concept, the tasks in teaching order, plan, grading."""
     text = (homework / "ASSIGNMENT.md").read_text("utf-8")
     parts = ["| hand in until |", "A worked example: T = 3", "Python 3.10", "5.6 GB",
-             "pytest -x -m top_k ", 'pytest -x -m "top_k or combine"', "pytest -q", "## top_k",
+             "pytest -x -m top_k\n", 'pytest -x -m "top_k or combine"', "pytest -q", "## top_k",
              "### `top_k_gates` in moe.py", "Choose the k most probable experts", "## combine",
              "(it needs dispatch)", "| top_k | 1 | What", "Hours in all: 3.", "- your moe.py\n",
              "cannot parse scores 0"]
@@ -219,7 +219,7 @@ def test_an_honest_mistake_and_a_loop_over_tokens(tmp_path):
     loop = "best = [sorted(range(len(p)), key=lambda e: -p[e])[:k] for p in probs]\n"
     loop += "experts = torch.tensor(best).view(len(probs), k)\n"
     loop += "return probs.gather(1, experts), experts"
-    row = grade_source(replace_body(source, "top_k_gates", loop), tmp_path)
+    row = grade_source(replace_bodies(source, {"top_k_gates": loop}), tmp_path)
     assert (row["score"], row["top_k"], row["capacity"]) == ("1", "1", "0")
     passed, tests = map(int, row["capacity tests"].split(" of "))
     right, edges = map(int, row["edges"].split(" of "))
@@ -245,7 +245,7 @@ def test_a_body_has_no_environment_and_a_limit_of_time(tmp_path, monkeypatch):
     monkeypatch.setattr(grade, "run_ours", lambda *_: {"t::a": result(True)})
     seen = tmp_path / "seen"
     body = f"import os\nopen({str(seen)!r}, 'w').write(str('SECRET_TOKEN' in os.environ))\n"
-    source = replace_body(source_of("moe"), "top_k_gates", body + "while True: pass")
+    source = replace_bodies(source_of("moe"), {"top_k_gates": body + "while True: pass"})
     row = grade_source(source, tmp_path, limit=8)
     assert row["score"] == "0" and "top_k: a: did not end" in row["note"]
     assert seen.read_text() == "False"

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -72,6 +71,8 @@ def run_changed(sources, concepts, folder, flags):
     """
     os.nice(10)
     os.chdir(ROOT)
+    # test files are compiled once, although some set PYTHONDONTWRITEBYTECODE
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder.parent / "cache")
     for file in FILES:
         del sys.modules[file]  # they were loaded unchanged
     for file in FILES:
@@ -91,34 +92,24 @@ def run(folder, sources, concepts, *flags):
     return status, read_results(folder / "results.jsonl").values()
 
 
-one_at_a_time = threading.Lock()  # Python 3.11 loses count if two threads make syntax trees
-
-
-def run_mutant(folder, mutant):
-    """Return the status of the concept's tests, which stop at the first that fails."""
+def with_mistake(mutant):
+    """Return what to run for a mutant: its concept, up to the first test that fails."""
     concept, function, old, new = mutant
     file, _, path = function.partition(".")
-    with one_at_a_time:
-        sources = {file: mutants.replace(source_of(file), path, old, new)}
-    return run(folder, sources, [concept], "-x")[0]
+    return {file: mutants.replace(source_of(file), path, old, new)}, [concept], "-x"
 
 
-def run_alone(folder, concept):
-    """Return the results of a concept's tests where all that it does not need is unwritten."""
-    others = set(WRITTEN) - {concept} - all_needs(concept)
-    with one_at_a_time:
-        sources = blanked(others)
-    return run(folder, sources, [concept])[1]
+def with_needs_only(concept):
+    """Return what to run for a concept where all that it does not need is unwritten."""
+    return blanked(set(WRITTEN) - {concept} - all_needs(concept)), [concept]
 
 
-def run_unwritten(folder, concept):
-    """Return the results of a concept that is unwritten, and of those that need it directly."""
-    with one_at_a_time:
-        sources = blanked([concept])
-    return run(folder, sources, [concept, *waiting_for(concept)])[1]
+def without(concept):
+    """Return what to run without a concept: its tests, and those of who needs it directly."""
+    return blanked([concept]), [concept, *waiting_for(concept)]
 
 
-RUNS = dict(mutant=run_mutant, alone=run_alone, unwritten=run_unwritten)
+RUNS = dict(mutant=with_mistake, alone=with_needs_only, unwritten=without)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +120,9 @@ def outcomes(request, tmp_path_factory):
     for item in request.session.items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         for kind in set(RUNS) & set(parameters):
-            place = folder / str(len(futures))
             change = parameters[kind]
-            futures[kind, change] = threads.submit(RUNS[kind], place, change)
+            place = folder / str(len(futures))
+            futures[kind, change] = threads.submit(run, place, *RUNS[kind](change))
     yield futures
     threads.shutdown(cancel_futures=True)
 
@@ -141,7 +132,8 @@ def outcomes(request, tmp_path_factory):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=" ".join)
 def test_a_mistake_is_noticed_by_its_own_concept(mutant, outcomes):
     """A test of the concept fails. (It does not merely fail to start.)"""
-    assert outcomes["mutant", mutant].result() == pytest.ExitCode.TESTS_FAILED
+    status, _ = outcomes["mutant", mutant].result()
+    assert status == pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.mark.slow
@@ -149,7 +141,7 @@ def test_a_mistake_is_noticed_by_its_own_concept(mutant, outcomes):
 @pytest.mark.parametrize("alone", WRITTEN)
 def test_a_concept_needs_no_more_than_it_says(alone, outcomes):
     """Its tests pass where every concept that it does not need is unwritten."""
-    results = outcomes["alone", alone].result()
+    _, results = outcomes["alone", alone].result()
     failed = {result["test"]: result["unwritten"] for result in results if not result["passed"]}
     assert results and not failed, "add to its needs in concepts.py, or test less"
 
@@ -170,7 +162,8 @@ def waiting_for(concept):
 def test_without_a_concept_its_tests_do_not_pass(unwritten, outcomes):
     """All tests of the concept meet it unwritten, and so do some of each that needs it."""
     met = {}
-    for result in outcomes["unwritten", unwritten].result():
+    _, results = outcomes["unwritten", unwritten].result()
+    for result in results:
         met.setdefault(result["concept"], []).append(result["unwritten"] == [unwritten])
         assert result["passed"] or result["unwritten"] == [unwritten], result["test"]
     assert all(met.pop(unwritten)), "a test that cannot fail: does it belong to another concept?"
