@@ -326,15 +326,6 @@ def test_one_routing_per_sparse_block_in_order(small):
 
 
 @both
-def test_the_grid_counts_the_tokens(small):
-    """A Routing has B * (class tokens + rows * columns) tokens, as grids says."""
-    model = small()
-    _, routings = model(torch.randn(3, 3, 32, 32), return_routing=True)
-    for routing, (class_tokens, rows, columns) in zip(routings, model.grids, strict=True):
-        assert len(routing.logits) == 3 * (class_tokens + rows * columns)
-
-
-@both
 def test_asking_for_routings_does_not_change_the_logits(small):
     """Without return_routing the model returns the same logits, alone."""
     model, images = small().eval(), torch.randn(2, 3, 32, 32)
@@ -890,16 +881,6 @@ def test_the_switched_off_skip_survives_saving():
     again.load_state_dict(sparse.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert_close(again(images), dense(images), atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.weights
-def test_upcycling_names_what_does_not_fit():
-    """A checkpoint of another backbone is refused: the message names tensors that it lacks."""
-    with pytest.raises(ValueError) as error:
-        upcycle(
-            convnext_nano(num_classes=5).state_dict(), vit_nano(num_classes=5, moe_layers="last2")
-        )
-    says(error, "blocks.0.attn.qkv.weight", "Missing")
 
 
 # ---------------------------------------------------------------- multiply-adds

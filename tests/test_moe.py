@@ -411,21 +411,8 @@ def test_dispatch_by_hand(kept, order, counts):
     result = dispatch(tokens, experts, torch.tensor(kept), 3)
     close(result[2], order)
     close(result[1], counts, "2, 2, 2: are the dropped counted?")
+    assert result[1].dtype == result[2].dtype == torch.int64
     close(result[0], [[10.0 * (r // 2)] for r in order], "row r is token order[r] // K")
-
-
-@pytest.mark.dispatch
-@pytest.mark.parametrize("T, K, E", [(7, 1, 3), (7, 3, 5), (1, 2, 2)])
-def test_every_row_knows_its_token_and_its_expert(T, K, E):
-    """R = T K rows: row r is token order[r] // K, and each expert's block has its own choices."""
-    tokens, experts = randn(T, 4), torch.rand(T, E).topk(K).indices
-    rows, counts, order = dispatch(tokens, experts, torch.ones(T, K, dtype=torch.bool), E)
-    assert rows.shape == (T * K, 4) and counts.shape == (E,)
-    assert sorted(order.tolist()) == list(range(T * K))
-    assert counts.dtype == order.dtype == torch.int64
-    close(rows, tokens[order // K])
-    close(experts.flatten()[order], torch.arange(E).repeat_interleave(counts),
-          "rows are not sorted by expert")
 
 
 @pytest.mark.dispatch
@@ -702,16 +689,15 @@ GROUPS = [  # rows per expert, number of rows: what is more belongs to nobody
 
 
 @pytest.mark.grouped
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts, num_rows", GROUPS)
-def test_one_kernel_gives_what_the_loop_gives(counts, num_rows, dtype):
-    """grouped() and loop() agree in answers and gradients, with idle experts and dropped rows."""
-    tolerance = 1e-6 if dtype == torch.float32 else 2 ** -7  # bfloat16 rounds to 2^-8 at each step
-    for name, looped, grouped in run_both(counts, num_rows, dtype):
-        assert looped.dtype == grouped.dtype == dtype, name
+def test_one_kernel_gives_what_the_loop_gives_in_bfloat16(counts, num_rows):
+    """grouped() and loop() agree in answers and gradients, but for rounding to 2^-8 at each step.
+
+    For float32 see test_nothing_leaks_from_rows_that_the_kernel_leaves_unset."""
+    for name, looped, grouped in run_both(counts, num_rows, torch.bfloat16):
+        assert looped.dtype == grouped.dtype == torch.bfloat16, name
         error = (grouped - looped).float().norm() / looped.float().norm().clamp(min=1e-6)
-        assert error <= tolerance, (f"{name}: off by {error:.1%}. Is the right bias added, and "
-                                    f"nothing to rows without an expert?")
+        assert error <= 2 ** -7, f"{name}: off by {error:.1%}. Is the right bias added?"
 
 
 def poisoned(grouped_mm):
@@ -1011,19 +997,6 @@ def test_the_balance_loss_teaches_the_router_only():
     assert layer.router.codes.grad.abs().max() > 1e-6, (
         "no gradient: detached on its way into Routing?")
     assert all(parameter.grad is None for parameter in layer.experts.parameters())
-
-
-@pytest.mark.layer
-def test_layer_gradcheck():
-    """y and the balance loss agree with finite differences in x and every parameter."""
-    layer = randomise(MoE(2, 3, num_experts=3, k=2, router="cosine")).eval()
-    x = randn(3, 2).requires_grad_()
-
-    def outputs(x, *_):
-        y, routing = layer(x)
-        return y, routing.balance_loss
-
-    assert torch.autograd.gradcheck(outputs, (x, *layer.parameters()))
 
 
 @pytest.mark.layer
