@@ -102,6 +102,7 @@ def test_placements_in_a_vit(name, depth, expected):
     # ConvNeXt-S and -B: the third stage is 6-32, its middle 6 + 13
     ("last3", (3, 3, 27, 3), [19, 32, 35]),
     ("stage", (3, 3, 27, 3), [2, 5, 32, 35]),
+    ("last3", (2, 5, 2), [4, 6, 8]),  # three stages, blocks 0-1, 2-6 and 7-8
 ])
 def test_placements_in_a_convnext(name, depths, expected):
     """With stages, "odd" and "last" are counted inside each. With one they are as in a ViT."""
