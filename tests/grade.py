@@ -5,7 +5,8 @@
 From a submission only the BODIES of the blanked functions are taken. For each concept they go into
 a fresh copy of this project, in which all other functions are ours: a wrong dispatch does not cost
 combine. The quick tests of the concept run there, in a process with an empty environment and a
-limit of time. Solution, tests and rules are those of the project that runs the command.
+limit of time, for about 3 s of a processor (n = 112, the concepts of the layer), as many at a time
+as there are processors. Solution, tests and rules are those of the project that runs the command.
 
 A line per student is added to ../homework-grades.csv, with these columns per concept: 1 if all of
 its tests pass, else 0; tests passed "of" tests run. Tests marked `edge` (a device, NaN, ...) are
