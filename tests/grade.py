@@ -139,7 +139,7 @@ def judge(expected, found):
     tests, wrong = len(expected) - len(edges), len(failed) - len(failed_edges)
     note = ""
     if failed:
-        message = found.get(failed[0], {}).get("message", "did not end")
+        message = found.get(failed[0], {}).get("message", "no result, the process was stopped")
         note = f"{failed[0].partition('::')[2]}: {shorten(message)}"
     return Score(tests - wrong, tests, len(edges) - len(failed_edges), len(edges), note)
 

@@ -197,7 +197,7 @@ def test_a_score_by_hand():
     assert score == (2, 2, 1, 2, "c: off Hint: a device?") and score.points == 1
     del found["t::a"]  # the process ended before, or somebody skipped it
     assert grade.judge(ours, found).points == 0
-    assert grade.judge(ours, found).note == "a: did not end"
+    assert grade.judge(ours, found).note.startswith("a: no result")
 
 
 def grade_source(source, folder, limit=60):
@@ -247,7 +247,7 @@ def test_a_body_has_no_environment_and_a_limit_of_time(tmp_path, monkeypatch):
     body = f"import os\nopen({str(seen)!r}, 'w').write(str('SECRET_TOKEN' in os.environ))\n"
     source = replace_bodies(source_of("moe"), {"top_k_gates": body + "while True: pass"})
     row = grade_source(source, tmp_path, limit=8)
-    assert row["score"] == "0" and "top_k: a: did not end" in row["note"]
+    assert row["score"] == "0" and "top_k: a: no result" in row["note"]
     assert seen.read_text() == "False"
 
 
