@@ -31,29 +31,32 @@ def find(source, path):
     return node, owner if isinstance(owner, ast.ClassDef) else None
 
 
-def replace_body(source, path, body):
-    """Return the source of a file with `body`, lines of code, as the body of a function.
+def replace_bodies(source, bodies):
+    """Return the source of a file with other bodies. bodies: {path of a function: lines of code}.
 
-    Signature, decorators, docstring and all other lines stay as they are.
+    Signatures, decorators, docstrings and all other lines stay as they are.
     """
-    node, _ = find(source, path)
     lines = source.splitlines(keepends=True)
-    first = node.body[0]
-    documented = ast.get_docstring(node)
-    if first.lineno == node.lineno:
-        raise ValueError(f"{path} is a function of one line: give its body a line of its own")
-    start = first.end_lineno if documented else first.lineno - 1
-    # comments above a statement belong to the body
-    while not documented and lines[start - 1].lstrip().startswith("#"):
-        start -= 1
-    indent = " " * first.col_offset
-    lines[start : node.end_lineno] = [textwrap.indent(body, indent) + "\n"]
+    nodes = {path: find(source, path)[0] for path in bodies}
+    for path, node in sorted(nodes.items(), key=lambda item: -item[1].lineno):  # from the end
+        first = node.body[0]
+        documented = ast.get_docstring(node)
+        if first.lineno == node.lineno:
+            raise ValueError(f"{path} is a function of one line: give its body a line of its own")
+        start = first.end_lineno if documented else first.lineno - 1
+        # comments above a statement belong to the body
+        while not documented and lines[start - 1].lstrip().startswith("#"):
+            start -= 1
+        body = textwrap.indent(bodies[path], " " * first.col_offset)
+        lines[start : node.end_lineno] = [body + "\n"]
     return "".join(lines)
 
 
-def blank(source, path, concept):
-    """Return the source of a file with one function's body replaced by an error."""
-    return replace_body(source, path, f'raise NotImplementedError("{concept}: write {path}")')
+def blank(source, concepts):
+    """Return the source of a file with blanks. concepts: {path of a function: its concept}."""
+    return replace_bodies(source, {
+        path: f'raise NotImplementedError("{concept}: write {path}")'
+        for path, concept in concepts.items()})
 
 
 def body_of(source, path):
@@ -64,10 +67,3 @@ def body_of(source, path):
     node, _ = find(source, path)
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
     return "\n".join(map(ast.unparse, statements)) or "pass"
-
-
-def parameters(source, path):
-    """Return the names of a function's parameters, in order."""
-    args = find(source, path)[0].args
-    named = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-    return [arg.arg for arg in named if arg is not None]

@@ -16,7 +16,7 @@ def says(error, *words):
     error: what `with pytest.raises(...) as error` gives.
     """
     for word in map(str, words):
-        found = re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", str(error.value))
+        found = re.search(rf"(?<!\w)(?<!\d\.){re.escape(word)}(?!\w)", str(error.value))
         assert found, f"{word!r} is missing in the message: {error.value}"
 
 

@@ -1,9 +1,29 @@
 """The course: what there is to learn, in teaching order. All of tests/ follows this table.
 
 Each test carries exactly one of these names as its marker, and `pytest -m router` runs one concept.
-conftest.py sorts the tests by this table and prints a line per concept at the end.
-make_assignment.py removes the functions of a concept. test_the_tests.py breaks them, one line at a
-time.
+
+    concepts.py               this table; the plan of a course
+    conftest.py               sorts the tests by concept, and prints a line per concept at the end
+    test_*.py                 the tests, each of one claim; checks.py, forked.py and rules.py are
+                              what several of them use: assertions, processes, two numbers
+    make_assignment.py        copies the project without some functions, and writes the handout
+    grade.py                  puts the bodies that students wrote into a copy, and runs its tests
+    blanks.py                 takes functions apart by syntax tree, for these two
+    mutants.py                mistakes, one line each, that the tests must notice
+    test_assignment.py        tests of make_assignment.py and grade.py
+    test_the_tests.py         breaks the project by mutants.py, or leaves concepts unwritten
+
+To add a concept, write
+
+1. a row here, after all that it needs, and its line in PLAN;
+2. docstrings of its functions that are enough to write them: they are the handout;
+3. tests with its marker, by hand first. Mark those `edge` that a student may fail with the right
+   numbers: a device, a loop over tokens, no tokens, NaN. They are graded apart;
+4. likely mistakes in mutants.py, a line each, and the number of concepts in README.md.
+
+Then `python -m pytest -q --slow -m course` says whether the tests notice the mistakes, fail without
+the concept, and need no other than the row says. To move or rename a function, change its name here
+and in mutants.py. To change a rule, see make_assignment.py.
 """
 
 from typing import NamedTuple
@@ -18,125 +38,67 @@ class Concept(NamedTuple):
 
 CONCEPTS = (
     # ---- moe.py: the layer
-    Concept(
-        "router",
-        "moe.Router.__init__ moe.Router.forward",
-        "",
-        "A router scores every token against every expert, in float32 even where the rest is "
-        "bfloat16.",
-    ),
-    Concept(
-        "top_k",
-        "moe.top_k_gates",
-        "",
-        "Softmax over all experts first, then the k best, not renormalised: else a single gate "
-        "would always be 1.",
-    ),
-    Concept(
-        "balance",
-        "moe.cv_squared moe.importance_loss moe.load_loss moe.balance_loss",
-        "",
-        "Without a price on imbalance a few experts take everything; noise gives counting a "
-        "gradient.",
-    ),
-    Concept(
-        "capacity",
-        "moe.expert_capacity moe.assign_slots",
-        "",
-        "An expert has a limited number of slots: first choices go first, and what finds no slot "
-        "is dropped.",
-    ),
-    Concept(
-        "dispatch",
-        "moe.place_rows moe.dispatch",
-        "",
-        "Sort one row per token and choice by expert, so that each expert meets its own in one "
-        "block.",
-    ),
-    Concept(
-        "combine",
-        "moe.combine",
-        "dispatch",
-        "Gate times answer, summed: through this product the router learns, although top-k has no "
-        "gradient.",
-    ),
-    Concept(
-        "experts",
-        "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop moe.compute_dtype",
-        "",
-        "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing "
-        "one.",
-    ),
-    Concept(
-        "layer",
-        "moe.MoE.__init__ moe.MoE.forward moe.MoE.route",
-        "router top_k balance capacity dispatch combine experts",
-        "Route, assign, dispatch, experts, combine: seven lines, and with one expert the dense "
-        "MLP.",
-    ),
+    Concept("router", "moe.Router.__init__ moe.Router.forward", "",
+            "A router scores every token against every expert, in float32 even where the rest is "
+            "bfloat16."),
+    Concept("top_k", "moe.top_k_gates", "",
+            "Softmax over all experts first, then the k best, not renormalised: else a single "
+            "gate would always be 1."),
+    Concept("balance", "moe.cv_squared moe.importance_loss moe.load_loss moe.balance_loss", "",
+            "Without a price on imbalance a few experts take everything; noise gives counting a "
+            "gradient."),
+    Concept("capacity", "moe.expert_capacity moe.assign_slots", "",
+            "An expert has a limited number of slots: first choices go first, and what finds no "
+            "slot is dropped."),
+    Concept("dispatch", "moe.place_rows moe.dispatch", "",
+            "Sort one row per token and choice by expert, so that each expert meets its own in "
+            "one block."),
+    Concept("combine", "moe.combine", "dispatch",
+            "Gate times answer, summed: through this product the router learns, although top-k "
+            "has no gradient."),
+    Concept("experts",
+            "moe.Experts.__init__ moe.Experts.forward moe.Experts.loop moe.compute_dtype", "",
+            "E MLPs, each called on its own rows: an idle one gets a zero gradient, not a missing "
+            "one."),
+    Concept("layer",
+            "moe.MoE.__init__ moe.MoE.forward moe.MoE.route",
+            "router top_k balance capacity dispatch combine experts",
+            "Route, assign, dispatch, experts, combine: seven lines, and with one expert the "
+            "dense MLP."),
     # ---- vit.py and convnext.py: the models
-    Concept(
-        "placement",
-        "vit.place_moe convnext.place_moe",
-        "",
-        "Which blocks hold experts matters: the last two are the safe choice, every second one is "
-        "not.",
-    ),
-    Concept(
-        "building",
-        "moe.make_moe vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ "
-        "convnext.init_weights",
-        "placement layer",
-        "A sparse backbone is the dense one with other MLPs: same widths, same drop path, same "
-        "start.",
-    ),
-    Concept(
-        "vit",
-        "vit.Attention.forward vit.Block.forward vit.ViT.forward",
-        "building",
-        "Patches and a class token attend to each other, then each token meets its MLP or its "
-        "experts alone.",
-    ),
-    Concept(
-        "convnext",
-        "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward",
-        "building",
-        "Each position of a feature map is a token; the sparse block keeps its convolution by one "
-        "more skip.",
-    ),
-    Concept(
-        "grouped",
-        "moe.Experts.grouped moe.Experts.use_grouped_mm",
-        "vit convnext",
-        "One kernel for all experts gives what the loop gives; no shape depends on the data, so "
-        "it compiles.",
-    ),
-    Concept(
-        "costs",
-        "moe.count_parameters moe.count_flops",
-        "vit convnext",
-        "Parameters grow with E, multiply-adds with k: the reason to be sparse.",
-    ),
-    Concept(
-        "weights",
-        "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
-        "convnext.from_torchvision",
-        "vit convnext",
-        "With torchvision's weights we compute its function; upcycled, even with experts.",
-    ),
+    Concept("placement", "vit.place_moe convnext.place_moe", "",
+            "Which blocks hold experts matters: the last two are the safe choice, every second "
+            "one is not."),
+    Concept("building",
+            "vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ convnext.init_weights",
+            "placement layer",
+            "A sparse backbone is the dense one with other MLPs: same widths, same drop path, "
+            "same start."),
+    Concept("vit", "vit.Attention.forward vit.Block.forward vit.ViT.forward", "building",
+            "Patches and a class token attend to each other, then each token meets its MLP or its "
+            "experts alone."),
+    Concept("convnext",
+            "convnext.ChannelNorm.forward convnext.Block.forward convnext.ConvNeXt.forward",
+            "building",
+            "Each position of a feature map is a token; the sparse block keeps its convolution by "
+            "one more skip."),
+    Concept("grouped", "moe.Experts.grouped moe.Experts.use_grouped_mm", "vit convnext",
+            "One kernel for all experts gives what the loop gives; no shape depends on the data, "
+            "so it compiles."),
+    Concept("costs", "moe.count_parameters eval.count_flops", "vit convnext",
+            "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
+    Concept("weights",
+            "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
+            "convnext.from_torchvision", "vit convnext",
+            "With torchvision's weights we compute its function; upcycled, even with experts."),
     # ---- moe.py, its last section
-    Concept(
-        "expert_choice",
-        "moe.ExpertChoice.__init__ moe.ExpertChoice.forward",
-        "router capacity experts costs weights",
-        "Experts choose tokens: all have the same load, but a token may meet none.",
-    ),
-    Concept(
-        "soft",
-        "moe.SoftMoE.__init__ moe.SoftMoE.forward",
-        "top_k capacity experts costs weights",
-        "Each expert answers mixtures of tokens: nothing is chosen, all is smooth.",
-    ),
+    Concept("expert_choice",
+            "moe.ExpertChoice.__init__ moe.ExpertChoice.forward",
+            "router capacity experts costs weights",
+            "Experts choose tokens: all have the same load, but a token may meet none."),
+    Concept("soft",
+            "moe.SoftMoE.__init__ moe.SoftMoE.forward", "top_k capacity experts costs weights",
+            "Each expert answers mixtures of tokens: nothing is chosen, all is smooth."),
     # ---- eval.py: from images to a number
     Concept(
         "shapes",
@@ -255,6 +217,11 @@ CONCEPTS = (
     ),
 )
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
+
+
+def functions_of(name):
+    """Return the functions of a concept as pairs (file without .py, path in the file)."""
+    return [tuple(function.split(".", 1)) for function in BY_NAME[name].functions.split()]
 
 
 class Work(NamedTuple):

@@ -1,22 +1,21 @@
-"""What all tests share: each belongs to one concept of concepts.py, and is repeatable.
+"""What all tests share. concepts.py says what is where in this folder: start there.
 
-    python -m pytest -q             all that a student needs
-    python -m pytest -q --slow -m slow
-                                    what a maintainer needs besides (minutes): runs with several
-                                    processes, do the tests notice mistakes (test_the_tests.py), do
-                                    the README's commands run?
+    python -m pytest -q                    all that a student needs
+    python -m pytest -q --slow -m slow     what a maintainer needs besides (minutes): runs with
+                                           several processes, and the tests of the tests
 
 With -q a dot is ten tests that passed. The last lines of a run have one line per concept.
 """
 
 import collections
 import gc
-import importlib.util
 import itertools
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,22 +28,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from concepts import BY_NAME, CONCEPTS  # noqa: E402, after the path is set
 
+MARKERS = """
+slow: starts processes or takes long; runs with --slow
+gpu: for a real GPU, from which other tests are kept away
+edge: a device, a loop over tokens, no tokens at all, NaN: graded apart from the numbers
+"""
+
 
 def pytest_addoption(parser):
-    text = "also run what starts processes or takes long: mutants, blanks, the README's commands"
-    parser.addoption("--slow", action="store_true", help=text)
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--results", metavar="FILE", help="append a line of JSON per test to FILE")
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning"
     )
-    config.addinivalue_line("markers", "slow: starts processes or takes long; runs with --slow")
-    config.addinivalue_line("markers", "gpu: for a real GPU, from which other tests are kept away")
+    for line in MARKERS.strip().splitlines():
+        config.addinivalue_line("markers", line)
     for concept in CONCEPTS:
         config.addinivalue_line("markers", f"{concept.name}: {concept.lesson}")
-    if importlib.util.find_spec("needs"):  # not in an assignment
-        config.pluginmanager.register(importlib.import_module("needs"), "needs")
 
 
 @pytest.fixture(autouse=True)
@@ -64,26 +67,31 @@ def no_gpu(request, monkeypatch):
 # ---------------------------------------------------------------- tests in the order of concepts
 
 
-def concept_of(item):
-    """Return the name of the concept that a test belongs to."""
-    return next(mark.name for mark in item.iter_markers() if mark.name in BY_NAME)
+def concepts_of(item):
+    """Return the names of the concepts that a test is marked with. It should be one."""
+    return [mark.name for mark in item.iter_markers() if mark.name in BY_NAME]
+
+
+def place_of(item):
+    """Return what tests are sorted by: their concept's place, then numbers before edges."""
+    [name] = concepts_of(item)
+    return list(BY_NAME).index(name), item.get_closest_marker("edge") is not None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose among them
 def pytest_collection_modifyitems(items, config):
     """Sort the tests by concept, and count them. Without --slow leave out the slow ones."""
     for item in items:
-        names = [mark.name for mark in item.iter_markers() if mark.name in BY_NAME]
+        names = concepts_of(item)
         if len(names) != 1:
             raise pytest.UsageError(
                 f"{item.nodeid} has the concepts {names}: expected exactly one of"
                 f" tests/concepts.py, as in @pytest.mark.{CONCEPTS[0].name}"
             )
-        item.user_properties.append(("concept", names[0]))  # for --junitxml
     if not config.getoption("slow"):
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    items.sort(key=lambda item: list(BY_NAME).index(concept_of(item)))
-    totals.update(collections.Counter(concept_of(item) for item in items))
+    items.sort(key=place_of)
+    totals.update(collections.Counter(concepts_of(item)[0] for item in items))
 
 
 def pytest_collection_finish():
@@ -94,8 +102,17 @@ def pytest_collection_finish():
 
 # ---------------------------------------------------------------- results: one line per concept
 
+
+class Result(NamedTuple):
+    concept: str
+    edge: bool  # whether the test is marked so
+    passed: bool
+    unwritten: list  # names of the concepts of which it met an unwritten function
+    message: str  # of the error that it failed with
+
+
 totals = {}  # {concept: number of tests, also of those that -m, -k or -x leave out}
-results = {}  # {concept: {test: (passed, names of the concepts that were found unwritten)}}
+results = {}  # {test: Result}
 passed_so_far = itertools.count(1)
 
 
@@ -107,87 +124,61 @@ def pytest_report_teststatus(report, config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Write down the result of a test, and shorten what is shown of one that failed."""
-    if call.excinfo is not None:
-        leave_out_libraries(call.excinfo.tb)
+    """Write down the result of a test that passed or failed."""
     report = yield
-    name = concept_of(item)
-    tests = results.setdefault(name, {})
+    [concept] = concepts_of(item)
     if report.skipped:
-        totals[name] -= 1
-    elif report.failed:
-        tests[item.nodeid] = False, unwritten_concepts(report, str(call.excinfo.value))
-        report.sections[:] = [(title, last_lines(text)) for title, text in report.sections
-                              if "Captured log" not in title]  # we have none: it is a compiler's
-    elif report.when == "call":
-        tests[item.nodeid] = True, set()
+        totals[concept] -= 1
+    elif report.failed or report.when == "call":
+        message = call.excinfo.exconly() if report.failed else ""
+        printed = [text for _, text in report.sections]  # processes print their errors
+        found = re.findall(r"(\w+): write \w", "\n".join([message, *printed]))
+        unwritten = sorted(set(found) & set(BY_NAME)) if report.failed else []
+        edge = item.get_closest_marker("edge") is not None
+        results[item.nodeid] = Result(concept, edge, report.passed, unwritten, message)
+        if file := item.config.getoption("results"):
+            with open(file, "a", encoding="utf-8") as lines:
+                line = {"test": item.nodeid, **results[item.nodeid]._asdict()}
+                lines.write(json.dumps(line) + "\n")
     return report
 
 
-def unwritten_concepts(report, message):
-    """Return the concepts of which a failed test met an unwritten function, a set of names.
+def state_of(concept, whole_suite=True):
+    """Return ("passed/run", state) of a concept.
 
-    message: of its error. The processes that it started may have printed theirs.
+    A test that failed at an unwritten function says nothing else. "so far": all that ran passed,
+    but some tests did not run, or are in files that pytest was not given.
     """
-    printed = "\n".join(text for _, text in report.sections)
-    messages = [message, *re.findall("NotImplementedError: .*", printed)]
-    return set(re.findall(r"(\w+): write \w", "\n".join(messages))) & set(BY_NAME)
-
-
-def leave_out_libraries(traceback):
-    """Unlink the calls inside libraries from a traceback: torch.compile has 150 lines of them."""
-    while traceback.tb_next:
-        if "site-packages" in traceback.tb_next.tb_frame.f_code.co_filename:
-            traceback.tb_next = traceback.tb_next.tb_next
-        else:
-            traceback = traceback.tb_next
-
-
-def last_lines(text, count=20):
-    """Return the end of a text: a run in a process prints hundreds of lines."""
-    lines = text.splitlines(keepends=True)
-    left_out = [f"... {len(lines) - count} lines\n"] if len(lines) > count else []
-    return "".join(left_out + lines[-count:])
-
-
-def state_of(concept, all_collected=True):
-    """Return (passed tests of those that ran, state) of a concept, in words.
-
-    The state is "not written yet" or "waits for" others if a test met an unwritten function.
-    Otherwise, where all tests of the concept ran, it is "done" or "BROKEN"; else "so far".
-    all_collected: whether pytest has looked at all files, so that we know of all tests.
-    """
-    outcomes = results[concept].values()
-    passed = sum(passed for passed, _ in outcomes)
-    unwritten = set().union(*(names for _, names in outcomes))
-    wrong = any(not passed and not names for passed, names in outcomes)
-    count = f"{passed}/{len(outcomes)}"
-    complete = all_collected and len(outcomes) == totals[concept]
-    if len(outcomes) < totals[concept]:
-        count += f" passed, {totals[concept]} in all"
-    if wrong:
-        return count, "BROKEN" if complete else "so far"
+    found = [result for result in results.values() if result.concept == concept]
+    failed = [result for result in found if not result.passed]
+    count = f"{len(found) - len(failed)}/{len(found)}"
+    if len(found) < totals[concept]:
+        count += f" of {totals[concept]}"
+    unwritten = [name for name in BY_NAME if any(name in each.unwritten for each in failed)]
+    if any(not (result.unwritten or result.edge) for result in failed):
+        return count, "BROKEN"
     if concept in unwritten:
         return count, "not written yet"
     if unwritten:
-        names = [name for name in BY_NAME if name in unwritten]
-        return count, f"waits for {', '.join(names[:2])}" + (", ..." if len(names) > 2 else "")
+        return count, f"waits for {', '.join(unwritten[:2])}" + ", ..." * (len(unwritten) > 2)
+    if failed:
+        return count, "edges left"
+    complete = whole_suite and len(found) == totals[concept]
     return count, "done" if complete else "so far"
 
 
 def pytest_unconfigure(config):
     """Print the last lines: passed/run, state and lesson of every concept that was tested."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    shown = [concept for concept in CONCEPTS if results.get(concept.name)]
-    if terminal is None or not shown:
+    tested = {result.concept for result in results.values()}
+    if terminal is None or not tested:
         return
-    folders = [Path(arg).resolve() for arg in config.args]
-    all_collected = set(folders) <= {ROOT, ROOT / "tests"} and not config.getoption("lf", False)
-    states = [state_of(concept.name, all_collected) for concept in shown]
-    counts_width = max(len(count) for count, _ in states)
-    states_width = max(len(state) for _, state in states)
+    folders = {Path(arg).resolve() for arg in config.args}
+    whole_suite = folders <= {ROOT, ROOT / "tests"} and not config.getoption("lf", False)
+    states = {concept: state_of(concept.name, whole_suite)
+              for concept in CONCEPTS if concept.name in tested}
+    states_width = max(len(state) for _, state in states.values())
     width = shutil.get_terminal_size((160, 24)).columns
-    for concept, (count, state) in zip(shown, states):
-        line = f"{concept.name:<13} {count:>{counts_width}}  {state:<{states_width}}  "
-        line += concept.lesson
+    for concept, (count, state) in states.items():
+        line = f"{concept.name:<13} {count:>7}  {state:<{states_width}}  {concept.lesson}"
         terminal.write_line(line if len(line) <= width else line[:width - 3] + "...")

@@ -1,274 +1,179 @@
 """Grade what students have written: concept by concept, by our own copy of the tests.
 
-    python tests/make_assignment.py --grade alice bob --against ../homework
+    python tests/grade.py submissions/* --against ../homework
 
-From a submission only the BODIES of the blanked functions are taken. Nothing at its module level
-runs, and its tests, decorators and default values are ignored. For each concept its bodies go into
+From a submission only the BODIES of the blanked functions are taken. For each concept they go into
 a fresh copy of this project, in which all other functions are ours: a wrong dispatch does not cost
-combine. The tests of the concept run there in a process of their own: with an empty environment, a
-limit of time, and referee.py. A concept scores 1 if all of its tests pass, else 0.
+combine. The quick tests of the concept run there, in a process with an empty environment and a
+limit of time, for about 3 s of a processor (n = 112, the concepts of the layer), as many at a time
+as there are processors. Solution, tests and rules are those of the project that runs the command.
 
-Solution, tests and rules are those of the project that runs the command, not those of the
-assignment: run it in the project that made the assignment. Its share of the mark is that for
-working code. Read the answers and the code yourself, by the rubric in ASSIGNMENT.md.
+A line per student is added to ../homework-grades.csv, with these columns per concept: 1 if all of
+its tests pass, else 0; tests passed "of" tests run. Tests marked `edge` (a device, NaN, ...) are
+left out there, and are summed up over all concepts in the column "edges". "note" says what failed
+first. Who is in the file already is left alone: after Ctrl-C the same command does the rest. To
+grade someone anew, delete the line.
 
-This keeps out short tricks, not an attacker. The process runs as you: it can read and write what
-you can, use the network, and search its own memory for the referee's secret. Run it in a sandbox:
-a container or virtual machine without network, without this repository's history, and without
-other submissions.
+**This is no sandbox, and no defence against cheating.** The code runs as you: grade in a container
+without network, without this repository's history and without other submissions. A body can change
+pytest, and so pass every test: read the code that you grade. Words to look for are pytest, sys,
+torch.testing, gc, and any double underscore.
 """
 
+import argparse
 import ast
+import contextlib
 import csv
-import io
-import json
 import os
 import re
-import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
-from blanks import blank, body_of, find, parameters, replace_body
-from concepts import BY_NAME
+from blanks import blank, body_of, replace_bodies
+from concepts import BY_NAME, functions_of
+from make_assignment import copy_project, files_with_tests, read_results
 
 TESTS = Path(__file__).resolve().parent
-LIMIT = 600  # seconds for all runs of one concept's tests
-RUNS = ["plain spoiled", "spoiled plain spoiled"]  # see referee.py
-# Words that a body seldom needs. They cost nothing, but where ours does without them somebody
-# should read it.
-LOOK = set(
-    "os sys gc inspect ctypes pytest testing subprocess importlib builtins exec eval open globals"
-    " setattr __import__ __dict__ __class__ __globals__ __main__ _getframe referee modules unittest"
-    " atexit".split()
-)
+LIMIT = 120  # seconds for one concept's tests
 
 # ---------------------------------------------------------------- from a submission to a copy
 
 
-def blanked_concepts(assignment):
-    """Return the names of the concepts that are to be written in an assignment's folder."""
-    sources = [path.read_text(encoding="utf-8") for path in sorted(assignment.glob("*.py"))]
-    marks = re.findall(r'NotImplementedError\("(\w+): write [\w.]+"\)', "\n".join(sources))
-    names = [name for name in BY_NAME if name in marks]
+def read_concepts(assignment):
+    """Return the names of the concepts that an assignment's handout asks for."""
+    handout = assignment / "ASSIGNMENT.md"
+    if not handout.exists():
+        raise ValueError(f"no ASSIGNMENT.md in {assignment}: give the folder that was handed out")
+    headings = re.findall(r"^## (\w+)$", handout.read_text(encoding="utf-8"), re.MULTILINE)
+    names = [name for name in BY_NAME if name in headings]
     if not names:
-        raise ValueError(f"nothing is to be written in {assignment}: expected an assignment")
+        raise ValueError(f"{handout} has no concept of tests/concepts.py as a heading: expected one"
+                         " that make_assignment.py has written")
     return names
 
 
-def read_submission(submission, file):
-    """Return the source of FILE.py in a submission: a folder, or the one file itself."""
-    path = submission if submission.suffix == ".py" else submission / f"{file}.py"
-    with tokenize.open(path) as source:  # as Python reads it: byte order mark, coding line
-        return source.read()
+def read_submission(submission, files):
+    """Return ({file: source}, reasons) of a submission: a folder, or the one file itself.
 
-
-def graft(ours, path, concept, theirs):
-    """Put the body of a function in `theirs` into `ours`, both sources of a file.
-
-    Return (the new source, ""). If the body cannot be used, return the source with a blank and the
-    reason.
+    A file that Python cannot read or parse is left out, and there is a reason for it.
     """
-    try:
-        wanted, found = parameters(ours, path), parameters(theirs, path)
-        if found != wanted:
-            raise ValueError(f"{path} has the parameters {found}: expected {wanted}")
-        source = replace_body(ours, path, body_of(theirs, path))
-        compile(source, path, "exec")  # a `nonlocal` that has lost its function, and the like
-        return source, ""
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        return blank(ours, path, concept), f"{path}: {error}"
+    sources, reasons = {}, []
+    for file in files:
+        path = submission / f"{file}.py" if submission.is_dir() else submission
+        try:
+            with tokenize.open(path) as lines:  # as Python does: byte order mark, coding line
+                sources[file] = lines.read()
+            ast.parse(sources[file], f"{file}.py")
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            sources.pop(file, None)
+            reasons.append(f"{file}.py cannot be read, its tests were not run: {error}")
+    return sources, reasons
 
 
-def suspicious_words(source, path):
-    """Return the words in a function that somebody should look at."""
-    nodes = list(ast.walk(find(source, path)[0]))
-    words = {node.id for node in nodes if isinstance(node, ast.Name)}
-    words |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    words |= {node.name.split(".")[0] for node in nodes if isinstance(node, ast.alias)}
-    return sorted(words & LOOK)
+def write_copy(folder, concept, sources):
+    """Write a project with the bodies of one concept from `sources`. Return notes, a list.
 
-
-def write_copy(folder, concept, submission, copy_project):
-    """Write a project with the submission's bodies of one concept. None: with our own.
-
-    Return (reasons why a body is missing, words to look at).
+    Functions of a file that is not among the sources stay ours. A body that cannot be used leaves
+    a blank, and there is a note.
     """
     copy_project(folder)
-    for private in [TESTS / "referee.py", *TESTS.glob("test_private*.py")]:
+    for private in TESTS.glob("test_private*.py"):
         shutil.copy(private, folder / "tests")
-    missing, look = [], []
-    for function in BY_NAME[concept].functions.split() if submission else []:
-        file, _, path = function.partition(".")
-        ours = (folder / f"{file}.py").read_text(encoding="utf-8")
-        try:
-            theirs = read_submission(submission, file)
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            theirs = ""
-            missing.append(f"{file}.py: {error}")
-        source, reason = graft(ours, path, concept, theirs)
-        (folder / f"{file}.py").write_text(source, encoding="utf-8")
-        if reason:
-            missing.append(reason)
-        else:
-            look += set(suspicious_words(theirs, path)) - set(suspicious_words(ours, path))
-    return missing, sorted(set(look))
-
-
-# ---------------------------------------------------------------- run
-
-
-def run_concept(folder, concept, limit, runs):
-    """Run a concept's tests in a copy: {(test, spoiled): its report by referee.py}.
-
-    runs: one of RUNS. After `limit` seconds the process is killed, and so is everything that it has
-    started. Reports sent before count.
-    """
-    secret = secrets.token_hex(16)
-    command = [sys.executable, "tests/referee.py", concept, *BY_NAME[concept].functions.split()]
-    with tempfile.TemporaryFile() as channel:
-        process = subprocess.Popen(
-            command, cwd=folder, env={}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=channel, stderr=subprocess.DEVNULL)
-        try:
-            process.communicate(f"{secret} {runs}\n".encode(), timeout=limit)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
+    notes = []
+    for file, path in functions_of(concept):
+        if file in sources:
+            ours = (folder / f"{file}.py").read_text(encoding="utf-8")
             try:
-                os.killpg(process.pid, signal.SIGKILL)  # also children that are still running
-            except OSError:
-                pass  # all have ended
-            process.wait()
-        channel.seek(0)
-        lines = channel.read().decode(errors="replace").splitlines()
-    return read_reports(lines, secret)
+                source = replace_bodies(ours, {path: body_of(sources[file], path)})
+                compile(source, path, "exec")  # a `nonlocal` that has lost its function
+            except (ValueError, SyntaxError) as error:
+                source = blank(ours, {path: concept})
+                notes.append(f"{path}: {error}")
+            (folder / f"{file}.py").write_text(source, encoding="utf-8")
+    return notes
 
 
-def read_reports(lines, secret):
-    """Return {(test, spoiled): report} of the lines that carry the secret.
+# ---------------------------------------------------------------- run the tests of a copy
 
-    Of two reports the one that the test passed stays: it must never pass when spoiled.
+
+def run_tests(folder, concept, limit):
+    """Run a concept's quick tests in a copy. Return {test: what conftest.py wrote about it}.
+
+    After `limit` seconds the process is ended. Tests that were done by then count.
     """
-    reports = {}
-    for line in lines:
-        try:
-            report = json.loads(line)
-            key = report["test"], report["spoiled"]
-            if report["secret"] == secret and (key not in reports or report["passed"]):
-                reports[key] = report
-        except (ValueError, KeyError, TypeError):
-            pass  # written by somebody else
-    return reports
+    results = folder / "results.jsonl"
+    results.touch()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", concept,
+               f"--results={results}", *files_with_tests([concept], folder)]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=folder, env={}, timeout=limit, **quiet)
+    return read_results(results)
 
 
-def judge(expected, reports):
-    """Compare the reports of a submission with those of our own code.
+class Score(NamedTuple):
+    passed: int  # tests of the numbers
+    tests: int
+    passed_edges: int  # tests marked edge
+    edges: int
+    note: str  # what failed first
 
-    Return (tests passed, tests that count, why it is not all right or "").
-
-    The tests that count are those that pass with our code. Those that fail when our answers are
-    spoiled must also fail when the submission's are.
-    """
-    counting = [key for key, ours in expected.items() if not key[1] and ours["passed"]]
-    must_fail = [key for key, ours in expected.items() if key[1] and not ours["passed"]]
-    passed = [key for key in counting if reports.get(key, {}).get("passed")]
-    blind = [test for test, spoiled in must_fail if reports.get((test, spoiled), {}).get("passed")]
-    unsent = [key for key in counting + must_fail if key not in reports]
-    problem = ""
-    if blind:
-        problem = f"{len(blind)} tests pass whatever the answer is, such as {blind[0]}: read it"
-    elif unsent:
-        problem = f"the process ended or was stopped, {len(unsent)} results were not reported"
-    elif len(passed) < len(counting):
-        first = next(key for key in counting if key not in passed)
-        problem = f"{first[0]}: {summary(reports[first]['message'])}"
-    return len(passed), len(counting), problem
+    @property
+    def points(self):
+        return int(self.passed == self.tests)
 
 
-def summary(message):
+def judge(expected, found):
+    """Compare results with those of our own code, which passed: return a Score."""
+    failed = [test for test in expected if not found.get(test, {}).get("passed")]
+    edges = [test for test, ours in expected.items() if ours["edge"]]
+    failed_edges = [test for test in failed if test in edges]
+    tests, wrong = len(expected) - len(edges), len(failed) - len(failed_edges)
+    note = ""
+    if failed:
+        message = found.get(failed[0], {}).get("message", "no result, the process was stopped")
+        note = f"{failed[0].partition('::')[2]}: {shorten(message)}"
+    return Score(tests - wrong, tests, len(edges) - len(failed_edges), len(edges), note)
+
+
+def shorten(message):
     """Return the first line of a test's message, and its hint if it has one."""
     first, _, more = message.strip().partition("\n")
     return " ".join([first, *re.findall("^Hint: .*", more, re.MULTILINE)])
 
 
-# ---------------------------------------------------------------- all submissions
-
-
-def grade_concept(concept, submission, expected, copy_project, limit):
-    """Return the result of one concept of a submission as a dict for JSON."""
+def run_ours(limit, concept):
+    """Return the results of our own code. Raise ValueError if its tests do not work here."""
     with tempfile.TemporaryDirectory() as folder:
-        missing, look = write_copy(Path(folder), concept, submission, copy_project)
-        reports = run_concept(folder, concept, limit, secrets.choice(RUNS))
-    passed, tests, problem = judge(expected, reports)
-    score = int(passed == tests and not problem and not missing)
-    note = "; ".join(filter(None, [*missing, problem]))
-    return dict(score=score, passed=passed, tests=tests, note=note, look=look)
-
-
-def grade_submission(submission, expected, copy_project, limit):
-    """Return the results of all concepts of a submission as a dict for JSON.
-
-    expected: {concept: what expect() returns}.
-    """
-    concepts = {
-        concept: grade_concept(concept, submission, reports, copy_project, limit)
-        for concept, reports in expected.items()
-    }
-    score = sum(result["score"] for result in concepts.values())
-    return dict(submission=name_of(submission), score=score, concepts=concepts)
-
-
-def expect(concept, copy_project, limit):
-    """Return the reports for our own code. Raise ValueError if its tests do not work here."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_copy(Path(folder), concept, None, copy_project)
-        expected = run_concept(folder, concept, limit, RUNS[0])
-    passed = sum(ours["passed"] for (_, spoiled), ours in expected.items() if not spoiled)
-    can_fail = any(not ours["passed"] for (_, spoiled), ours in expected.items() if spoiled)
-    if not passed or not can_fail:
+        write_copy(Path(folder), concept, {})
+        found = run_tests(Path(folder), concept, limit)
+    if not found or not all(ours["passed"] for ours in found.values()):
         raise ValueError(
             f"{concept}: the tests do not pass with our own code, or do not end within {limit} s:"
             f" try `python -m pytest -m {concept}`"
         )
-    return expected
+    return found
 
 
-def expect_all(concepts, copy_project, limit):
-    """Return the reports for our own code, as {concept: what expect() returns}."""
-    expected = {}
-    for number, concept in enumerate(concepts, 1):
-        say(f"checking our own solution: {concept} {number}/{len(concepts)}")
-        expected[concept] = expect(concept, copy_project, limit)
-    return expected
+def grade_concept(sources, limit, concept, ours):
+    """Return the Score of a concept. Where one of its files is not in `sources`, no test runs."""
+    if not {file for file, _ in functions_of(concept)} <= set(sources):
+        return judge(ours, {})._replace(note="")
+    with tempfile.TemporaryDirectory() as folder:
+        notes = write_copy(Path(folder), concept, sources)
+        score = judge(ours, run_tests(Path(folder), concept, limit))
+    return score._replace(note="; ".join([*notes, *filter(None, [score.note])]))
 
 
-# ---------------------------------------------------------------- grades.csv and grades.json
-
-
-def check(submissions, assignment):
-    """Raise ValueError if something cannot be graded."""
-    if not (assignment / "ASSIGNMENT.md").exists():
-        raise ValueError(f"no ASSIGNMENT.md in {assignment}: give the folder that was handed out")
-    functions = " ".join(BY_NAME[name].functions for name in blanked_concepts(assignment)).split()
-    sources = sorted({f"{function.split('.')[0]}.py" for function in functions})
-    names = []
-    for submission in submissions:
-        if not submission.exists():
-            raise ValueError(f"no submission at {submission}: expected a folder, or a .py file")
-        if submission.suffix == ".py" and len(sources) > 1:  # it would be taken for all of them
-            raise ValueError(f"{submission} is one file, but the assignment is in "
-                             f"{', '.join(sources)}: expected a folder")
-        if name_of(submission) in names:
-            raise ValueError(
-                f"{submission} is the second submission named {name_of(submission)}: expected a"
-                " folder per student"
-            )
-        names.append(name_of(submission))
+# ---------------------------------------------------------------- all submissions
 
 
 def name_of(submission):
@@ -276,78 +181,104 @@ def name_of(submission):
     return os.path.basename(os.path.abspath(submission))
 
 
-def csv_of(results):
-    """Return the text of the CSV file: a line per submission, "" without any."""
-    table = io.StringIO()
-    lines = csv.writer(table)
-    lines.writerows(["submission", *result["concepts"], "score"] for result in results[:1])
-    lines.writerows(map(row_of, results))
-    return table.getvalue()
+def check(submissions, files):
+    """Raise ValueError if something cannot be graded."""
+    names = []
+    for submission in submissions:
+        if not submission.exists():
+            raise ValueError(f"no submission at {submission}: expected a folder, or a .py file")
+        if submission.is_file() and len(files) > 1:  # it would be taken for all of them
+            raise ValueError(f"{submission} is one file, but the assignment is in several"
+                             f" ({', '.join(files)}): expected a folder")
+        if name_of(submission) in names:
+            raise ValueError(f"{submission} is the second submission named {name_of(submission)}:"
+                             " expected a folder per student")
+        names.append(name_of(submission))
 
 
-def row_of(result):
-    """Return the cells of a submission's line: its name, a score per concept, their sum."""
-    scores = [concept["score"] for concept in result["concepts"].values()]
-    return [result["submission"], *scores, result["score"]]
+def start_table(table, concepts):
+    """Write the first line of the table if it is not there. Return the names in its other lines."""
+    columns = [column for concept in concepts for column in (concept, f"{concept} tests")]
+    header = ["submission", "score", "edges", *columns, "note"]
+    if not table.exists() or not table.stat().st_size:
+        add_line(table, header)
+    with open(table, newline="", encoding="utf-8") as file:
+        first, *rows = csv.reader(file)
+    if first != header:
+        raise ValueError(f"{table} has other columns, perhaps of another assignment: move it away,"
+                         " or give another --table")
+    return [row[0] for row in rows if row]
 
 
-def read_results(out, concepts):
-    """Return the results that an earlier run has left in OUT.json, or [].
-
-    Raise ValueError if the files are not as a run with these concepts leaves them.
-    """
-    files = [out.with_suffix(suffix) for suffix in (".csv", ".json")]
-    texts = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
-    try:
-        results = json.loads(texts[1] or "[]")
-        ours = all(list(result["concepts"]) == concepts for result in results)
-        ours = ours and csv_of(results).splitlines() == texts[0].splitlines()
-    except (ValueError, KeyError, TypeError):  # written by something else
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"{files[0]} or {files[1].name} exists already, not as this command leaves them: move"
-            " both away, earlier grades may be in them"
-        )
-    return results
+def add_line(table, cells):
+    """Add a line to a CSV file. What is in it stays, also what somebody has corrected."""
+    with open(table, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(cells)
 
 
-def write_results(results, out):
-    """Write OUT.csv and OUT.json. Each is whole at any time, also if this is stopped."""
-    for suffix, text in ((".csv", csv_of(results)), (".json", json.dumps(results, indent=2))):
-        part = out.with_suffix(f"{suffix}.part")
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(out.with_suffix(suffix))
+def row_of(submission, reasons, scores):
+    """Return the cells of a student's line. scores: {concept: Score}."""
+    cells, notes = [], list(reasons)
+    for concept, score in scores.items():
+        cells += [score.points, f"{score.passed} of {score.tests}"]  # 3/4 would become a date
+        if score.note:
+            notes.append(f"{concept}: {score.note}")
+    points, passed, edges = (sum(map(attrgetter(name), scores.values()))
+                             for name in ("points", "passed_edges", "edges"))
+    return [name_of(submission), points, f"{passed} of {edges}", *cells, "; ".join(notes)]
 
 
-def say(text):
-    """Print a line of progress: to stderr, where it is not among the grades."""
-    print(text, file=sys.stderr, flush=True)
+def grade(submissions, assignment, table, limit=LIMIT, jobs=1):
+    """Grade submissions, `jobs` processes at a time, and add a line for each to the table.
 
-
-def grade(submissions, assignment, copy_project, limit=LIMIT, out=Path("grades")):
-    """Grade submissions. Print a CSV line for each, and write OUT.csv and, with notes, OUT.json.
-
-    Those that are in OUT.csv already stay: after Ctrl-C the same command does the rest.
-    copy_project: function that writes a complete project into a folder.
     Raise ValueError, before anything runs, if something cannot be graded.
     """
-    check(submissions, assignment)
-    concepts = blanked_concepts(assignment)
-    results = read_results(out, concepts)
-    table = out.with_suffix(".csv")
-    known = [result["submission"] for result in results]
+    concepts = read_concepts(assignment)
+    files = sorted({file for concept in concepts for file, _ in functions_of(concept)})
+    check(submissions, files)
+    known = start_table(table, concepts)
     left = [submission for submission in submissions if name_of(submission) not in known]
-    if known:
-        say(f"students in {table} already, who stay as they are: {len(known)}")
+    if len(left) < len(submissions):
+        print(f"in {table} already, and left alone: {len(submissions) - len(left)}")
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            ours = list(pool.map(partial(run_ours, limit), concepts))
+            for submission in left:
+                sources, reasons = read_submission(submission, files)
+                scores = list(pool.map(partial(grade_concept, sources, limit), concepts, ours))
+                row = row_of(submission, reasons, dict(zip(concepts, scores)))
+                add_line(table, row)
+                print(f"{row[0]}: {row[1]} of {len(concepts)} concepts, edges {row[2]}", flush=True)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of no use after Ctrl-C or a mistake
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Grade folders, or .py files if all is in one.")
+    parser.add_argument("submissions", nargs="+", type=Path, metavar="SUBMISSION")
+    parser.add_argument("--against", type=Path, required=True, metavar="ASSIGNMENT",
+                        help="the folder that was handed out")
+    parser.add_argument("--table", type=Path, metavar="FILE",
+                        help="the CSV file to add to (ASSIGNMENT-grades.csv)")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS",
+                        help=f"for the tests of one concept ({LIMIT})")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="processes at a time (one per processor)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    assignment = args.against.resolve()
+    table = args.table or assignment.with_name(f"{assignment.name}-grades.csv")
+    grade(args.submissions, assignment, table, args.limit, args.jobs)
+
+
+if __name__ == "__main__":
     try:
-        expected = expect_all(concepts if left else [], copy_project, limit)
-        print(",".join(["submission", *concepts, "score"]), flush=True)
-        for number, submission in enumerate(left, 1):
-            say(f"grading {name_of(submission)} {number}/{len(left)}")
-            results.append(grade_submission(submission, expected, copy_project, limit))
-            write_results(results, out)
-            print(",".join(map(str, row_of(results[-1]))), flush=True)
+        main(parse_args())
     except KeyboardInterrupt:
-        say(f"stopped: students in {table}: {len(results)}")
-        raise
+        print("stopped: the same command does the rest", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,13 +1,14 @@
 """Make an assignment: copy the project and remove what is to be written.
 
-    python tests/make_assignment.py --list                        the concepts, in teaching order
     python tests/make_assignment.py ../homework top_k combine     without the functions of these two
-    python tests/make_assignment.py --solution-check ../homework top_k combine    and run the tests
-    python tests/make_assignment.py --grade alice bob --against ../homework     see grade.py
 
-In OUT each function of the concepts keeps its signature and its docstring, which is the task. Its
-body becomes `raise NotImplementedError`. OUT/ASSIGNMENT.md is the handout, with a plan and a
-rubric. This file, the tests of the tests and the history stay here.
+concepts.py has all concepts, in teaching order. In the copy each function of the concepts keeps its
+signature and its docstring, which is the task. Its body becomes `raise NotImplementedError`.
+ASSIGNMENT.md is the handout, with a plan, a rubric and room for your rules. Solutions and the
+history stay here. To try an assignment before you hand it out, grade the solution and the blanks:
+the first scores in each concept, the second in none.
+
+    python tests/grade.py . ../homework --against ../homework
 
 A solution copied from this project passes, unless you change a rule before you make the assignment.
 tests/rules.py has two, and both change `capacity` only. Change all places of a rule, the docstrings
@@ -27,41 +28,52 @@ concept. They are used in grading, and students do not get them.
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from blanks import blank, find
-from concepts import BY_NAME, CONCEPTS, PLAN, all_needs
-from grade import LIMIT, grade
+from concepts import BY_NAME, CONCEPTS, PLAN, functions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = """
     moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md
-    .gitignore .ci/run .github/layer.svg .github/report.png .github/study.svg .github/follows.svg
-    .github/study.sh .github/study.py .github/study.jsonl .github/study.md .github/costs.md
-    .github/differences.md .github/training.md
-    tests/benchmark.py tests/checks.py tests/concepts.py tests/conftest.py tests/forked.py
-    tests/rules.py tests/test_moe.py tests/test_other_routers.py tests/test_models.py
-    tests/test_eval.py tests/test_robustness.py tests/test_train.py tests/test_processes.py
-    tests/test_inspect.py
+    .gitignore .github/* tests/benchmark.py tests/gpu_check.sh tests/checks.py tests/concepts.py
+    tests/conftest.py tests/forked.py tests/rules.py tests/test_moe.py tests/test_other_routers.py
+    tests/test_models.py tests/test_eval.py tests/test_robustness.py tests/test_train.py
+    tests/test_processes.py tests/test_inspect.py tests/test_gpu.py
 """.split()
 README_HEAD = "This is an assignment: start with ASSIGNMENT.md."
-COMMON = """`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
-`resolve()` in train.py returns it. `run` is a `Run` of train.py; look there for what it holds.
-`device` is a torch.device, `dtype` torch.float32 or torch.bfloat16."""
 START = """# Assignment
 
-Set up, once:
+| to be filled in by your instructor | |
+|---|---|
+| hand in until | |
+| hand in by | |
+| rules for working together, for code of others and for language models | |
+
+## The layer in one example
+
+The letters below are those of all files. This is the beginning of moe.py:
+
+```
+{example}
+```
+
+## Set up, once
+
+You need Python 3.10 or newer. The installation takes 5.6 GB on Linux. For a CPU alone (1 GB) first
+install torch and torchvision as <https://pytorch.org/get-started/locally/> says for "CPU".
 
 ```sh
 python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && . .venv/bin/activate
 ```
+
+## How to work
 
 Write the functions below. The docstring is the task, and each test checks one claim and says it in
 its docstring. A function that is not written yet raises `NotImplementedError`.
@@ -75,15 +87,28 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 - Word error messages as you like, with the values the tests ask for.
 
 ```sh
-python -m pytest -x -m "{mine}"   # stops at the next thing to learn
-python -m pytest   # everything: what still fails?
+# one concept, in seconds: stops at the next thing to learn
+python -m pytest -x -m {first}
+# all concepts of this assignment
+python -m pytest -x -m "{mine}"
+# everything, a minute or two, with a line per concept: at first hundreds fail, not written yet
+python -m pytest -q --tb=no -rN
+# before you hand in: silent if Python can parse it
+python -m py_compile {files}
 ```
+"""
+COMMON = """
+`args` are the parsed flags. `config` is a namespace of all flags and recipe values, as
+`settle()` in train.py leaves it. `run` is a `Run` of train.py; look there for what it holds.
+`device` is a torch.device, `dtype` torch.float32 or torch.bfloat16.
 """
 PLAN_HEAD = """
 ## Plan
 
 In this order: later concepts use earlier ones. The hours are estimates.
 
+| concept | hours | to discuss |
+|---|---|---|
 """
 END = """
 ## What to hand in
@@ -93,14 +118,17 @@ END = """
 
 ## How it is graded
 
-Each concept counts the same, and scores only if all of its tests pass. The bodies of the functions
-above are taken from your {files}, and nothing else is. For each concept they are put into a fresh
-copy. There all other functions are right, so a mistake in one concept does not cost another. Our
-tests are used, perhaps with some you have not seen.
+The bodies of the functions above are taken from your {files}, and nothing else is. For each concept
+they are put into a fresh copy. There all other functions are right, so a mistake in one concept
+does not cost another. **A file that Python cannot parse scores 0 in everything that is in it.**
+A concept scores if all of its tests pass but those marked `edge`. These try what right numbers may
+still lack: another device, no loop over tokens, no tokens at all, NaN. They count apart, together.
+Our tests are used, perhaps with some you have not seen.
 
 | part | share | full marks |
 |---|---|---|
-| concepts | 60% | all tests of the concept pass |
+| concepts | 55% | all tests of the concept pass; each concept counts the same |
+| edges | 5% | all tests marked `edge` pass |
 | answers | 25% | each question answered in your own words, with an example of yours |
 | code | 15% | a shape comment at each reshape, comments say why, no dead code |
 """
@@ -108,20 +136,59 @@ tests are used, perhaps with some you have not seen.
 # ---------------------------------------------------------------- the handout
 
 
-def handout(source, path):
-    """Return (signature, docstring) of a function.
+def source_of(file):
+    """Return the source of a program of this project, such as "moe"."""
+    return (ROOT / f"{file}.py").read_text(encoding="utf-8")
 
-    A method has its class's docstring, followed by its own if it has one.
+
+def write_task(file, path, described):
+    """Return the part of the handout for one function.
+
+    The docstring of a class comes before its first method. `described`: the classes so far.
     """
-    node, owner = find(source, path)
-    text = ast.get_docstring(node) or ""
+    node, owner = find(source_of(file), path)
+    text, described_by = "", ""
     if owner is not None:
-        text = "\n\n".join(filter(None, [ast.get_docstring(owner), text]))
+        described_by = f"As the docstring of {owner.name} says."
+        if (file, owner.name) not in described:
+            described.add((file, owner.name))
+            about = ast.get_docstring(owner) or ""
+            text = f"\n### class `{owner.name}` in {file}.py\n\n```\n{about}\n```\n"
     decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
-    return f"{decorators}def {path}({ast.unparse(node.args)})", text
+    signature = f"{decorators}def {path}({ast.unparse(node.args)})"
+    task = ast.get_docstring(node) or described_by
+    return f"{text}\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{task}\n```\n"
 
 
-# ---------------------------------------------------------------- the whole project
+def write_plan(names):
+    """Return a table of concepts with hours and questions, and the sum of hours."""
+    rows = [f"| {name} | {PLAN[name].hours} | {PLAN[name].question} |\n" for name in names]
+    hours = sum(PLAN[name].hours for name in names)
+    return f"{PLAN_HEAD}{''.join(rows)}\nHours in all: {hours}.\n"
+
+
+def write_handout(names):
+    """Return the text of ASSIGNMENT.md. names: concepts in teaching order."""
+    functions = [function for name in names for function in functions_of(name)]
+    files = list(dict.fromkeys(f"{file}.py" for file, _ in functions))
+    example = ast.get_docstring(ast.parse(source_of("moe")))
+    parts = [START.format(example=example, first=names[0], mine=" or ".join(names),
+                          files=" ".join(files))]
+    if set(files) - {"moe.py", "vit.py", "convnext.py"}:  # the words that only the programs use
+        parts.append(COMMON)
+    described = set()
+    for name in names:
+        concept = BY_NAME[name]
+        needs = ", ".join(concept.needs.split())
+        parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
+        parts.append(f" (it needs {needs})\n" if needs else "\n")
+        parts += [write_task(*function, described) for function in functions_of(name)]
+    parts.append(write_plan(names))
+    parts.append(END.format(files=", ".join(files)))
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------- the copy
 
 
 def copy_project(out):
@@ -129,172 +196,68 @@ def copy_project(out):
 
     Named file by file: private tests, solutions, runs and data stay here.
     """
-    for name in PROJECT:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, out / name)
+    for path in [path for pattern in PROJECT for path in ROOT.glob(pattern)]:
+        copy = out / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
     readme = (out / "README.md").read_text(encoding="utf-8")  # without what is for us
     readme = re.sub(r"## Make it an assignment\n.*?(?=## )", "", readme, flags=re.DOTALL)
     readme = re.sub(r"- \*\*Changed the code\?\*\*.*?\n(?=- |\n)", "", readme, flags=re.DOTALL)
     (out / "README.md").write_text(f"{README_HEAD}\n\n{readme}", encoding="utf-8")
 
 
-def blank_concepts(out, names):
-    """Blank the functions of the concepts in a copy, in place."""
+def blanked(names):
+    """Return {file: source} of the programs in which these concepts are, with their blanks."""
+    concepts = {}  # {file: {path of a function: its concept}}
     for name in names:
-        for function in BY_NAME[name].functions.split():
-            file, _, path = function.partition(".")
-            text = blank((out / f"{file}.py").read_text(encoding="utf-8"), path, name)
-            (out / f"{file}.py").write_text(text, encoding="utf-8")
+        for file, path in functions_of(name):
+            concepts.setdefault(file, {})[path] = name
+    return {file: blank(source_of(file), paths) for file, paths in concepts.items()}
 
 
-def write_plan(names):
-    """Return a table of concepts. From 10 hours on it spreads them over two weeks, ten days."""
-    total = sum(PLAN[name].hours for name in names)
-    rows, before = [["day", "concept", "hours", "to discuss"], ["---"] * 4], 0
+def check(out, names):
+    """Raise ValueError if the assignment cannot be made."""
+    possible = [concept.name for concept in CONCEPTS if concept.functions]
     for name in names:
-        day = 1 + 10 * before // total
-        before += PLAN[name].hours
-        last = max(day, -(-10 * before // total))  # rounded up
-        days = f"{day}" if day == last else f"{day} to {last}"
-        rows.append([days, name, f"{PLAN[name].hours}", PLAN[name].question])
-    first = 0 if total >= 10 else 1
-    table = "\n".join(f"| {' | '.join(row[first:])} |" for row in rows)
-    return f"{PLAN_HEAD}{table}\n\nHours in all: {total}.\n"
-
-
-def write_task(function, described):
-    """Return the parts of the handout for one function, "file.path". Add it to `described`.
-
-    The first method of a class comes after the docstring of the class, under its own heading.
-    """
-    file, _, path = function.partition(".")
-    source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
-    node, owner = find(source, path)
-    parts = []
-    if owner is not None and (file, owner.name) not in described:
-        text = ast.get_docstring(owner) or ""
-        parts.append(f"\n### class `{owner.name}` in {file}.py\n\n```\n{text}\n```\n")
-        described.add((file, owner.name))
-    text = ast.get_docstring(node) or f"As the docstring of {owner.name} says."
-    signature, _ = handout(source, path)
-    parts.append(f"\n### `{path}` in {file}.py\n\n```\n{signature}\n\n{text}\n```\n")
-    return parts
-
-
-def write_handout(names):
-    """Return the text of ASSIGNMENT.md. names: concepts in teaching order."""
-    mine = " or ".join(names)
-    parts = [START.format(mine=mine)]
-    functions = [function for name in names for function in BY_NAME[name].functions.split()]
-    files = list(dict.fromkeys(f"{function.split('.')[0]}.py" for function in functions))
-    if files != ["moe.py"]:  # the words that only the programs use
-        parts.append(f"\n{COMMON}\n")
-    described = set()  # functions and classes whose docstring is printed
-    for name in names:
-        concept = BY_NAME[name]
-        needs = ", ".join(concept.needs.split())
-        parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
-        parts.append(f" (it needs {needs})\n" if needs else "\n")
-        for function in concept.functions.split():
-            parts += write_task(function, described)
-    parts.append(write_plan(names))
-    parts.append(END.format(files=", ".join(files)))
-    return "".join(parts)
+        if name not in possible:
+            raise ValueError(f"unknown concept {name!r}: expected one of {', '.join(possible)}")
+    if out.name in possible:
+        raise ValueError(f"{out} is a concept: the folder to write comes first")
+    if out.exists():
+        raise ValueError(f"{out} exists already: give a folder that does not, it will be made")
+    if ROOT in out.resolve().parents:
+        raise ValueError(f"{out} is inside the project, where its tests would be found with ours:"
+                         " give a folder outside")
 
 
 def make(out, names):
     """Write the assignment. Raise ValueError, before anything is written, if it cannot be made."""
-    unknown = [name for name in names if name not in BY_NAME or not BY_NAME[name].functions]
-    if unknown:
-        possible = [concept.name for concept in CONCEPTS if concept.functions]
-        raise ValueError(f"unknown concept {unknown[0]!r}: expected one of {', '.join(possible)}")
-    if out.name in BY_NAME:
-        raise ValueError(
-            f"{out} is a concept: the folder to write comes first, as in ../homework {out}"
-            f" {' '.join(names)}"
-        )
-    if out.exists():
-        raise ValueError(f"{out} exists already: give a folder that does not, it will be made")
-    if ROOT in out.resolve().parents:
-        raise ValueError(
-            f"{out} is inside the project: give a folder outside, or its tests would be found with"
-            " ours"
-        )
+    check(out, names)
     names = [name for name in BY_NAME if name in names]  # in teaching order
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as place:  # complete, or not there at all
-        copy_project(Path(place) / out.name)
-        blank_concepts(Path(place) / out.name, names)
-        task = Path(place) / out.name / "ASSIGNMENT.md"
-        task.write_text(write_handout(names), encoding="utf-8")
-        os.rename(Path(place) / out.name, out)
+        copy = Path(place) / out.name
+        copy_project(copy)
+        for file, source in blanked(names).items():
+            (copy / f"{file}.py").write_text(source, encoding="utf-8")
+        (copy / "ASSIGNMENT.md").write_text(write_handout(names), encoding="utf-8")
+        os.rename(copy, out)
 
 
-# ---------------------------------------------------------------- what do the blanks turn?
+# ---------------------------------------------------------------- the tests of a project
 
 
-def run_tests(folder, *flags):
-    """Run the tests of a copy of the project in a new process: {test: (concept, passed)}.
-
-    Skipped tests are left out.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        report = os.path.join(place, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
-        command += ["-m", "not slow", f"--junitxml={report}", *flags]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode not in (0, 1):  # all passed, some failed
-            raise ValueError(
-                f"the tests in {folder} cannot be run:"
-                f" {(done.stdout + done.stderr).strip().splitlines()[-1]}"
-            )
-        cases = [case for case in ElementTree.parse(report).iter("testcase")
-                 if case.find("skipped") is None]
-    return {f"{case.get('classname')}::{case.get('name')}": (
-        case.find("properties/property[@name='concept']").get("value"),
-        case.find("failure") is None and case.find("error") is None) for case in cases}
+def files_with_tests(concepts, folder=ROOT):
+    """Return the test files of a project that have tests of these concepts: less to load."""
+    mark = re.compile(rf"mark\.({'|'.join(concepts)})\b")
+    return [str(path) for path in sorted((folder / "tests").glob("test_*.py"))
+            if mark.search(path.read_text(encoding="utf-8"))]
 
 
-def judge(names, complete, blanked):
-    """Compare the tests of a complete and a blanked copy, as run_tests() returns them.
-
-    Return (lines to print, whether all is well).
-
-    Well means: complete, all pass; blanked, no test of the concepts passes, and of the others only
-    those fail whose concept needs one of them.
-    """
-    lines, well = [], True
-    for concept in CONCEPTS:
-        tests = [test for test, (name, _) in complete.items() if name == concept.name]
-        turned = [
-            test for test in tests if complete[test][1] and not blanked.get(test, (None, False))[1]
-        ]
-        broken = [test for test in tests if not complete[test][1]]
-        may = "some" if all_needs(concept.name) & set(names) else "none"
-        if concept.name in names:
-            may = "all"
-        wrong = broken or (may == "all" and len(turned) < len(tests)) or (may == "none" and turned)
-        well = well and not wrong
-        if turned or wrong:
-            failing = f"; {len(broken)} fail without blanks" if broken else ""
-            mark = "   WRONG" if wrong else ""
-            count = f"{len(turned):>4} of {len(tests):>3} turn"
-            lines.append(f"{concept.name:<12} {count}, expected {may}{failing}{mark}")
-            lines += [f"    {test}" for test in turned]
-    return lines, well
-
-
-def solution_check(out, names):
-    """Run the quick tests on the assignment and on a complete copy. Print which ones turn."""
-    with tempfile.TemporaryDirectory() as place:
-        copy_project(Path(place))
-        lines, well = judge(names, run_tests(place), run_tests(out))
-    print("\n".join(lines))
-    print("the blanks turn all tests of their concepts, and no test that needs none of them" * well)
-    if not well:
-        raise ValueError(
-            "the blanks do not turn exactly the tests of their concepts and of those that need them"
-        )
+def read_results(file):
+    """Return {test: what conftest.py wrote about it} of a file that --results names."""
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {line["test"]: line for line in lines}
 
 
 # ---------------------------------------------------------------- command line
@@ -304,60 +267,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Copy the project without the functions of some concepts."
     )
-    parser.add_argument("out", nargs="?", type=Path, help="folder to write, must not exist")
-    parser.add_argument(
-        "concepts", nargs="*", metavar="concept", help="what is to be written; see --list"
-    )
-    parser.add_argument("--list", action="store_true", help="print the concepts and stop")
-    parser.add_argument("--solution-check", action="store_true",
-                        help="then run the tests with and without the blanks (minutes)")
-    parser.add_argument("--grade", nargs="+", type=Path, metavar="SUBMISSION",
-                        help="grade folders (or .py files, if all is in one) by the solution, the"
-                        " tests and the rules of this project; needs --against. A concept"
-                        " takes about 5 s of a processor, for our own solution and for each"
-                        " student (measured once, with top_k and combine; others differ)")
-    parser.add_argument("--against", type=Path, metavar="ASSIGNMENT",
-                        help="the folder OUT as it was handed out")
-    parser.add_argument("--limit", type=float, default=LIMIT,
-                        help=f"seconds for the tests of one concept ({LIMIT})")
-    parser.add_argument("--grades", type=Path, default=Path("grades"),
-                        help="write this .csv and .json, or go on with them (grades)")
+    parser.add_argument("out", type=Path, help="folder to write, must not exist")
+    parser.add_argument("concepts", nargs="+", metavar="concept",
+                        help="what is to be written: names of tests/concepts.py")
     return parser.parse_args(argv)
 
 
 def main(args):
-    if args.list:
-        for concept in CONCEPTS:
-            print(f"{concept.name:<12} {concept.lesson}")
-            print(f"{'':<12} {concept.functions or '(nothing to write)'}")
-            if concept.needs:
-                print(f"{'':<12} needs {concept.needs}")
-        return
-    if args.grade:
-        if args.against is None or args.out is not None:
-            raise ValueError(
-                "expected --grade SUBMISSION ... --against ASSIGNMENT, without OUT and concepts"
-            )
-        grade(args.grade, args.against, copy_project, args.limit, args.grades)
-        return
-    if not args.concepts:
-        raise ValueError(
-            "expected OUT and at least one concept: python tests/make_assignment.py ../homework"
-            " top_k"
-        )
     make(args.out, args.concepts)
-    print(f"written to {args.out}: start with ASSIGNMENT.md, then python -m pytest -x")
-    if args.solution_check:
-        solution_check(args.out, args.concepts)
+    print(f"written to {args.out}: start with ASSIGNMENT.md")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except BrokenPipeError:  # --list | head
-        os._exit(0)
-    except KeyboardInterrupt:  # Ctrl-C; grade() has said what is done
-        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,20 +7,17 @@ and line breaks do not matter. It must be there exactly once.
 
 import ast
 
+from blanks import find
 from concepts import CONCEPTS
-from make_assignment import find
 
 TABLE = """
 moe.Router.__init__
     0.02 * torch.randn(num_experts, dim) -> torch.randn(num_experts, dim)  # decided at the start
-    0.02 * torch.randn(num_experts, dim) -> torch.zeros(num_experts, dim)  # all tokens to one
 moe.Router.forward
     F.normalize(z, dim=-1) -> z  # a cosine of tokens of any length
     -scale -> scale  # the farthest expert wins
     self.log_scale.to(dtype).clamp(max=math.log(100.0)) -> self.log_scale.to(dtype)  # no bound
     torch.autocast(x.device.type, enabled=False) -> torch.autocast(x.device.type)
-    torch.float32 -> self.codes.dtype
-    'donot_use_mm_for_euclid_dist' -> 'use_mm_for_euclid_dist_if_necessary'  # its default
 moe.top_k_gates
     probs.topk(k, dim=-1) -> (probs / probs.topk(k).values.sum(-1, True)).topk(k)  # renormalised
     probs.topk(k, dim=-1) -> probs.topk(k, dim=-1, largest=False)  # the worst
@@ -28,24 +25,19 @@ moe.top_k_gates
 moe.cv_squared
     x.var(correction=0) -> x.var()  # divided by E - 1
     x.mean().square() -> x.mean()  # no factor E
-    x.mean().square().clamp(min=1e-30) -> x.mean().square()  # NaN without tokens
 moe.load_loss
     noisy_logits -> logits  # the threshold of the clean logits
     logits - threshold -> threshold - logits  # Phi, not 1 - Phi
     noisy_logits.topk(k, dim=-1).values[:, -1:] -> noisy_logits.topk(k, dim=-1).values[:, :1]
-    logits - threshold -> logits - threshold.detach()  # the threshold is a logit, too
     (logits >= threshold) + 0.0 * logits -> (logits >= threshold).float()  # no gradient, not zero
 moe.balance_loss
-    routing.balance_loss -> routing.balance_loss.detach()
     routing.balance_loss -> routing.balance_loss / len(routings)  # a mean
 moe.expert_capacity
     round(num_tokens * k * factor / num_experts, 6) -> num_tokens * k * factor / num_experts
     num_tokens * k -> num_tokens  # a token asks k times
 moe.assign_slots
-    capacity -> capacity - 1  # one slot too few
     experts[served].T -> experts[served]  # token by token, not by rank
     priority.argsort(descending=True, stable=True) -> priority.argsort(stable=True)
-    torch.empty_like(in_slots).index_copy_(0, order, in_slots) -> in_slots  # left in the lines
     torch.empty_like(found).view(T, K).index_copy_(0, served, found.view(K, T).T) ->
         found.view(K, T).T  # left in the order of the queue
 moe.dispatch
@@ -62,26 +54,18 @@ moe.Experts.__init__
     (MLP(dim, hidden) for _ in range(num_experts)) -> [MLP(dim, hidden)] * num_experts  # one MLP
 moe.Experts.loop
     torch.zeros_like(dropped, dtype=answers[0].dtype) -> dropped.to(answers[0])  # passes through
-    torch.zeros_like(dropped, dtype=answers[0].dtype) -> torch.zeros_like(dropped)  # in float32
     expert(group) -> expert(group) if len(group) else group  # an idle expert has no gradient
 moe.MoE.__init__
     router_noise / num_experts -> router_noise
-    factor <= 0 -> factor < 0
 moe.MoE.route
     noisy.softmax(-1) -> probs  # the noise chooses nobody
     self.training and self.noise_std > 0 -> self.noise_std > 0  # noise in evaluation
-    Routing(logits, probs, experts, gates, kept, loss) ->
-        Routing(logits, probs, experts, gates * kept, kept, loss)
     load_loss(logits, noisy, self.k, self.noise_std) ->
         load_loss(logits, noisy, self.k, self.noise_std * self.training)  # another in evaluation
-    importance_loss(probs) -> importance_loss(noisy.softmax(-1))
-moe.MoE.route
     self.capacity_factor if self.training else self.eval_capacity_factor -> self.capacity_factor
     gates[:, 0] if self.batch_priority else None -> None  # always by position
-    self.batch_priority -> self.batch_priority and self.training
 vit.place_moe
     odd[-2:] -> odd[:2]
-    odd[-3:] -> odd[3:]  # the same at a depth of 12
 convnext.place_moe
     depths[-2] // 2 -> 0
 vit.ViT.__init__
@@ -99,7 +83,6 @@ convnext.Block.forward
     self.skip -> 0  # without the added skip
     self.gamma * y -> y  # without layer scale
     self.dwconv(x).permute(0, 2, 3, 1) -> self.dwconv(x).permute(0, 3, 2, 1)  # H and W swapped
-    self.drop_path(y.permute(0, 3, 1, 2)) -> y.permute(0, 3, 1, 2)
 moe.Experts.grouped
     answers.addmm_(member, b2).masked_fill_(row >= ends[-1], 0) ->
         answers.masked_fill_(row >= ends[-1], 0)  # no bias
@@ -115,7 +98,6 @@ moe.ExpertChoice.forward
     torch.where(kept, taken, probs) -> probs  # not who took it
 moe.SoftMoE.forward
     scores.softmax(1) -> scores.softmax(2)
-    scores.softmax(2) -> scores.softmax(1)
     F.normalize(tokens, dim=-1) -> tokens
 train.experts_from_mlp
     layer.num_experts / layer.k -> 1.0  # copies only: the outputs shrink
@@ -128,24 +110,15 @@ eval.draw_shapes
 eval.draw_flags
     torch.tensor(FLAG_PALETTE, dtype=torch.int32)[colours] ->
         torch.tensor(FLAG_PALETTE, dtype=torch.int32)[colours.flip(1)]  # upside down
-    y // 8 -> x // 8  # upright stripes
 eval.open_folder
     flat and split != 'all' and '' not in files -> flat and split != 'all'
 eval.hold_out
     split == 'val' -> split != 'val'
-    file.partition('/')[2] -> file  # the class folder counts
 eval.find_images
     Path(root).resolve().is_relative_to(Path(start + name).resolve()) -> False  # in two classes
-    folder[0] not in '.@$' and folder != 'lost+found' -> True
 eval.decode
     ImageOps.exif_transpose(image) -> image
     2 ** bits - 1 -> 65535  # 12 bits turn black
-    'white' -> 'black'
-eval.read_image
-    image.format in ('JPEG', 'MPO') -> True  # may crash
-    True -> False  # as it lies
-eval.without_metadata
-    name[:1].isupper() or name == b'tRNS' -> True
 eval.FolderImages.__getitem__
     unreadable = index -> unreadable = i  # the wrong file
 eval.predict
@@ -172,21 +145,15 @@ eval.match_classes
     {name: int(name) for name in names if int(name) < len(classes)} ->
         {name: i for i, name in enumerate(names)}  # sorted 0, 1, 10
 eval.prepare
-    (row['params'], row['active']) -> (row['active'], row['params'])
     'val' if trained_on else 'all' -> 'all'  # what was trained on counts, too
 train.settle
     config.base_lr * fitting / config.base_batch -> config.base_lr
-    config.warmup_epochs = config.epochs / 10 -> pass  # a short run ends at its peak
 train.recipe_of
     FINE_TUNING[args.model] -> recipe
-    os.path.isdir(args.data) -> True  # drawn pictures are cropped, too
 train.update_ema
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
 train.parameter_groups
     13 - layer_group(name) -> layer_group(name)
-    '.experts.' in name -> False  # one rate for all
-train.layer_group
-    block // 3 -> block  # more groups than published
 train.classification_loss
     (1 - smoothing) * targets + smoothing / num_classes -> targets.float()
 train.learning_rate
@@ -196,36 +163,24 @@ train.image_order
     seed_draws(config.seed, epoch) -> seed_draws(config.seed)  # the same order in every epoch
 train.Augmented.__getitem__
     seed_draws(self.seed, epoch, index) -> seed_draws(self.seed, index)  # in every epoch alike
-train.train_transform
-    7 / 13 -> 1.0  # nearly twice as many operations
-    [round(255 * mean) for mean in MEAN] -> 0  # black
 train.next_batch
     run.rank * run.config.accumulate + part -> part  # all mix alike
 train.train
-    group['lr_scale'] * rate -> rate
     total / config.accumulate -> total
-    128 + stop -> 1  # a scheduler would not start it again
 train.Run.__init__
     config.batch_size // self.world // config.accumulate -> config.batch_size // self.world
 train.check_and_agree
     losses.isfinite().all() & norm.isfinite() -> losses.isfinite().all()  # NaN weights
 train.restore
     then != now -> False  # whatever was there is continued
-train.save
-    name in names -> True  # a log that nobody can read
-inspect_experts.points_of
-    math.isfinite(value) -> True
 inspect_experts.known_factors
     shares.argmax(0) -> shares.argmin(0)
-    values.gather(1, part) -> values[:, :1]  # of the first part
 inspect_experts.similarity
     2 * shared.double() -> shared.double()
 inspect_experts.mutual_information
     min -> max
 inspect_experts.LayerCounts.add
     experts[..., :1] -> experts[..., -1:]  # the last choice
-inspect_experts.text
-    escape(words) -> words
 """
 
 

@@ -22,7 +22,10 @@ from moe import balance_loss, make_moe
 from vit import vit_nano
 
 GPU = torch.device("cuda")
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA")
+pytestmark = [
+    pytest.mark.edge,
+    pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA"),
+]
 
 
 class NoCopies(TorchDispatchMode):

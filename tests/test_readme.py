@@ -20,6 +20,7 @@ import torchvision
 
 import eval as evaluation
 import forked
+import grade
 import inspect_experts
 import make_assignment
 import train
@@ -35,7 +36,7 @@ pytestmark = [
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / ".github").glob("*.md"))}
 PROGRAMS = {"train.py": train, "eval.py": evaluation, "inspect_experts.py": inspect_experts,
-            "tests/make_assignment.py": make_assignment}
+            "tests/make_assignment.py": make_assignment, "tests/grade.py": grade}
 SAY = """python() { printf '%q ' "$@"; echo; }
 torchrun() { while [[ $1 == -* ]]; do shift; done; python "$@"; }
 srun() { "$@"; }
@@ -172,6 +173,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         "inspect_experts.py nowhere.pt --data shapes --out out":
             "error: no checkpoint at nowhere.pt",
         "tests/make_assignment.py out no_such_concept": "error: unknown concept",
+        "tests/grade.py nobody --against nowhere": "error: no ASSIGNMENT.md in ",
     }
     (tmp_path / "here").mkdir()
     for i, (command, expected) in enumerate(mistakes.items()):
@@ -190,11 +192,9 @@ def test_the_assignments_can_be_made(tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     made = [arguments for program, *arguments in commands()
-            if program == "tests/make_assignment.py" and "--grade" not in arguments]
+            if program == "tests/make_assignment.py"]
     for arguments in made:
-        make_assignment.main(
-            make_assignment.parse_args([word for word in arguments if word != "--solution-check"])
-        )
+        make_assignment.main(make_assignment.parse_args(arguments))
     assert len(list(tmp_path.glob("*/ASSIGNMENT.md"))) >= 3
 
 
