@@ -67,8 +67,8 @@ CONCEPTS = (
             "dense MLP."),
     # ---- vit.py and convnext.py: the models
     Concept("placement", "vit.place_moe convnext.place_moe", "",
-            "Which blocks hold experts matters: the last two are the safe choice, every second "
-            "one is not."),
+            "Which blocks hold experts matters: the paper's ConvNeXts have them in the last two, "
+            "its ViTs in every second."),
     Concept("building",
             "vit.ViT.__init__ vit.init_weights convnext.ConvNeXt.__init__ convnext.init_weights",
             "placement layer",
@@ -85,7 +85,7 @@ CONCEPTS = (
     Concept("grouped", "moe.Experts.grouped moe.Experts.use_grouped_mm", "vit convnext",
             "One kernel for all experts gives what the loop gives; no shape depends on the data, "
             "so it compiles."),
-    Concept("costs", "moe.count_parameters eval.count_flops", "vit convnext",
+    Concept("costs", "moe.count_parameters moe.count_flops", "vit convnext",
             "Parameters grow with E, multiply-adds with k: the reason to be sparse."),
     Concept("weights",
             "train.upcycle train.experts_from_mlp vit.from_torchvision vit.resize_positions "
@@ -238,7 +238,7 @@ PLAN = dict(
     combine=Work(2, "Which way does a gate move if its expert's answer lowers the loss?"),
     experts=Work(2, "Why is an expert called on 0 rows? Who would wait for it otherwise?"),
     layer=Work(4, "Which lines see the noise, and which must not? What differs in evaluation?"),
-    placement=Work(1, "Why are the last two blocks a safer choice than every second one?"),
+    placement=Work(1, "The paper's ViTs take every second block, its ConvNeXts the last two. Why?"),
     building=Work(4, "Sparse and dense start alike. In which parts, and why does it matter?"),
     vit=Work(4, "What may a token learn from others, and in which lines?"),
     convnext=Work(4, "What is a token here? Why has the sparse block one skip more?"),
