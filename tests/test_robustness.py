@@ -107,19 +107,6 @@ def test_unknown_classes_are_named(names, expected):
 
 
 @pytest.mark.evaluator
-def test_the_loss_is_of_the_kind_of_the_training(tmp_path, monkeypatch):
-    """After --loss sigmoid that is the loss, too: with logits of 0 it is 12 ln 2, and not ln 12."""
-    model = build_model(CONFIG)
-    nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
-    data = make_folder(tmp_path / "data", [f"{name}/0.png" for name in CLASSES])
-    for loss, expected in (("softmax", math.log(12)), ("sigmoid", 12 * math.log(2))):
-        path = write_checkpoint(tmp_path / f"{loss}.pt", model, args=dict(loss=loss))
-        [row] = run(monkeypatch, tmp_path, path, "--data", data)
-        assert row["data"][data]["loss"] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.evaluator
 def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypatch, capsys):
     """On 6 of 12 classes the prediction is made among the 6, as for ImageNet-A."""
     # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3
@@ -220,15 +207,6 @@ def test_a_wrong_real_file(tmp_path, text, expected):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.classes
-def test_real_needs_the_official_names(tmp_path):
-    """Files that are not called ILSVRC2012_val_<number> cannot be found in a ReaL file."""
-    data = open_dataset(make_folder(tmp_path, ["n00/cat.png"]), "all")
-    (tmp_path / "real.json").write_text("[[0]]")
-    with pytest.raises(ValueError, match="expected for each of ILSVRC2012_val_00000001"):
-        read_real(str(tmp_path / "real.json"), data, 1)
-
-
 # ---------------------------------------------------------------- ImageNet-C
 
 
@@ -316,15 +294,11 @@ def test_small_corrupted_images_are_refused(tmp_path, always):
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize("missing, expected", [
-    (["fog/3"], r"lacks 1 of ImageNet-C's folders: fog/3, "),
-    ([f"snow/{s}" for s in range(1, 6)], r"lacks 5 of ImageNet-C's folders: snow/1, "),
-])
-def test_a_missing_severity_or_corruption(tmp_path, missing, expected):
-    """If one of the 15 x 5 folders is missing, the message names it."""
-    for part in set(evaluation.PARTS) - set(missing):
+def test_a_missing_severity_or_corruption(tmp_path):
+    """If some of the 15 x 5 folders are missing, the message counts them and names the first."""
+    for part in set(evaluation.PARTS) - {"snow/3", "snow/4"}:
         (tmp_path / part / "n00").mkdir(parents=True)
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match="lacks 2 of ImageNet-C's folders: snow/3, "):
         open_parts(str(tmp_path), "all")
 
 
