@@ -167,22 +167,27 @@ VALIDATION = [
 ]
 
 
-@pytest.mark.evaluator
-def test_real_labels_belong_to_file_names(always, tmp_path, monkeypatch, capsys):
+@pytest.mark.classes
+def test_real_labels_belong_to_file_names(tmp_path):
     """Entry i of a ReaL file is for the image with number i + 1; an empty one skips it."""
-    # The matched classes n00, n02, n07 are 0, 1, 2; the model always says n02: label 1. Images 1:
-    # [1], right. 2: [], skipped. 3: [0, 2], wrong. 4: [2, 1], right. 5: [1], right. So 3 of 4.
-    # Taken in the order of the sorted files (2, 4, 3, 5, 1) images 4 would be skipped; by folders
-    # it is 2 of 5.
+    # The classes n00, n02, n07 are 0, 1, 2 of the file. The sorted files are images 2, 4, 3, 5, 1.
+    (tmp_path / "real.json").write_text("[[1], [], [0, 2], [2, 1], [1]]")
+    data = open_dataset(make_folder(tmp_path / "val5", VALIDATION), "all")
+    matched = match_dataset(data, CLASSES, str(tmp_path / "real.json"))
+    assert matched.labels.tolist() == [[-1, -1], [2, 1], [0, 2], [1, -1], [1, -1]]
+    assert matched.indices == [1, 2, 3, 4]
+
+
+@pytest.mark.evaluator
+def test_images_without_a_real_label_do_not_count(always, tmp_path, monkeypatch, capsys):
+    """The model always says n02: label 1. Of images 1, 3, 4 and 5 all but 3 are right."""
     data = make_folder(tmp_path / "val5", VALIDATION)
-    (tmp_path / "real.json").write_text(json.dumps([[1], [], [0, 2], [2, 1], [1]]))
+    (tmp_path / "real.json").write_text("[[1], [], [0, 2], [2, 1], [1]]")
     [row] = run(monkeypatch, tmp_path, always, "--data", data, "--real", tmp_path / "real.json")
     result = row["data"][data]
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 3, 4)
     note = "4 images, 3 of 12 classes, logits restricted, those with ReaL labels from "
     assert f"; {note}{tmp_path / 'real.json'}\n" in capsys.readouterr().out
-    labels = read_real(str(tmp_path / "real.json"), open_dataset(data, "all"), 3)
-    assert labels.tolist() == [[-1, -1], [2, 1], [0, 2], [1, -1], [1, -1]]  # images 2, 4, 3, 5, 1
 
 
 @pytest.mark.classes
@@ -309,14 +314,6 @@ def test_corruptions_have_the_same_classes(tmp_path):
     shutil.rmtree(tmp_path / "c" / "frost" / "2" / "n03")
     with pytest.raises(ValueError, match="frost/2 has not the same class folders as fog/1"):
         open_parts(root, "all")
-
-
-@pytest.mark.evaluator
-def test_a_class_called_fog(tmp_path):
-    """A data set of the weather, with classes fog and snow, has not the shape of ImageNet-C."""
-    root = make_folder(tmp_path, ["fog/1.png", "snow/2.png"])
-    parts = open_parts(root, "all")
-    assert list(parts) == [""] and parts[""].classes == ["fog", "snow"]
 
 
 # ---------------------------------------------------------------- shapes that training never shows
