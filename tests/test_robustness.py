@@ -555,10 +555,10 @@ def test_options_that_cannot_be(always, tmp_path, monkeypatch, flags, expected):
 def test_the_json_file_is_there_before_anything_is_printed(always, tmp_path, monkeypatch, capsys):
     """A result is safe when one sees it; if the disk is full, one sees it all the same."""
     file, seen = make_folder(tmp_path, ["x.png"]) + "/x.png", []
-    monkeypatch.setattr(evaluation, "print_row", lambda row: seen.append(os.listdir(tmp_path)))
-    run(monkeypatch, tmp_path, always, "--data", file)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "print_row", lambda row: seen.append(os.listdir(tmp_path)))
+        run(monkeypatch, tmp_path, always, "--data", file)
     assert "out.json" in seen[0]
-    monkeypatch.undo()
     monkeypatch.setattr(Path, "write_text", mock.Mock(side_effect=OSError("No space left")))
     with pytest.raises(OSError, match="No space left"):
         run(monkeypatch, tmp_path, always, "--data", file)
