@@ -803,10 +803,10 @@ def match_dataset(dataset, classes, real=None):
     if not data.classes:
         data.columns, data.names, data.indices = None, classes, range(len(data))
         return data
-    found = match_classes(data.classes, classes)
-    data.columns = sorted(found)
+    found = torch.tensor(match_classes(data.classes, classes))
+    columns, places = found.unique(return_inverse=True)  # places: of the data's classes in columns
+    data.columns = columns.tolist()
     data.names = [classes[column] for column in data.columns]
-    places = torch.tensor(found).argsort().argsort()  # of each class of the data in columns
     data.labels = places[dataset.labels].unsqueeze(1)  # (N,) -> (N, 1)
     if real:
         data.labels = read_real(real, data, len(data.columns))  # (N, L)

@@ -133,7 +133,7 @@ CONCEPTS = (
     Concept(
         "classes",
         "eval.match_classes eval.match_dataset eval.read_real",
-        "counting",
+        "folders",
         "Robustness sets name their classes otherwise: match by name, predict among those found.",
     ),
     Concept(
@@ -141,7 +141,7 @@ CONCEPTS = (
         "eval.change_routing eval.mute eval.open_parts eval.corruption_errors eval.prepare "
         "eval.measure eval.print_row eval.parse_args "
         "eval.main",
-        "checkpoints classes costs expert_choice soft",
+        "checkpoints counting classes costs expert_choice soft",
         "One table, several checkpoints and test sets; whatever deviates from training is "
         "printed.",
     ),

@@ -114,13 +114,14 @@ eval.open_folder
     flat and split != 'all' and '' not in files -> flat and split != 'all'
 eval.hold_out
     split == 'val' -> split != 'val'
+    file[start:] -> file  # the class folder counts
 eval.find_images
-    Path(root).resolve().is_relative_to(Path(start + name).resolve()) -> False  # in two classes
+    HIDDEN.search(file[len(root):]) -> None  # what systems leave behind counts
 eval.decode
     ImageOps.exif_transpose(image) -> image
-    2 ** bits - 1 -> 65535  # 12 bits turn black
+    image.mode == 'F' or grey.min() < 0 or grey.max() > 255 -> False  # cut off
 eval.FolderImages.__getitem__
-    unreadable = index -> unreadable = i  # the wrong file
+    unreadable = index -> pass  # replaced in silence
 eval.predict
     min(5, logits.shape[1]) -> 5
     logits.sigmoid() -> logits.softmax(1)
@@ -134,7 +135,8 @@ eval.eval_loader
     (range(len(dataset)) if indices is None else indices)[rank::world] ->
         range(len(dataset)) if indices is None else indices  # all count the same
 eval.image_losses
-    right[:, 1:] -> right[:, :-1]  # not the padding
+    F.one_hot(answers + 1, logits.shape[1] + 1)[..., 1:] ->
+        F.one_hot(answers + 1, logits.shape[1] + 1)[..., :-1]  # not the padding
 eval.normalize
     -mean -> mean
 eval.load_checkpoint
@@ -144,6 +146,8 @@ eval.read_checkpoint
 eval.match_classes
     {name: int(name) for name in names if int(name) < len(classes)} ->
         {name: i for i, name in enumerate(names)}  # sorted 0, 1, 10
+eval.match_dataset
+    found.unique(return_inverse=True) -> (found, found.argsort())  # a class in two columns
 eval.prepare
     'val' if trained_on else 'all' -> 'all'  # what was trained on counts, too
 train.settle
