@@ -263,9 +263,23 @@ def test_layer_wise_decay_is_for_the_published_models():
 def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epochs):
     """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would
     make 125."""
-    config = resolve("")
+    config = resolve("--data flags")
     train.settle(config, num_images, 100, world=1)
     assert config.epochs == epochs
+
+
+@pytest.mark.recipe
+def test_the_first_run_is_short():
+    """`python train.py` takes 2 epochs of 16,000 // 48 = 333 steps, at the peak rate of a step of
+    48 images. Flags say otherwise, and no other data or model is so easy."""
+    config = resolve("")
+    train.settle(config, 16_000, 100, world=1)
+    assert (config.epochs, config.batch_size) == (2, 48) and math.isclose(config.lr, 6e-3)
+    config = resolve("--epochs 9 --batch-size 24")
+    train.settle(config, 16_000, 100, world=1)
+    assert (config.epochs, config.batch_size) == (9, 24) and math.isclose(config.lr, 3e-3)
+    for flags in ("--data flags", "--model vit_nano"):
+        assert resolve(flags).epochs is None, "as many as --data needs"
 
 
 @pytest.mark.training
