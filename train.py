@@ -781,7 +781,7 @@ def restore(run, path):
     if refused:
         raise ValueError(f"{run.folder} holds another run ({'; '.join(refused)}): give the same "
                          f"options and data to continue it, or another --out")
-    run.model.load_state_dict(checkpoint["model"])
+    upcycle(checkpoint["model"], run.model)  # as it is: a ValueError if the model has changed since
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     if run.ema:
         run.ema.load_state_dict(checkpoint["ema"])

@@ -813,6 +813,17 @@ def test_a_run_is_not_continued_as_another(change, flags, expected):
 
 
 @pytest.mark.training
+def test_a_run_of_another_version_is_not_continued():
+    """A convnext_nano once had 7x7 kernels. Its weights are refused in a line that names them."""
+    run("--model convnext_nano --epochs 1 --out r")
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    old = convnext.convnext_nano(16, moe_layers="last2", num_experts=4, kernel_size=7)
+    torch.save(checkpoint | dict(model=old.state_dict()), "r/last.pt")
+    with pytest.raises(ValueError, match=r"do not fit: .*dwconv.weight: .*\[32, 1, 7, 7\]"):
+        run("--model convnext_nano --epochs 1 --out r")
+
+
+@pytest.mark.training
 def test_a_best_checkpoint_without_a_last_one_is_not_overwritten():
     """A run that starts anew in its folder would replace it."""
     run("--epochs 1 --out r")
