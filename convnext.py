@@ -71,7 +71,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Depthwise 7x7 convolution, LayerNorm, MLP or MoE: x (B, C, H, W) -> the same, and a Routing.
+    """Depthwise convolution, LayerNorm, MLP or MoE: x (B, C, H, W) -> the same, and a Routing.
 
     dense:   x + drop_path(gamma * MLP(norm(h)))           h = dwconv(x)
     sparse:  x + drop_path(gamma * (h + MoE(norm(h))))
@@ -84,9 +84,9 @@ class Block(nn.Module):
     the same function, but faster, and the MoE wants rows.
     """
 
-    def __init__(self, dim, mlp, drop_path, layer_scale):
+    def __init__(self, dim, mlp, drop_path, layer_scale, kernel_size=7):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = mlp
         if not isinstance(mlp, MLP):  # train.upcycle() sets it to 0: a dense block has no such skip
@@ -115,19 +115,20 @@ class ConvNeXt(nn.Module):
         depths, widths: the blocks and channels of each stage. The resolution halves in between.
             A single stage is isotropic: no norm after the stem and no layer scale.
         image_size, patch_size of the stem: in pixels. Other sizes work, too; grids is for this one.
+        kernel_size: rows and columns of the depthwise convolutions, odd. All published models: 7.
         moe_layers: which blocks are sparse, see place_moe.
         num_experts, k, router, router_noise, capacity_factor: of each MoE, see moe.MoE. router may
             also be "expert_choice" or "soft", see moe.make_moe.
         mlp_ratio, expert_ratio: hidden width over C, of a dense block's MLP and of one expert.
         drop_path: the rate at the last block. It grows linearly from 0 at the first.
         layer_scale: the initial gamma. None leaves gamma out.
-        init_std: deviation of the initial weights. None: PyTorch's, which suit small widths.
+        init_std: deviation of the initial weights, larger for small widths. None: PyTorch's.
 
     Attributes: moe_blocks, the indices of the sparse blocks; grids, for each of them (0 class
     tokens, rows, columns) in the order of the tokens, to lay a Routing out as a picture.
     """
 
-    def __init__(self, image_size=224, patch_size=4, depths=(3, 3, 9, 3),
+    def __init__(self, image_size=224, patch_size=4, kernel_size=7, depths=(3, 3, 9, 3),
                  widths=(96, 192, 384, 768), mlp_ratio=4, num_classes=1000, moe_layers="none",
                  num_experts=8, k=1, expert_ratio=4, router="linear", router_noise=1.0,
                  capacity_factor=None, drop_path=0.0, layer_scale=1e-6, init_std=0.02):
@@ -162,7 +163,8 @@ class ConvNeXt(nn.Module):
                 else:
                     mlp = MLP(dim, int(mlp_ratio * dim))
                 rate = drop_path * index / max(1, sum(depths) - 1)
-                stage.append(Block(dim, mlp, rate, None if isotropic else layer_scale))
+                gamma = None if isotropic else layer_scale
+                stage.append(Block(dim, mlp, rate, gamma, kernel_size))
                 index += 1
             self.stages.append(stage)
             side //= 2
@@ -234,8 +236,9 @@ def from_torchvision(state_dict):
 
 def convnext_nano(num_classes=1000, **options):
     """For 32-pixel images on a CPU: three stages of 8 x 8, 4 x 4 and 2 x 2 positions."""
-    sizes = dict(image_size=32, depths=(2, 3, 2), widths=(32, 64, 128), init_std=None)
+    sizes = dict(image_size=32, depths=(2, 3, 2), widths=(32, 64, 128), init_std=0.12)
     sizes["layer_scale"] = None  # only deep networks need it
+    sizes["kernel_size"] = 3  # most of a 7x7 kernel would lie outside of such small maps
     return ConvNeXt(**sizes | options, num_classes=num_classes)
 
 

@@ -60,9 +60,8 @@ from moe import ExpertChoice, MoE, SoftMoE, balance_loss, count_parameters
 # ---------------------------------------------------------------- recipes
 # One dictionary per model. A flag of the same name overrides an entry. base_lr is the peak rate for
 # base_batch images, scaled linearly to another --batch-size unless --lr gives it. Placement,
-# experts, k and ratio are the paper's choice. Its other hyperparameters could not be obtained:
-# router noise, capacity and balance weight are V-MoE's (Riquelme et al. 2021). How each recipe
-# differs from its source: .github/differences.md.
+# experts, k and ratio are the paper's. Its other hyperparameters were not available: router noise,
+# capacity and balance weight are V-MoE's (Riquelme et al. 2021). See .github/differences.md.
 
 BASE = dict(
     moe_layers="last2", experts=8, expert_ratio=4, router="linear", router_noise=1.0,
@@ -113,6 +112,7 @@ RECIPES = dict(
 
 # Nano models on a folder: few pictures of a class. No flip: letters and digits do not like it.
 NANO_FOLDER = dict(crop_scale=0.25, cutmix=1.0)
+FIRST_RUN = dict(epochs=2, base_batch=48, base_lr=6e-3)  # `python train.py`: shapes are easy
 
 # Fine-tuning, with --init-from; nano models keep their own recipe. Liu et al. 2022, TRAINING.md,
 # "Fine-tune from ImageNet-22K". 8 experts of ratio 4: the paper's choice on 21k.
@@ -144,11 +144,11 @@ TORCHVISION = dict(
 
 def recipe_of(args):
     """Return the recipe of args.model, a dict, fit for args.data and args.init_from."""
-    recipe = RECIPES[args.model]
-    if args.init_from and args.model in FINE_TUNING:
-        recipe = FINE_TUNING[args.model]
+    recipe = args.init_from and FINE_TUNING.get(args.model) or RECIPES[args.model]
     if "steps" in recipe and os.path.isdir(args.data):
         recipe = recipe | NANO_FOLDER
+    if (args.model, args.data) == ("convnext_nano", "shapes"):
+        recipe = recipe | FIRST_RUN
     return recipe
 
 
@@ -780,7 +780,7 @@ def restore(run, path):
     if refused:
         raise ValueError(f"{run.folder} holds another run ({'; '.join(refused)}): give the same "
                          f"options and data to continue it, or another --out")
-    run.model.load_state_dict(checkpoint["model"])
+    upcycle(checkpoint["model"], run.model)  # as it is: a ValueError if the model has changed since
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     if run.ema:
         run.ema.load_state_dict(checkpoint["ema"])

@@ -72,6 +72,7 @@ vit.ViT.__init__
     drop_path * i / max(1, depth - 1) -> drop_path  # the same rate everywhere
 convnext.ConvNeXt.__init__
     expert_ratio -> mlp_ratio
+    kernel_size -> 7  # whatever was asked for
 vit.Attention.forward
     (q, k, v) -> (k, v, q)
     y.transpose(1, 2) -> y  # heads mixed with tokens

@@ -628,6 +628,41 @@ def test_gamma_zero_switches_a_block_off(mlp):
     assert_close(block(x)[0], x)
 
 
+@pytest.mark.convnext
+@pytest.mark.parametrize("kernel_size, expected", [
+    (3, [[4, 6, 6, 4], [6, 9, 9, 6], [6, 9, 9, 6], [4, 6, 6, 4]]),
+    (7, [[16] * 4] * 4),  # 49 weights, of which 33 lie outside of the map
+])
+def test_what_a_kernel_sees_of_a_small_map(kernel_size, expected):
+    """On 4 x 4 positions of value 1 a convolution with weights of 1 counts those that it sees.
+
+    Here the MoE answers 0: a block adds its convolution and nothing else.
+    """
+    block = convnext.Block(1, AnswersZero(), 0.0, layer_scale=None, kernel_size=kernel_size)
+    nn.init.ones_(block.dwconv.weight)
+    nn.init.zeros_(block.dwconv.bias)
+    x = torch.ones(1, 1, 4, 4)
+    y, _ = block(x)
+    assert_close((y - x)[0, 0], torch.tensor(expected).float())
+
+
+class AnswersZero(nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x), None
+
+
+@pytest.mark.building
+@pytest.mark.parametrize("preset", CONVNEXTS, ids=lambda preset: preset.__name__)
+def test_kernels_fit_the_maps(preset):
+    """The published models have 7x7 kernels in all blocks. On the small maps of convnext_nano 3x3
+    are enough."""
+    expected = 3 if preset is convnext_nano else 7
+    with torch.device("meta"):
+        for kernel_size, options in [(expected, {}), (5, dict(kernel_size=5))]:
+            kernels = {block.dwconv.weight.shape[1:] for block in blocks_of(preset(**options))}
+            assert kernels == {(1, kernel_size, kernel_size)}, "depthwise, as many rows as columns"
+
+
 @pytest.mark.building
 def test_gamma_starts_at_layer_scale():
     """gamma has a value per channel and starts at layer_scale, 1e-6 by default. None: no gamma."""
@@ -738,8 +773,8 @@ def test_init_std_is_the_spread_of_the_weights(model):
 @pytest.mark.building
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_without_init_std_pytorch_draws_the_weights(preset):
-    """The nano presets leave dense weights as PyTorch draws them, uniform in +-1/sqrt(inputs)."""
-    for module in preset().modules():
+    """With init_std=None dense weights are as PyTorch draws them, uniform in +-1/sqrt(inputs)."""
+    for module in preset(init_std=None).modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             bound = module.weight[0].numel() ** -0.5
             assert 0.99 * bound < module.weight.abs().max() <= 1.000001 * bound, module

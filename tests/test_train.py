@@ -263,9 +263,23 @@ def test_layer_wise_decay_is_for_the_published_models():
 def test_nano_models_train_for_about_as_many_steps_on_any_data(num_images, epochs):
     """1,250 steps of 64 images, in 5 to 50 epochs: 250 steps an epoch make 5, 62 make 20, 10 would
     make 125."""
-    config = resolve("")
+    config = resolve("--data flags")
     train.settle(config, num_images, 100, world=1)
     assert config.epochs == epochs
+
+
+@pytest.mark.recipe
+def test_the_first_run_is_short():
+    """`python train.py` takes 2 epochs of 16,000 // 48 = 333 steps, at the peak rate of a step of
+    48 images. Flags say otherwise, and no other data or model is so easy."""
+    config = resolve("")
+    train.settle(config, 16_000, 100, world=1)
+    assert (config.epochs, config.batch_size) == (2, 48) and math.isclose(config.lr, 6e-3)
+    config = resolve("--epochs 9 --batch-size 24")
+    train.settle(config, 16_000, 100, world=1)
+    assert (config.epochs, config.batch_size) == (9, 24) and math.isclose(config.lr, 3e-3)
+    for flags in ("--data flags", "--model vit_nano"):
+        assert resolve(flags).epochs is None, "as many as --data needs"
 
 
 @pytest.mark.training
@@ -796,6 +810,17 @@ def test_a_run_is_not_continued_as_another(change, flags, expected):
         run(f"--data d --epochs 1 --batch-size 8 --out r {flags}")
     assert "r holds another run" in str(error.value) and expected in str(error.value)
     assert Path("r/last.pt").read_bytes() == before
+
+
+@pytest.mark.training
+def test_a_run_of_another_version_is_not_continued():
+    """A convnext_nano once had 7x7 kernels. Its weights are refused in a line that names them."""
+    run("--model convnext_nano --epochs 1 --out r")
+    checkpoint = torch.load("r/last.pt", weights_only=True)
+    old = convnext.convnext_nano(16, moe_layers="last2", num_experts=4, kernel_size=7)
+    torch.save(checkpoint | dict(model=old.state_dict()), "r/last.pt")
+    with pytest.raises(ValueError, match=r"do not fit: .*dwconv.weight: .*\[32, 1, 7, 7\]"):
+        run("--model convnext_nano --epochs 1 --out r")
 
 
 @pytest.mark.training
