@@ -401,7 +401,8 @@ def find_images(root):
         files = [os.path.join(place, file) for place, _, names in walk for file in names]
         files = [file for file in files if not HIDDEN.search(file[len(root):])]
         images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-        others.update(os.path.splitext(file)[1] or file for file in set(files) - set(images))
+        rest = sorted(set(files) - set(images))
+        others.update(os.path.splitext(file)[1] or os.path.basename(file) for file in rest)
         if images:
             classes[name] = images
         elif name and not HIDDEN.search(f"/{name}"):
@@ -656,10 +657,10 @@ def open_drawn(spec, split, transform=None):
     draw, classes = DRAWN[name]
     parts = [draw(torch.Generator().manual_seed(1000 * seed + i)) for i in range(-(-count // 500))]
     drawn = {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
-    images = drawn.pop("images").int()
+    images = drawn.pop("images")
     if shift == "noise":  # up to 80 brighter or darker; training has seen 16 at most
-        generator = torch.Generator().manual_seed(3)
-        images += torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32)
+        random = torch.Generator().manual_seed(3)
+        images = images + torch.randint(-80, 81, images.shape, generator=random, dtype=torch.int32)
     if shift == "blur":  # the mean of 3 x 3; no ninth of a whole number is near .5
         images = F.avg_pool2d(F.pad(images.float(), (1, 1, 1, 1), "replicate"), 3, 1).round()
     images = images.clamp(0, 255).to(torch.uint8)
@@ -715,7 +716,7 @@ def draw_shapes(generator, n=500):
     factors = dict(shape=shape, texture=texture, row=row, column=column, colour=colours[:, 0],
                    background=colours[:, 2])
     drawn = {name: factor.flatten().long() for name, factor in factors.items()}
-    return drawn | dict(images=paint(bright, layers, noise), masks=masks.to(torch.uint8),
+    return drawn | dict(images=paint(bright.int(), layers, noise), masks=masks.to(torch.uint8),
                         labels=4 * drawn["shape"] + drawn["texture"])
 
 
@@ -731,11 +732,10 @@ def outlines(u, v, r):
 
 def textures(u, v):
     """Say where each of the TEXTURES has its second colour: u, v (n, 32, 32) -> (4, n, 32, 32)."""
-    stripes = u // 1024 % 2 == 1  # of 4 pixels, as the checks
-    checks = (u // 1024 + v // 1024) % 2 == 1
+    column, row = u >> 10, v >> 10  # stripes and checks of 4 pixels
     x, y = [(w + 896) % 1792 - 896 for w in (u, v)]  # from a dot: one every 7 pixels
     dots = x * x + y * y < 580 * 580
-    return torch.stack([torch.zeros_like(dots), stripes, checks, dots])
+    return torch.stack([torch.zeros_like(dots), (column & 1) > 0, (column + row & 1) > 0, dots])
 
 
 # ---- flags: three stripes, each of one of 14 colours. A class is a country. Each of the 2,744

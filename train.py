@@ -144,7 +144,8 @@ TORCHVISION = dict(
 
 def recipe_of(args):
     """Return the recipe of args.model, a dict, fit for args.data and args.init_from."""
-    recipe = args.init_from and FINE_TUNING.get(args.model) or RECIPES[args.model]
+    starts = FINE_TUNING if args.init_from else RECIPES
+    recipe = starts.get(args.model, RECIPES[args.model])
     if "steps" in recipe and os.path.isdir(args.data):
         recipe = recipe | NANO_FOLDER
     if (args.model, args.data) == ("convnext_nano", "shapes"):

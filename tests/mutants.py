@@ -105,7 +105,7 @@ train.experts_from_mlp
 vit.resize_positions
     [class_token, patches] -> [here[:, :1], patches]  # not the class token's own
 eval.open_drawn
-    torch.randint(-80, 81, images.shape, generator=generator, dtype=torch.int32) -> 80
+    torch.randint(-80, 81, images.shape, generator=random, dtype=torch.int32) -> 80
 eval.draw_shapes
     order[:, :3] -> order[:, 1:4]  # other colours than those of the factors
 eval.draw_flags
@@ -154,7 +154,7 @@ eval.prepare
 train.settle
     config.base_lr * fitting / config.base_batch -> config.base_lr
 train.recipe_of
-    FINE_TUNING[args.model] -> recipe
+    FINE_TUNING if args.init_from else RECIPES -> RECIPES
 train.update_ema
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
 train.parameter_groups

@@ -643,10 +643,9 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     data = open_dataset(root, "all")
     assert names(data) == ["a/1.png", "deep/2.png", "b/@3.png"] and data.classes == ["a", "b"]
     open_dataset(root, "all")
-    [told] = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"warning: {root}: left out what is or holds no image: .HEIC (2), ")
-    left_out = told.split(": ")[-1].split(", ")
-    assert sorted(left_out) == [".HEIC (2)", ".txt (1)", f"{root}/README (1)", "c/ (1)"]
+    assert capsys.readouterr().err == (
+        f"warning: {root}: left out what is or holds no image: .HEIC (2), README (1), .txt (1), "
+        f"c/ (1)\n")
 
 
 @pytest.mark.folders

@@ -103,8 +103,7 @@ def test_the_lines_that_classify_a_picture(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(python_block("classify"), {})
     [said] = json.loads(Path("said.json").read_text())["results"][0]["pictures"]
-    best = list(zip(said["classes"], said["probabilities"]))[:2]
-    expected = [f"{name}: {probability:.1%}" for name, probability in best]
+    expected = [f"{name}: {probability:.1%}" for name, probability in said["best"][:2]]
     assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -169,9 +168,9 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     """Each program, run as a script: one line on stderr, nothing on stdout, nothing written."""
     mistakes = {
         "train.py --data shapes:100 --experts 2 --k 3": "error: k = 3: ",
-        "eval.py nowhere.pt --data shapes": "error: no checkpoint at nowhere.pt",
+        "eval.py nowhere.pt --data shapes": "error: nowhere.pt is not a checkpoint",
         "inspect_experts.py nowhere.pt --data shapes --out out":
-            "error: no checkpoint at nowhere.pt",
+            "error: nowhere.pt is not a checkpoint",
         "tests/make_assignment.py out no_such_concept": "error: unknown concept",
         "tests/grade.py nobody --against nowhere": "error: no ASSIGNMENT.md in ",
     }
