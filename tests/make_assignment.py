@@ -42,7 +42,7 @@ from concepts import BY_NAME, CONCEPTS, PLAN, functions_of
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = """
     moe.py vit.py convnext.py eval.py train.py inspect_experts.py requirements.txt README.md
-    .gitignore .github/* tests/benchmark.py tests/gpu_check.sh tests/checks.py tests/concepts.py
+    .gitignore .github/*.* tests/benchmark.py tests/gpu_check.sh tests/checks.py tests/concepts.py
     tests/conftest.py tests/forked.py tests/rules.py tests/test_moe.py tests/test_other_routers.py
     tests/test_models.py tests/test_eval.py tests/test_robustness.py tests/test_train.py
     tests/test_processes.py tests/test_inspect.py tests/test_gpu.py

@@ -69,38 +69,11 @@ def test_the_loop_makes_every_row_of_the_tables(tmp_path):
 
 
 SAID = """\
-With eight {top1 E8}%, without {top1 dense} (+{gain E8 dense} points, 95% interval {span E8 dense},
-{n E8 dense}). After 6,000 steps both have 99% ({n long-dense long-E8}).
+{top1 E8}% after 2,000 steps of 64 pictures, and without experts {top1 dense} ({n E8 dense}).
 
-makes 2,660 steps and reaches {top1 longer-dense}. At width 32 it is
-{gain longer-pico-dense pico-E8} points ahead, as a ConvNeXt
-{gain longer-convnext-dense convnext-E8}, at width 128 nothing clear
-({gain longer-micro-dense micro-E8}, {n longer-dense longer-pico-dense longer-micro-dense
-longer-convnext-dense pico-E8 micro-E8 convnext-E8}):
+makes 2,660 steps and has {top1 longer-dense} ({n longer-dense}):
 
-MLPs with the experts' parameters (3.1 times the multiply-adds) reach {top1 wide-1.5e-3}, a ViT of
-width 128 (3.8 times) {top1 micro-dense} ({n wide-1.5e-3 micro-dense}).
-
-With eight {top1 glyphs-E8}%, without {top1 glyphs-dense} (+{gain glyphs-E8 glyphs-dense} points,
-95% interval {span glyphs-E8 glyphs-dense}, {n glyphs-E8 glyphs-dense}).
-
-2, 4, 8, 16 and 32 reach {mean E2}, {mean E4}, {mean E8}, {mean E16} and {mean E32}. On a quarter
-of the pictures eight gain {gain 16000-E8 16000-dense} points, on a sixteenth
-{gain 4000-E8 4000-dense} (n = 5 or more).
-
-Over linear expert choice gains {gain expert_choice E8} points (with 13% more multiply-adds), cosine
-and L2 nothing clear; soft loses {gain E8 soft} ({n expert_choice cosine l2 soft}).
-
-Eight gain {gain pico-E8 pico-dense} points at width 32, {gain micro-E8 micro-dense} at 128 and
-{gain convnext-E8 convnext-dense} in a ConvNeXt, where 16 gain {gain convnext-E16 convnext-dense}
-({n pico-E8 pico-dense micro-E8 micro-dense convnext-E16 convnext-E8 convnext-dense}).
-
-Doubled it costs {gain dense dense-3e-3} points without, {gain E8 E8-3e-3} with
-({n dense-3e-3 E8-3e-3}).
-
-The paper's ViT-S gains 0.4 on ImageNet
-
-torch 2.14"""  # The paper's ViT-S has 79.8, with 8 experts and one per token 80.2
+In the paper ViT-S gains 0.4 points on ImageNet"""  # 79.8; 80.2 with 8 experts, one per token
 
 
 def test_what_the_readme_says_came_out():
@@ -124,7 +97,7 @@ def test_what_the_readme_says_came_out():
         function, *names = match[1].split()
         return fill[function](*names)
 
-    section = (ROOT / "README.md").read_text().split("(.github/study.svg)")[1].split("Your own")[0]
+    section = (ROOT / "README.md").read_text().split("(.github/study.svg)")[1].split("Try it")[0]
     text = " ".join(section.split())
     for words in SAID.split("\n\n"):
         words = re.sub(r"\{(.*?)\}", filled, " ".join(words.split()))
@@ -134,32 +107,11 @@ def test_what_the_readme_says_came_out():
 
 
 def test_the_verdicts_of_the_readme():
-    """Something is clear if the 95% interval of the paired difference excludes 0."""
+    """Ahead per step, behind per second: the 95% interval of each paired difference excludes 0."""
     found = study.Study()
-
-    def clear(name, base):
+    for name, base in (("E8", "dense"), ("longer-dense", "E8")):
         gain = found.gain(name, base)
-        return gain.mean - gain.half > 0
-
-    def unclear(name, base):
-        return not clear(name, base) and not clear(base, name)
-
-    for size in ("", "pico-", "micro-", "convnext-"):
-        assert clear(f"{size}E8", f"{size}dense"), "ahead per step"
-    for size in ("", "pico-", "convnext-"):
-        assert clear(f"longer-{size}dense", f"{size}E8"), "not per second"
-    assert unclear("longer-micro-dense", "micro-E8")
-    assert unclear("glyphs-E8", "glyphs-dense"), "glyphs: no clear gain"
-    assert clear("expert_choice", "E8") and clear("E8", "soft")
-    assert unclear("cosine", "E8") and unclear("l2", "E8")
-    assert clear("dense", "dense-3e-3") and clear("E8", "E8-3e-3"), "the learning rate matters"
-    many = ("E2", "E4", "E8", "E16", "E32", "16000-E8", "16000-dense", "4000-E8", "4000-dense")
-    assert min(len(found.runs[name]) for name in many) == 5, "n = 5 or more"
-    late = [line["top1"] for name in ("long-dense", "long-E8")
-            for line in found.runs[name].values()]
-    assert 99 <= min(late) and max(late) < 100, "after 6,000 steps both have 99%"
-    versions = {line["torch"][:4] for seeds in found.runs.values() for line in seeds.values()}
-    assert versions == {"2.14"}
+        assert gain.mean - gain.half > 0, name
 
 
 @pytest.mark.parametrize("size, steps", [
@@ -197,19 +149,3 @@ def test_the_wide_mlps_have_as_many_parameters_as_eight_experts():
                     for E, ratio in ((1, 32), (8, 4)))
     counts = [evaluation.count_parameters(model)[0] for model in (wide, sparse)]
     assert counts[0] / counts[1] == pytest.approx(1, abs=0.01)
-
-
-def test_what_the_readme_says_experts_follow():
-    """By information above chance, in each seed: colour on flags, place and ink on glyphs."""
-    def best(name, block, n):
-        """Return for each seed the n factors that the experts of a block follow most."""
-        runs = study.Study().follows[name]
-        assert len(runs) > 1
-        for run in runs.values():
-            found = run["layers"][block].items()
-            above = {factor: measured - chance for factor, (measured, chance) in found}
-            yield set(sorted(above, key=above.get)[-n:])
-
-    assert all(factors == {"colour"} for block in ("block 1", "block 3")
-               for factors in best("flags-vit", block, 1))
-    assert all(factors == {"position", "object"} for factors in best("glyphs-vit", "block 1", 2))
