@@ -562,18 +562,17 @@ def draw_surest(run, layer):
     return layer.panel(*rows)
 
 
-FIGURES = (draw_training, draw_balance, draw_pictures, draw_load, draw_where, draw_amount,
-           draw_classes, draw_similarity, draw_surest)
+FIGURES = {  # draw_x -> what it has a panel for
+    draw_training: "curves", draw_balance: "loads", draw_pictures: "images", draw_load: "layers",
+    draw_where: "layers", draw_amount: "layers", draw_classes: "layers",
+    draw_similarity: "layers", draw_surest: "layers"}
 
 
-def panels_of(run, draw):
-    """List the panels of a figure: one per curve, image or MoE layer, as far as there are any."""
-    own = not run.data.classes
-    if draw is draw_pictures:
-        return [draw(run, m) for m in run.shown]
-    if draw is draw_training:
-        return [draw(run, title) for title in CURVES if run.log and not own]
-    return [draw(run, layer) for layer in run.layers if not own]
+def parts_of(run):
+    """List what the figures of a run have panels for. Own pictures have figures of images only."""
+    layers, log = (run.layers, run.log) if run.data.classes else ([], [])
+    curves, loads = (CURVES, layers) if log else ([], [])
+    return dict(curves=curves, loads=loads, images=run.shown, layers=layers)
 
 
 # ---------------------------------------------------------------- 5. the report and the files
@@ -620,9 +619,9 @@ def report_html(run, data):
             page += f"<span>{swatch(colour)} {e}</span> "
         rows = ["<td>".join(row) for row in overview(run)]
         page += f"<table><tr><td>{'<tr><td>'.join(rows)}</table><p>{MEANINGS}"
-    for draw in FIGURES:
+    for draw, parts in FIGURES.items():
         heading, caption = draw.__doc__.split("\n", 1)
-        panels = panels_of(run, draw)
+        panels = [draw(run, part) for part in parts_of(run)[parts]]
         if panels:
             page += f"<h2>{heading}</h2><p>{caption}<div class=panels>{''.join(panels)}</div>"
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport "
