@@ -213,19 +213,22 @@ train.restore
     then != now -> False  # whatever was there is continued
 train.save
     name in names -> True  # a log that nobody can read
-inspect_experts.points_of
-    math.isfinite(value) -> True
+inspect_experts.count_patches
+    levels + 1 -> levels.clamp(min=0) + 1  # the background counts as level 0
 inspect_experts.known_factors
     shares.argmax(0) -> shares.argmin(0)
     values.gather(1, part) -> values[:, :1]  # of the first part
 inspect_experts.similarity
-    2 * shared.double() -> shared.double()
+    2 * torch.stack(shared).double() -> torch.stack(shared).double()
 inspect_experts.mutual_information
     min -> max
-inspect_experts.LayerCounts.add
-    experts[..., :1] -> experts[..., -1:]  # the last choice
-inspect_experts.text
-    escape(words) -> words
+inspect_experts.store
+    routing.experts[:, 0] -> routing.experts[:, -1]  # the last choice
+inspect_experts.describe
+    levels[others] -> levels  # as much by chance as measured
+    layer.entropy[:, extra:] -> layer.entropy  # with the class token
+inspect_experts.panel
+    escape(title) -> title
 """
 
 
