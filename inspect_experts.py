@@ -327,8 +327,8 @@ def palette(E):
 
 
 def picture(pixels):
-    """Return an <img> of pixels (3, rows, columns) uint8. Few pixels keep hard edges."""
-    small = pixels.shape[1] <= 64
+    """Return an <img> of pixels (3, rows, columns) uint8. Few rows or columns keep hard edges."""
+    small = min(pixels.shape[1:]) <= 64  # a JPEG would mix neighbours
     file = encode_png(pixels) if small else encode_jpeg(pixels, quality=80)
     data = base64.b64encode(file.numpy().tobytes()).decode()
     kind, look = ("png", " class=pixels") if small else ("jpeg", "")
