@@ -47,8 +47,8 @@ def routing_of(choices, E, probs=None):
 def layer_of(choices, grid, block=1, nats=None):
     """A Layer from nested lists: image -> token -> expert. nats: of each token, else 1 bit."""
     experts = torch.tensor(choices, dtype=torch.int16)
-    nats = torch.full(experts.shape, math.log(2)) if nats is None else torch.tensor(nats)
-    return Layer(block, grid, experts, nats)
+    one_bit = [9.0] * grid[0] + [math.log(2)] * (grid[1] * grid[2])  # but the class token
+    return Layer(block, grid, experts, torch.tensor(nats or [one_bit] * len(choices)))
 
 
 def images_of(labels, names, red=None, side=2):
@@ -173,6 +173,7 @@ def test_the_first_choice_and_the_entropy_of_each_token_are_stored(batch):
     ("class_token_share", None, [[0, 0]], 2, (0, 1, 2)),  # a ConvNeXt has none
     # A ViT's class token, the first of an image, counts here and nowhere else.
     ("class_token_share", [0, 0.5, 0.5], [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),
+    ("router_entropy_bits", 1.0, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),  # as layer_of() says
     ("experts_per_image", 1, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2))])
 def test_numbers_of_a_layer_by_hand(name, value, choices, E, grid):
     """What the choices of all images' patches, row by row, have as this number."""
@@ -462,9 +463,9 @@ def test_a_large_table_becomes_a_picture():
     """More than 2,000 values are one pixel each: 1,000 classes of two experts are still a table."""
     values = torch.tensor([[0.0, 0.5]]).expand(1001, 2)
     table, large = Page(heat(values[:1000], 0.5, range(1000))), Page(heat(values, 0.5, range(1001)))
-    assert len(table.all("td")) == 2000 and large.all("td") == []
+    assert len(table.all("td")) == 2000 and table.styles("td")[1] == {"--blue": "80%"}
     [image] = large.pictures()
-    assert image.size == (2, 1001)
+    assert large.all("td") == [] and image.size == (2, 1001)
     assert [image.getpixel((x, 500)) for x in (0, 1)] == [(40, 40, 40), BLUE], "not a JPEG"
 
 
@@ -655,12 +656,11 @@ def test_without_a_log_its_figures_are_left_out():
 @pytest.mark.report
 def test_the_overview_by_hand():
     """A row per measure, a column per layer; in brackets what chance alone would tell."""
-    nats = [9.0] + [math.log(2), math.log(4)] * 2  # the class token's does not count
-    layer = layer_of([[0, 0, 1, 2, 3]] * 4, (1, 2, 2), nats=[nats] * 4)
+    layer = layer_of([[0, 0, 1, 2, 3]] * 4, (1, 2, 2))
     run = run_of(4, data_of([0, 1, 0, 1], ["ant", "bee"]), layer, layer._replace(block=3))
     # All experts follow the position alone, as in test_information_by_hand.
     rows = [["block", "1", "3"], ["grid", "2x2", "2x2"], ["experts per image", "4.00", "4.00"],
-            ["router, bits", "1.50", "1.50"], ["load, CV", "0.00", "0.00"],
+            ["router, bits", "1.00", "1.00"], ["load, CV", "0.00", "0.00"],
             ["class", "0.00 (0.00)", "0.00 (0.00)"], ["position", "1.00 (0.00)", "1.00 (0.00)"]]
     assert overview(run) == rows
     page = Page(report_html(run, "spec"))
