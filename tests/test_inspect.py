@@ -657,10 +657,10 @@ def test_without_a_log_its_figures_are_left_out():
 @pytest.mark.report
 def test_the_overview_by_hand():
     """A row per measure, a column per layer; in brackets what chance alone would tell."""
-    layer = layer_of([[0, 0, 1, 2, 3]] * 4, (1, 2, 2))
+    layer = layer_of([[0, 0, 1, 2, 3]] * 4, (1, 1, 4))
     run = run_of(4, data_of([0, 1, 0, 1], ["ant", "bee"]), layer, layer._replace(block=3))
     # All experts follow the position alone, as in test_information_by_hand.
-    rows = [["block", "1", "3"], ["grid", "2x2", "2x2"], ["experts per image", "4.00", "4.00"],
+    rows = [["block", "1", "3"], ["grid", "1x4", "1x4"], ["experts per image", "4.00", "4.00"],
             ["router, bits", "1.00", "1.00"], ["load, CV", "0.00", "0.00"],
             ["class", "0.00 (0.00)", "0.00 (0.00)"], ["position", "1.00 (0.00)", "1.00 (0.00)"]]
     assert overview(run) == rows
@@ -749,7 +749,7 @@ def checkpoint(tmp_path, monkeypatch):
     def save(name, log=(), args=(), **options):
         config = dict(model="convnext_nano", num_classes=16, num_experts=4) | options
         model = build_model(config).state_dict()
-        usual = dict(image_size=32, crop_ratio=1.0, mean=MEAN, std=STD, ema={}, optimizer={},
+        usual = dict(image_size=32, crop_ratio=0.5, mean=MEAN, std=STD, ema={}, optimizer={},
                      epoch=1, step=1, best=0.0, args=dict(args), log=list(log))
         torch.save(usual | dict(config=config, classes=DRAWN["shapes"][1], model=model), name)
         return name
@@ -764,10 +764,10 @@ def run_main(*argv):
 
 
 def save_pictures(*paths):
-    """Save small pictures of different colours."""
+    """Save small pictures, from dark to bright, of different widths."""
     for i, path in enumerate(paths):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        Image.new("RGB", (40, 36), (4 * i, 100, 50)).save(path)
+        Image.linear_gradient("L").resize((40 + i, 36)).save(path)
 
 
 @pytest.mark.report
@@ -880,7 +880,7 @@ def test_own_pictures(checkpoint, capsys, options, layers, data, numbers):
     model, saved = load_checkpoint("a.pt")
     printed = capsys.readouterr().out.splitlines()[2:]
     for i, line in zip(numbers, printed, strict=True):
-        image = eval_transform(32, 1.0)(read_image(f"own/photo {i}.png")).unsqueeze(0)
+        image = eval_transform(32, 0.5)(read_image(f"own/photo {i}.png")).unsqueeze(0)
         with torch.no_grad():
             probs = model(normalize(image, MEAN, STD)).softmax(1)[0].tolist()
         best = sorted(zip(probs, saved["classes"]), reverse=True)[:5]
