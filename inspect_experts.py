@@ -170,7 +170,7 @@ class Run(NamedTuple):
 def inspect(path, args, device):
     """Open a checkpoint and its data, and run it over them once: return a Run.
 
-    Raise ValueError if they do not fit together, if an image cannot be read, or if a router
+    Raise ValueError if they do not fit together, if an image cannot be read, or if the model
     computes numbers that are not finite.
     """
     model, checkpoint = load_checkpoint(path)
@@ -190,12 +190,13 @@ def inspect(path, args, device):
         checkpoint["args"].get("loss", "softmax"), best_dtype(device), "inspect",
         watch=partial(store, stored, model.grids))
     top1 = count(found, data)["top1"]  # raises if an image cannot be read
+    if not found.probs.isfinite().all():
+        raise ValueError(f"{path}: its answers are numbers that are not finite")
     layers = []
     for block, grid, parts in zip(model.moe_blocks, model.grids, stored):
         layer = Layer(block, grid, *map(torch.cat, parts))
         if not layer.entropy.isfinite().all():
-            raise ValueError(f"{path}: the router of block {block} computes numbers that are not "
-                             f"finite: inspect another checkpoint")
+            raise ValueError(f"{path}: block {block} routes by numbers that are not finite")
         layers.append(describe(layer, data, images, E))
     answers = best_classes(Predictions(*(field[shown] for field in found)), data.names)
     shown, log = dict(zip(shown, answers)), checkpoint.get("log", [])

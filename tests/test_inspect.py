@@ -346,24 +346,22 @@ def test_examples_have_their_own_answers(red_run):
 
 
 @pytest.mark.report
-def test_a_router_that_computes_nan_is_refused(red_run):
-    """A checkpoint with broken weights gets no report with NaN in it."""
+@pytest.mark.parametrize("logits, probs", [(1, math.nan), (math.nan, 1)])
+def test_a_model_that_computes_nan_is_refused(red_run, logits, probs):
+    """A checkpoint with broken weights, in a router or elsewhere, gets no report with NaN in it."""
     class Broken(RedDecides):
         def forward(self, images, return_routing):
-            logits, [good] = super().forward(images, return_routing)
-            return logits, [good._replace(probs=good.probs * math.nan)]
+            good, [routing] = super().forward(images, return_routing)
+            return good * logits, [routing._replace(probs=routing.probs * probs)]
 
-    with pytest.raises(ValueError, match="stub.pt: the router of block 1 computes .* not finite"):
+    with pytest.raises(ValueError, match="stub.pt: .* numbers that are not finite"):
         red_run([[0, 1, 1, 1]], 2, [0], ["a"], model=Broken)
 
 
 # ---------------------------------------------------------------- what figures are made of
 
 class Page(HTMLParser):
-    """The elements of some HTML: each has .tag, .attributes, and .text up to the next tag.
-
-    Asserts that what is opened is closed.
-    """
+    """The elements of HTML: .tag, .attributes, .text up to the next tag. All must be closed."""
 
     def __init__(self, source):
         super().__init__()
