@@ -170,7 +170,7 @@ class Run(NamedTuple):
 def inspect(path, args, device):
     """Open a checkpoint and its data, and run it over them once: return a Run.
 
-    Raise ValueError if they do not fit together, if an image cannot be read, or if a router
+    Raise ValueError if they do not fit together, if an image cannot be read, or if the model
     computes numbers that are not finite.
     """
     model, checkpoint = load_checkpoint(path)
@@ -190,12 +190,13 @@ def inspect(path, args, device):
         checkpoint["args"].get("loss", "softmax"), best_dtype(device), "inspect",
         watch=partial(store, stored, model.grids))
     top1 = count(found, data)["top1"]  # raises if an image cannot be read
+    if not found.probs.isfinite().all():
+        raise ValueError(f"{path}: its answers are numbers that are not finite")
     layers = []
     for block, grid, parts in zip(model.moe_blocks, model.grids, stored):
         layer = Layer(block, grid, *map(torch.cat, parts))
         if not layer.entropy.isfinite().all():
-            raise ValueError(f"{path}: the router of block {block} computes numbers that are not "
-                             f"finite: inspect another checkpoint")
+            raise ValueError(f"{path}: block {block} routes by numbers that are not finite")
         layers.append(describe(layer, data, images, E))
     answers = best_classes(Predictions(*(field[shown] for field in found)), data.names)
     shown, log = dict(zip(shown, answers)), checkpoint.get("log", [])
@@ -327,8 +328,8 @@ def palette(E):
 
 
 def picture(pixels):
-    """Return an <img> of pixels (3, rows, columns) uint8. Few pixels keep hard edges."""
-    small = pixels.shape[1] <= 64
+    """Return an <img> of pixels (3, rows, columns) uint8. Few rows or columns keep hard edges."""
+    small = min(pixels.shape[1:]) <= 64  # a JPEG would mix neighbours
     file = encode_png(pixels) if small else encode_jpeg(pixels, quality=80)
     data = base64.b64encode(file.numpy().tobytes()).decode()
     kind, look = ("png", " class=pixels") if small else ("jpeg", "")
@@ -562,18 +563,17 @@ def draw_surest(run, layer):
     return layer.panel(*rows)
 
 
-FIGURES = (draw_training, draw_balance, draw_pictures, draw_load, draw_where, draw_amount,
-           draw_classes, draw_similarity, draw_surest)
+FIGURES = {  # draw_x -> what it has a panel for
+    draw_training: "curves", draw_balance: "loads", draw_pictures: "images", draw_load: "layers",
+    draw_where: "layers", draw_amount: "layers", draw_classes: "layers",
+    draw_similarity: "layers", draw_surest: "layers"}
 
 
-def panels_of(run, draw):
-    """List the panels of a figure: one per curve, image or MoE layer, as far as there are any."""
-    own = not run.data.classes
-    if draw is draw_pictures:
-        return [draw(run, m) for m in run.shown]
-    if draw is draw_training:
-        return [draw(run, title) for title in CURVES if run.log and not own]
-    return [draw(run, layer) for layer in run.layers if not own]
+def parts_of(run):
+    """List what the figures of a run have panels for. Own pictures have figures of images only."""
+    layers, log = (run.layers, run.log) if run.data.classes else ([], [])
+    curves, loads = (CURVES, layers) if log else ([], [])
+    return dict(curves=curves, loads=loads, images=run.shown, layers=layers)
 
 
 # ---------------------------------------------------------------- 5. the report and the files
@@ -620,9 +620,9 @@ def report_html(run, data):
             page += f"<span>{swatch(colour)} {e}</span> "
         rows = ["<td>".join(row) for row in overview(run)]
         page += f"<table><tr><td>{'<tr><td>'.join(rows)}</table><p>{MEANINGS}"
-    for draw in FIGURES:
+    for draw, parts in FIGURES.items():
         heading, caption = draw.__doc__.split("\n", 1)
-        panels = panels_of(run, draw)
+        panels = [draw(run, part) for part in parts_of(run)[parts]]
         if panels:
             page += f"<h2>{heading}</h2><p>{caption}<div class=panels>{''.join(panels)}</div>"
     return ("<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport "

@@ -179,30 +179,27 @@ CONCEPTS = (
     # ---- inspect_experts.py: what the experts do
     Concept(
         "statistics",
-        "inspect_experts.crosstab inspect_experts.patches_per_level inspect_experts.cumulative "
-        "inspect_experts.similarity inspect_experts.entropy inspect_experts.mutual_information "
-        "inspect_experts.row_shares inspect_experts.top_classes inspect_experts.read_log "
-        "inspect_experts.points_of inspect_experts.best_classes inspect_experts.LayerCounts.add "
-        "inspect_experts.LayerCounts.add_factors inspect_experts.LayerCounts.add_surest "
-        "inspect_experts.LayerCounts.summary inspect_experts.LayerCounts.information "
-        "inspect_experts.known_factors inspect_experts.count_choices inspect_experts.cut_out "
-        "inspect_experts.surest_patches inspect_experts.inspect",
+        "inspect_experts.count_patches inspect_experts.entropy "
+        "inspect_experts.mutual_information inspect_experts.similarity "
+        "inspect_experts.cumulative inspect_experts.row_shares inspect_experts.top_classes "
+        "inspect_experts.Layer.patches inspect_experts.store inspect_experts.known_factors "
+        "inspect_experts.describe inspect_experts.surest_patches",
         "counting classes",
         "Count first choices as the images pass; mutual information says what the experts follow, "
         "chance what is noise.",
     ),
     Concept(
         "report",
-        "inspect_experts.palette inspect_experts.escape inspect_experts.short "
-        "inspect_experts.element inspect_experts.rect inspect_experts.line inspect_experts.text "
-        "inspect_experts.picture inspect_experts.tint inspect_experts.overlay "
-        "inspect_experts.labels_across inspect_experts.bars inspect_experts.tiles "
-        "inspect_experts.heat_map inspect_experts.plot inspect_experts.ranking "
-        "inspect_experts.isolated inspect_experts.legend inspect_experts.top1 "
-        "inspect_experts.panel_svg inspect_experts.file_svg inspect_experts.draw_all "
-        "inspect_experts.report_html inspect_experts.routing_csv inspect_experts.make_files "
-        "inspect_experts.open_folder inspect_experts.write_files inspect_experts.open_all "
-        "inspect_experts.describe_picture inspect_experts.print_run inspect_experts.print_layers "
+        "inspect_experts.inspect inspect_experts.open_matched inspect_experts.palette "
+        "inspect_experts.picture inspect_experts.panel inspect_experts.swatch "
+        "inspect_experts.tiles inspect_experts.tint inspect_experts.overlay "
+        "inspect_experts.cut_out inspect_experts.heat inspect_experts.bar inspect_experts.plot "
+        "inspect_experts.draw_training inspect_experts.draw_balance "
+        "inspect_experts.draw_pictures inspect_experts.draw_load inspect_experts.draw_where "
+        "inspect_experts.draw_amount inspect_experts.draw_classes "
+        "inspect_experts.draw_similarity inspect_experts.draw_surest inspect_experts.Layer.panel "
+        "inspect_experts.parts_of inspect_experts.overview inspect_experts.report_html "
+        "inspect_experts.routing_csv inspect_experts.write_files inspect_experts.print_run "
         "inspect_experts.parse_args inspect_experts.main",
         "statistics checkpoints expert_choice soft",
         "A page that says under each figure how to read it, and files that are whole or not "

@@ -178,14 +178,20 @@ train.check_and_agree
     losses.isfinite().all() & norm.isfinite() -> losses.isfinite().all()  # NaN weights
 train.restore
     then != now -> False  # whatever was there is continued
+inspect_experts.count_patches
+    levels + 1 -> levels.clamp(min=0) + 1  # the background counts as level 0
 inspect_experts.known_factors
     shares.argmax(0) -> shares.argmin(0)
 inspect_experts.similarity
-    2 * shared.double() -> shared.double()
+    2 * torch.stack(shared).double() -> torch.stack(shared).double()
 inspect_experts.mutual_information
     min -> max
-inspect_experts.LayerCounts.add
-    experts[..., :1] -> experts[..., -1:]  # the last choice
+inspect_experts.store
+    routing.experts[:, 0] -> routing.experts[:, -1]  # the last choice
+inspect_experts.describe
+    levels[others] -> levels  # as much by chance as measured
+inspect_experts.panel
+    escape(title) -> title
 """
 
 

@@ -1,6 +1,7 @@
 """inspect_experts.py: what is counted, the numbers made of the counts, the figures and the files.
 
 Most tests write a routing down by hand: for each image the experts of its patches, row by row.
+Letters as in inspect_experts.py: M images, N patches per image, E experts, L levels of a factor.
 """
 
 import base64
@@ -9,67 +10,88 @@ import io
 import json
 import math
 import os
-import re
-import sys
-import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
+from torchvision.transforms.functional import pil_to_tensor
 
 import inspect_experts
 from checks import drawn
-from eval import (DRAWN, MEAN, STD, TensorImages, build_model,
-                  eval_loader, eval_transform, load_checkpoint, normalize, read_image)
-from inspect_experts import (FIGURES, LayerCounts, Panel, bars, count_choices, crosstab,
-                             cumulative, cut_out, draw_balance, draw_curves, draw_examples,
-                             draw_mistakes, escape, file_svg, heat_map, inspect,
-                             known_factors, make_files, mutual_information, overlay, palette,
-                             panel_svg, picture, plot, points_of, ranking, read_log, routing_csv,
-                             row_shares, short, similarity, text, tiles, tint, top_classes)
+from eval import (DRAWN, MEAN, STD, TensorImages, build_model, eval_transform, load_checkpoint,
+                  match_dataset, normalize, read_image)
+from inspect_experts import (
+    BLUE, FIGURES, Layer, Run, count_patches, cumulative, cut_out, describe, draw_amount,
+    draw_balance, draw_classes, draw_load, draw_pictures, draw_similarity, draw_surest,
+    draw_training, draw_where, heat, inspect, known_factors, mutual_information, overlay,
+    overview, palette, parse_args, picture, plot, report_html, routing_csv, similarity, store,
+    surest_patches, top_classes, write_files)
 from moe import Routing
 
-CPU = torch.device("cpu")
+# ---------------------------------------------------------------- routings and data by hand
 
-
-def routing(choices, num_experts, probs=None):
-    """The Routing of a batch from nested lists: image -> token -> expert, or k experts."""
-    experts = torch.tensor(choices)
-    if experts.dim() == 2:
-        experts = experts.unsqueeze(2)
-    experts = experts.flatten(0, 1)  # (T, K)
+def routing_of(choices, E, probs=None):
+    """The Routing of a batch from nested lists: image -> token -> its k experts."""
+    experts = torch.tensor(choices).flatten(0, 1)  # (B, tokens, K) -> (T, K)
     if probs is None:
-        probs = torch.full((len(experts), num_experts), 1 / num_experts)
+        probs = torch.full((len(experts), E), 1 / E)
     kept = torch.ones_like(experts) > 0
     return Routing(probs.log(), probs, experts, probs.gather(1, experts), kept, torch.zeros(()))
 
 
-def counted(choices, num_experts, grid, labels=None, num_classes=2, probs=None, batch=None,
-            **options):
-    """The LayerCounts of one hand-made layer, fed `batch` images at a time (None: all at once)."""
-    labels = torch.tensor(labels or [0] * len(choices))
-    factors = {"class": (labels, num_classes)}
-    layer = LayerCounts(len(labels), num_experts, grid, factors, **options)
-    batch, tokens = batch or len(choices), len(choices[0])
-    for i in range(0, len(choices), batch):
-        part = None if probs is None else probs[i * tokens:(i + batch) * tokens]
-        layer.add(routing(choices[i:i + batch], num_experts, part))
-    return layer
+def layer_of(choices, grid, block=1, nats=None):
+    """A Layer from nested lists: image -> token -> expert. nats: of each token, else 1 bit."""
+    experts = torch.tensor(choices, dtype=torch.int16)
+    one_bit = [9.0] * grid[0] + [math.log(2)] * (grid[1] * grid[2])  # but the class token
+    return Layer(block, grid, experts, torch.tensor(nats or [one_bit] * len(choices)))
+
+
+def images_of(labels, names, red=None, side=2):
+    """A data set of grey images, or with such red values: for each image those of its pixels."""
+    images = torch.full((len(labels), 3, side, side), 100, dtype=torch.uint8)
+    if red:
+        images[:, 0] = torch.tensor(red).view(-1, side, side)
+    return TensorImages(images, torch.tensor(labels), names)
+
+
+def data_of(labels, names, red=None, side=2):
+    """Such images, matched with a checkpoint of the same classes."""
+    return match_dataset(images_of(labels, names, red, side), names)
+
+
+def drawn_data(name, count):
+    """The first pictures of `shapes` or `flags`, matched in the same way."""
+    data = drawn(name, count, transform=lambda images: images)
+    return match_dataset(data, data.classes)
+
+
+def numbers_of(choices, E, grid, labels=None, names="ab"):
+    """The numbers of a layer by hand, see describe(). All images are of class 0 unless labelled."""
+    labels = labels or [0] * len(choices)
+    return describe(layer_of(choices, grid), data_of(labels, names), range(len(labels)), E).numbers
+
+
+def run_of(E, data, *layers, **others):
+    """A Run of such layers over all images of a data set. others: its other fields."""
+    images = range(len(data))
+    described = [describe(layer, data, images, E) for layer in layers]
+    usual = dict(path="a.pt", config=dict(model="by_hand"), log=[], data=data, images=list(images),
+                 shown={}, top1=50.0, routed=0.4, layers=described, colours=palette(E))
+    return Run(**usual | others)
 
 
 # ---------------------------------------------------------------- statistics
 
-
 @pytest.mark.statistics
-def test_crosstab_by_hand():
-    """Each pair (row, column) is counted in its cell, and a row of -1 in none."""
-    rows, columns = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[2, 0], [0, 2]])
-    assert crosstab(rows, columns, 2, 3).tolist() == [[0, 0, 1], [2, 0, 0]]
+def test_count_patches_by_hand():
+    """Each pair of level and expert is counted in its cell, and a level of -1 in none."""
+    levels, chosen = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[2, 0], [0, 2]])
+    assert count_patches(levels, chosen, 2, 3).tolist() == [[0, 0, 1], [2, 0, 0]]
 
 
 @pytest.mark.statistics
@@ -95,24 +117,10 @@ def test_similarity_by_hand():
     # S_01: both appear in the first, 2 + 2 - 0 = 4. One or both appear in all: 4 + 4 + 1 = 9.
     # S_02: both appear in the third, 1 + 3 - 2 = 2. One or both in all: 2 + 4 + 4 = 10.
     # S_12: they never appear together: 0. Expert 3 is never chosen.
-    layer = counted([[0, 1, 0, 1], [0, 0, 0, 0], [2, 0, 2, 2]], 4, (0, 2, 2))
+    per_image = torch.tensor([[2, 2, 0, 0], [4, 0, 0, 0], [1, 0, 3, 0]])
     expected = [[1.0, 4 / 9, 2 / 10, 0.0], [4 / 9, 1.0, 0.0, 0.0], [2 / 10, 0.0, 1.0, 0.0],
                 [0.0, 0.0, 0.0, 0.0]]
-    assert_close(layer.summary("ab")["similarity"], expected)
-
-
-@pytest.mark.statistics
-def test_similarity_is_the_papers_formula():
-    """2 min(c_i, c_j) / (c_i + c_j), summed, is the paper's formula with its two conditions."""
-    c = torch.randint(0, 4, (20, 5))  # patches per image and expert
-    expected = torch.zeros(5, 5, dtype=torch.float64)
-    for i in range(5):
-        for j in range(5):
-            pairs = c[:, [i, j]].tolist()
-            both = sum(a + b - abs(a - b) for a, b in pairs if a > 0 and b > 0)
-            expected[i, j] = both / sum(a + b for a, b in pairs if a > 0 or b > 0)
-    shared = torch.minimum(c.unsqueeze(2), c.unsqueeze(1)).sum(0)
-    assert_close(similarity(shared, c.sum(0)), expected)
+    assert_close(similarity(per_image).tolist(), expected)
 
 
 @pytest.mark.statistics
@@ -120,82 +128,56 @@ def test_cumulative_distribution_by_hand():
     """Of the images that use an expert: which share sends it at most 1, 2, 3, 4 patches."""
     # Expert 0 gets 1, 3, 1 and 0 patches: of three images two send at most 1 or 2, and all at
     # most 3. Expert 1 gets 3, 1, 3 and 4. No image uses expert 2.
-    layer = counted([[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], 3, (0, 2, 2))
-    curves = cumulative(layer.histogram)
+    curves = cumulative(torch.tensor([[1, 3, 0], [3, 1, 0], [1, 3, 0], [0, 4, 0]]), 4)
     assert_close(curves[:2], [[2 / 3, 2 / 3, 1.0, 1.0], [1 / 4, 1 / 4, 3 / 4, 1.0]])
     assert curves[2] is None
 
 
 @pytest.mark.statistics
-def test_experts_per_image_by_hand():
-    """The mean number of different experts among an image's patches: here 1, 2 and 4."""
-    layer = counted([[3, 3, 3, 3], [0, 1, 1, 0], [0, 1, 2, 3]], 4, (0, 2, 2))
-    assert layer.summary("ab")["experts_per_image"] == (1 + 2 + 4) / 3
-
-
-@pytest.mark.statistics
-def test_load_by_hand():
-    """Loads of 3/4 and 1/4 have a standard deviation of 1/4 around a mean of 1/2: CV = 0.5."""
-    summary = counted([[0, 0, 1, 0]], 2, (0, 2, 2)).summary("ab")
-    assert summary["share"] == [0.75, 0.25] and summary["coefficient_of_variation"] == 0.5
-
-
-@pytest.mark.statistics
-def test_spatial_map_by_hand():
-    """A map says for which share of the images a position chooses the expert, as in the image."""
-    layer = counted([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], 2, (0, 2, 3))
-    assert layer.summary("ab")["spatial"] == [[[1, 0.5, 0], [0, 0, 0]], [[0, 0.5, 1], [1, 1, 1]]]
-
-
-@pytest.mark.statistics
-def test_router_entropy_by_hand():
-    """Entropies of 1 bit (two experts alike), 2 bits (four alike), 0 and 0 have a mean of 0.75."""
-    probs = torch.tensor([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0, 1]])
-    summary = counted([[0, 0, 0, 3]], 4, (0, 2, 2), probs=probs).summary("ab")
-    assert_close(summary["router_entropy_bits"], 0.75)
-
-
-@pytest.mark.statistics
 def test_top_classes_by_hand():
-    """Per expert the classes with the largest shares of its tokens, without empty ones."""
-    table = torch.tensor([[1, 0], [3, 0], [0, 0]])  # tokens of three classes for two experts
+    """Per expert the classes with the largest shares of its patches, without empty ones."""
+    table = torch.tensor([[1, 0], [3, 0], [0, 0]])  # patches of three classes for two experts
     names = ["cat", "dog", "emu"]
     assert top_classes(table, names) == [[["dog", 0.75], ["cat", 0.25]], []]
-    assert top_classes(table, names, count=1) == [[["dog", 0.75]], []]
+    assert top_classes(table, names, limit=1) == [[["dog", 0.75]], []]
+
+
+# ---------------------------------------------------------------- the numbers of a layer
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_first_choice_and_the_entropy_of_each_token_are_stored(batch):
+    """Of k = 2 experts the first is kept, and H = -sum p ln p of the probabilities, in nats."""
+    choices = [[(0, 1), (1, 0), (2, 1)], [(2, 0), (0, 1), (1, 2)]]  # 2 images of 1 + 2 tokens
+    probs = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0.5, 0.25, 0.25]] * 2)
+    stored = [([], []), ([], [])]
+    for i in range(0, 2, batch):
+        part = routing_of(choices[i:i + batch], 3, probs[3 * i:3 * (i + batch)])
+        smaller = routing_of([[(2, 0)]] * batch, 3)  # a later layer, with one token per image
+        store(stored, [(1, 1, 2), (0, 1, 1)], [part, smaller])
+    (experts, nats), (later, _) = [[torch.cat(parts) for parts in layer] for layer in stored]
+    assert experts.tolist() == [[0, 1, 2], [2, 0, 1]] and later.tolist() == [[2], [2]]
+    assert_close(nats, torch.tensor([[0, math.log(2), 1.5 * math.log(2)]] * 2))  # 1, 1.5 bits
+    assert experts.element_size() + nats.element_size() == 6, "bytes per patch, says the docstring"
 
 
 @pytest.mark.statistics
-def test_row_shares_by_hand():
-    """The shares of a class sum to 1 over the experts, and a class without patches has none."""
-    assert row_shares(torch.tensor([[1, 3], [0, 0]])).tolist() == [[0.25, 0.75], [0, 0]]
-
-
-@pytest.mark.statistics
-def test_the_class_token_is_counted_apart():
-    """The first token of a ViT's image goes into class_token_share only."""
-    # The class token alone has an entropy.
-    probs = torch.tensor([[0.5, 0.5, 0], [1, 0, 0], [1, 0, 0]] * 2)
-    summary = counted([[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2), probs=probs).summary("ab")
-    assert summary["class_token_share"] == [0, 0.5, 0.5]
-    assert summary["share"] == [1, 0, 0]
-    assert summary["experts_per_image"] == 1 and summary["router_entropy_bits"] == 0
-    assert summary["spatial"] == [[[1, 1]], [[0, 0]], [[0, 0]]]
-
-
-@pytest.mark.statistics
-def test_without_a_class_token_it_has_no_share():
-    """A ConvNeXt has no class token: the share is None."""
-    assert counted([[0, 0]], 2, (0, 1, 2)).summary("ab")["class_token_share"] is None
-
-
-@pytest.mark.statistics
-@pytest.mark.parametrize("all_choices, share, experts_per_image", [
-    (False, [1.0, 0.0, 0.0], 1), (True, [0.5, 0.25, 0.25], 3)])
-def test_first_choices_or_all(all_choices, share, experts_per_image):
-    """With k = 2 a patch counts for its first expert or, on demand, for both."""
-    layer = counted([[(0, 1), (0, 2)]], 3, (0, 1, 2), all_choices=all_choices)
-    summary = layer.summary("ab")
-    assert summary["share"] == share and summary["experts_per_image"] == experts_per_image
+@pytest.mark.parametrize("name, value, choices, E, grid", [
+    ("experts_per_image", (1 + 2 + 4) / 3, [[3] * 4, [0, 1, 1, 0], [0, 1, 2, 3]], 4, (0, 2, 2)),
+    ("share", [0.75, 0.25], [[0, 0, 1, 0]], 2, (0, 2, 2)),
+    # 3/4 and 1/4 have a standard deviation of 1/4 around a mean of 1/2.
+    ("coefficient_of_variation", 0.5, [[0, 0, 1, 0]], 2, (0, 2, 2)),
+    # Of two images with 2 x 3 patches the second leaves expert 0 one patch earlier.
+    ("spatial", [[[1, 0.5, 0], [0, 0, 0]], [[0, 0.5, 1], [1, 1, 1]]],
+     [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], 2, (0, 2, 3)),
+    ("class_token_share", None, [[0, 0]], 2, (0, 1, 2)),  # a ConvNeXt has none
+    # A ViT's class token, the first of an image, counts here and nowhere else.
+    ("class_token_share", [0, 0.5, 0.5], [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),
+    ("router_entropy_bits", 1.0, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),  # as layer_of() says
+    ("experts_per_image", 1, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2))])
+def test_numbers_of_a_layer_by_hand(name, value, choices, E, grid):
+    """What the choices of all images' patches, row by row, have as this number."""
+    assert_close(numbers_of(choices, E, grid)[name], value, check_dtype=False)
 
 
 @pytest.mark.statistics
@@ -203,1166 +185,714 @@ def test_first_choices_or_all(all_choices, share, experts_per_image):
     ([[0, 0], [1, 1], [0, 0], [1, 1]], 1, 0), ([[0, 1]] * 4, 0, 1)])
 def test_information_by_hand(choices, of_class, of_position):
     """Experts that follow the class tell all about it, and nothing about the position."""
-    layer = counted(choices, 2, (0, 1, 2), [0, 1, 0, 1])
-    found = layer.summary("ab")["information"]
-    assert found["class"]["normalized"] == of_class
-    assert found["position"]["normalized"] == of_position
+    found = numbers_of(choices, 2, (0, 1, 2), [0, 1, 0, 1])["information"]
+    assert found["class"]["normalized"] == found["class"]["bits"] == of_class
+    assert found["position"]["normalized"] == found["position"]["bits"] == of_position
+    # Positions move on by the image's number: then each expert is as often at both.
+    assert found["position"]["normalized_by_chance"] == 0
 
 
 @pytest.mark.statistics
-def test_chance_is_found_with_the_factors_of_other_images():
-    """With as many classes as images the class decides the expert, and would so by chance."""
-    choices = [[e, e] for e in (0, 1, 0, 1, 1, 0)]
-    many = counted(choices, 2, (0, 1, 2), [0, 1, 2, 3, 4, 5], 6).summary("abcdef")
-    found = many["information"]["class"]
-    assert_close((found["normalized"], found["normalized_by_chance"]), (1.0, 1.0))
+@pytest.mark.parametrize("labels, least, most", [
+    ([0, 1, 2, 3, 4, 5], 0.999, 1.001),  # a class per image decides the expert whatever it is
+    ([0, 1, 0, 1, 1, 0] * 50, 0, 0.05)])  # 300 images of two classes
+def test_chance_is_found_with_the_classes_of_other_images(labels, least, most):
+    """Experts that follow the class would tell all of it by chance, too, if images are few."""
+    choices = [[e, e] for e in [0, 1, 0, 1, 1, 0] * (len(labels) // 6)]
+    found = numbers_of(choices, 2, (0, 1, 2), labels, "abcdef")["information"]["class"]
+    assert found["normalized"] == pytest.approx(1)
+    assert least <= found["normalized_by_chance"] <= most
 
 
 @pytest.mark.statistics
-def test_chance_is_small_with_many_images():
-    """With 300 images of two classes, information by chance is below 0.05."""
-    labels = [0, 1, 0, 1, 1, 0] * 50
-    two = counted([[e, e] for e in labels], 2, (0, 1, 2), labels).summary("ab")
-    found = two["information"]["class"]
-    assert found["normalized"] == 1 and found["normalized_by_chance"] < 0.05
+def test_the_surest_patches_by_hand():
+    """Per expert the patches of lowest entropy that chose it, the surest first, one per image."""
+    # Image 0 chose expert 0 twice, and 0.1 is the surer one. Only images 1 and 2 chose expert 1.
+    # The class tokens, the surest of all, chose both: they have no place in an image.
+    nats = [[0.0, 0.1, 0.2], [0.0, 0.5, 0.3], [0.0, 0.05, 0.4]]
+    layer = layer_of([[0, 0, 0], [1, 1, 0], [1, 0, 1]], (1, 1, 2), nats=nats)
+    assert surest_patches(layer, 0) == [(2, 0), (0, 0), (1, 1)]
+    assert surest_patches(layer, 0, limit=2) == [(2, 0), (0, 0)]
+    assert surest_patches(layer, 1) == [(2, 1), (1, 0)]
+    assert surest_patches(layer, 2) == []
 
 
 @pytest.mark.statistics
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_surest_patches_by_hand(batch):
-    """Per expert the patches of highest probability that chose it first, one per image."""
-    # Three images of two patches, so that place 5 is patch 1 of image 2.
-    probs = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.95, 0.05], [0.2, 0.8]])
-    layer = counted([[0, 0], [1, 0], [0, 1]], 2, (0, 1, 2), probs=probs, keep=3, batch=batch)
-    # Image 0 chose expert 0 twice, and 0.9 is the surer one. Only two images chose expert 1.
-    assert_close(layer.surest, torch.tensor([[0.95, 0.9, 0.6], [0.8, 0.7, 0.0]]))
-    assert layer.surest_at[0].tolist() == [4, 0, 3]
-    assert layer.surest_at[1, :2].tolist() == [5, 2]
-    # The third place of expert 1 is empty: it has two patches to show, expert 0 has three.
-    images = [(torch.zeros(3, 32, 64, dtype=torch.uint8), 0, None)] * 3
-    of_0, of_1 = inspect_experts.surest_patches(images, torch.arange(3), layer)
-    assert of_0.shape[2] * 2 == of_1.shape[2] * 3
-
-
-@pytest.mark.statistics
-@pytest.mark.parametrize("all_choices", [False, True])
-@pytest.mark.parametrize("batch", [1, 4, 11])
-def test_every_number_by_plain_loops(all_choices, batch):
-    """Random routing, class token, k = 2, an unused expert: the summary is what loops find."""
-    M, rows, columns, E, C = 11, 2, 3, 5, 4
-    N = rows * columns
-    probs = torch.rand(M * (1 + N), E).softmax(1)
-    choices = []  # never expert E - 1
-    for _ in range(M):
-        choices.append([torch.randperm(E - 1)[:2].tolist() for _ in range(1 + N)])
-    labels = torch.randint(0, C - 1, (M,)).tolist()  # never class C - 1
-    layer = counted(choices, E, (1, rows, columns), labels, C, probs, batch,
-                    all_choices=all_choices)
-    summary = layer.summary("abcd")
-
-    K = 2 if all_choices else 1
-    seen = []  # every counted choice
-    for m in range(M):
-        for n in range(N):
-            seen += [(m, n, e) for e in choices[m][1 + n][:K]]
-    patches = torch.zeros(M, E)
-    for m, _, e in seen:
-        patches[m, e] += 1
-    patches = patches.tolist()
-    chosen = [e for _, _, e in seen]
-    share = [chosen.count(i) / len(chosen) for i in range(E)]
-    std = math.sqrt(sum((s - 1 / E) ** 2 for s in share) / E)
-
-    entropy = 0
-    for m in range(M):
-        for n in range(N):
-            entropy += sum(-p * math.log2(p) for p in probs[m * (1 + N) + 1 + n].tolist())
-
-    def h(values):
-        counts = [values.count(v) for v in set(values)]
-        return -sum(c / len(values) * math.log2(c / len(values)) for c in counts)
-
-    def information(pairs, pairs_by_chance):  # lists of (level, expert)
-        found = []
-        for some in (pairs, pairs_by_chance):
-            a, b = zip(*some)
-            bits = h(a) + h(b) - h(some)
-            found += [bits, bits / min(h(a), h(b))]
-        return dict(bits=found[0], normalized=found[1], normalized_by_chance=found[3])
-
-    expected = dict(grid=[rows, columns], share=share, coefficient_of_variation=std * E)
-    tokens = []
-    for m in range(M):
-        tokens += choices[m][0][:K]
-    expected["class_token_share"] = [tokens.count(i) / (M * K) for i in range(E)]
-    expected["experts_per_image"] = sum(E - image.count(0) for image in patches) / M
-    expected["router_entropy_bits"] = entropy / (M * N)
-    expected["information"] = {
-        "class": information([(labels[m], e) for m, _, e in seen],
-                             [(labels[layer.shuffled[m]], e) for m, _, e in seen]),
-        "position": information([(n, e) for _, n, e in seen],
-                                [((n + m) % N, e) for m, n, e in seen])}
-    alike = torch.zeros(E, E, dtype=torch.float64)
+def test_a_layer_by_plain_loops():
+    """Random choices, a class token, an unused expert: the numbers are what loops find."""
+    M, N, E, names = 11, 6, 5, "abcd"
+    choices = torch.randint(0, E - 1, (M, 1 + N)).tolist()  # never expert E - 1
+    labels = torch.randint(0, 3, (M,)).tolist()  # never class d
+    numbers = numbers_of(choices, E, (1, 2, 3), labels, names)
+    used = [[image[1:].count(e) for image in choices] for e in range(E)]  # patches, per expert
+    assert numbers["experts_per_image"] == sum(c > 0 for patches in used for c in patches) / M
     for i in range(E):
-        for j in range(E):
-            pairs = [(image[i], image[j]) for image in patches]
-            both = sum(a + b - abs(a - b) for a, b in pairs if a and b)
-            alike[i, j] = both / max(1, sum(a + b for a, b in pairs if a or b))
-    expected["similarity"] = alike.tolist()
-    maps = torch.zeros(E, rows, columns, dtype=torch.float64)
-    for _, n, e in seen:
-        maps[e, n // columns, n % columns] += 1 / M
-    expected["spatial"] = maps.tolist()
-    curves = []
+        classes = [names[labels[m]] for m in range(M) for _ in range(used[i][m])]
+        shares = {name: classes.count(name) / len(classes) for name in set(classes)}
+        assert dict(numbers["top_classes"][i]) == shares
+        assert numbers["share"][i] == len(classes) / (M * N)
     for i in range(E - 1):
-        used = [image[i] for image in patches if image[i]]
-        curve = []
-        for most in range(1, N + 1):
-            curve.append(sum(c <= most for c in used) / len(used))
-        curves.append(curve)
-
-    tops, cdf = summary.pop("top_classes"), summary.pop("patches_per_image_cdf")
-    for i in range(E - 1):
-        mine = [labels[m] for m, _, e in seen if e == i]
-        classes = {"abcd"[c]: mine.count(c) / len(mine) for c in set(mine)}
-        assert_close(dict(tops[i]), classes, atol=1e-6, rtol=0)
-        assert [s for _, s in tops[i]] == sorted(classes.values(), reverse=True)
-    assert tops[E - 1] == [] and cdf[E - 1] is None
-    assert_close(cdf[:-1], curves, atol=1e-6, rtol=0)
-    assert_close(summary, expected, atol=1e-6, rtol=0)
-
-
-# ---------------------------------------------------------------- one pass over the images
-
-
-class RedDecides(nn.Module):
-    """A stub: each pixel is a patch, and its red value is the expert that it goes to.
-
-    A second layer takes the mean of 2 x 2 pixels.
-    """
-
-    def __init__(self, side, num_experts, num_classes, grids=1):
-        super().__init__()
-        self.num_classes = num_classes
-        self.grids = [(0, side >> i, side >> i) for i in range(grids)]
-        self.moe_blocks = list(range(1, 1 + grids))
-        self.num_experts = num_experts
-
-    def forward(self, images, return_routing):
-        red = (images[:, 0] * STD[0] + MEAN[0]) * 255  # (B, S, S), undoing normalize()
-        routings = []
-        for i in range(len(self.grids)):
-            level = nn.functional.avg_pool2d(red, 1 << i).round().long().flatten(1)
-            routings.append(routing(level.tolist(), self.num_experts))
-        return self.logits(red), routings
-
-    def logits(self, red):
-        """The first pixel decides the class: logits 3 for it, and 0 for the others."""
-        first = red[:, 0, 0].round().long() % self.num_classes
-        return 3.0 * nn.functional.one_hot(first, self.num_classes)
-
-
-def red_images(values, side=2):
-    """(M, 3, side, side) uint8 with these red values, and 100 in green and blue."""
-    images = torch.full((len(values), 3, side, side), 100, dtype=torch.uint8)
-    images[:, 0] = torch.tensor(values, dtype=torch.uint8).view(-1, side, side)
-    return images
-
-
-def stub(config, classes):
-    """What inspect() reads of a checkpoint's dict."""
-    return dict(config=config, classes=list(classes), mean=MEAN, std=STD, args={})
-
-
-def red_run(values, num_experts, labels, classes, side=2, grids=1, path="stub.pt", **options):
-    """inspect() on such images: its Findings, and its arguments."""
-    usual = dict(max_images=None, batch_size=2, workers=0, all_choices=False, examples=2,
-                 data="red", split="all")
-    args = SimpleNamespace(**usual | options)
-    data = TensorImages(red_images(values, side), torch.tensor(labels), classes)
-    config = dict(model="stub", num_experts=num_experts)
-    model = RedDecides(side, num_experts, len(classes), grids)
-    return inspect(path, model, stub(config, classes), data, args, CPU), args
+        at_most_two = sum(0 < c <= 2 for c in used[i]) / sum(c > 0 for c in used[i])
+        assert numbers["patches_per_image_cdf"][i][2 - 1] == pytest.approx(at_most_two)
+        for j in range(E):  # the paper's formula
+            pairs = list(zip(used[i], used[j]))
+            both = sum(a + b - abs(a - b) for a, b in pairs if a > 0 and b > 0)
+            either = sum(a + b for a, b in pairs if a > 0 or b > 0)
+            assert numbers["similarity"][i][j] == pytest.approx(both / either)
 
 
 @pytest.mark.statistics
-def test_counting_while_the_images_pass_by():
-    """Over a loader with a last, smaller batch every image is counted once, under its class."""
-    values = [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
-    run, _ = red_run(values, 2, [1, 0, 1], ["a", "b"])
-    assert run.images == 3
-    # b: 3 + 2 patches for expert 0, and 1 + 2 for expert 1
-    assert run.class_tables[0].tolist() == [[0, 4], [5, 3]]
-
-
-@pytest.mark.statistics
-def test_two_grid_sizes():
-    """A ConvNeXt has fewer patches in its later stages: each layer is counted on its own grid."""
-    values = [[0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0]]
-    run, _ = red_run(values, 2, [0], ["a"], side=4, grids=2)
-    assert [layer["grid"] for layer in run.layers] == [[4, 4], [2, 2]]
-    assert run.layers[1]["spatial"][1] == [[0, 1], [1, 0]]
-    assert [len(layer["patches_per_image_cdf"][0]) for layer in run.layers] == [16, 4]
-
-
-@pytest.mark.statistics
-def test_max_images_are_spread_over_the_data():
-    """Folders come class by class: three of nine images are 0, 3 and 6, not the first three."""
-    run, _ = red_run([[i] * 4 for i in range(9)], 9, [0] * 9, ["a"], max_images=3)
-    assert run.layers[0]["share"] == [share / 3 for share in (1, 0, 0, 1, 0, 0, 1, 0, 0)]
-
-
-@pytest.mark.statistics
-def test_examples_show_their_own_routing():
-    """An example is the image as loaded, its label, and the experts of its patches."""
-    values = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1], [2, 0, 2, 0], [0, 0, 0, 0], [1, 2, 3, 3]]
-    # The middles of the two halves are images 1 and 4.
-    run, _ = red_run(values, 4, [0, 1] * 3, ["a", "b"], examples=2)
-    assert [example.title for example in run.examples] == ["b", "a"]
-    for example, i in zip(run.examples, (1, 4)):
-        assert torch.equal(example.image, red_images(values)[i])
-        assert example.maps[0].flatten().tolist() == values[i]
-
-
-@pytest.mark.statistics
-def test_examples_are_spread_over_the_data():
-    """Eight examples of fifteen images: every second one, up to the last class."""
-    run, _ = red_run([[i] * 4 for i in range(15)], 15, [0] * 15, ["a"], examples=8)
-    shown = [example.maps[0].flatten()[0].item() for example in run.examples]
-    assert shown == [0, 2, 4, 6, 8, 10, 12, 14]
-
-
-@pytest.mark.statistics
-def test_an_image_is_shown_once():
-    """With fewer images than examples each image is one example."""
-    run, _ = red_run([[0, 1, 2, 3]], 4, [0], ["a"], examples=8)
-    assert len(run.examples) == 1
-
-
-@pytest.mark.statistics
-def test_an_image_that_cannot_be_read_is_named():
-    """Numbers without an image would not be comparable: the run stops and names the file."""
-    class Broken(TensorImages):
-        def __getitem__(self, indices):
-            unreadable = torch.tensor([i if i == 1 else -1 for i in indices])
-            return self.images[indices], self.labels[indices], unreadable
-
-        def path(self, index):
-            return f"image {index}"
-
-    data = Broken(red_images([[0] * 4] * 3), torch.zeros(3), ["a"])
-    layer = LayerCounts(3, 2, (0, 2, 2), {"class": (torch.zeros(3, dtype=torch.int64), 1)})
-    loader = eval_loader(data, 2, 0, CPU)
-    with pytest.raises(ValueError, match="cannot read image 1: repair or replace"):
-        count_choices(RedDecides(2, 2, 1), loader, [layer], [0], stub({}, ["a"]), CPU)
-
-
-@pytest.mark.statistics
-def test_a_router_that_computes_nan_is_refused():
-    """A checkpoint with broken weights gets no report with NaN in it."""
-    class Broken(RedDecides):
-        def forward(self, images, return_routing):
-            logits, (good,) = super().forward(images, return_routing)
-            return logits, [good._replace(probs=good.probs * math.nan)]
-
-    data = TensorImages(red_images([[0, 1, 1, 1]]), torch.tensor([0]), ["a"])
-    checkpoint = stub(dict(num_experts=2), ["a"])
-    args = SimpleNamespace(max_images=None, batch_size=2, workers=0, all_choices=False, examples=0)
-    with pytest.raises(ValueError, match="a.pt: the router of block 1 computes .* not finite"):
-        inspect("a.pt", Broken(2, 2, 1), checkpoint, data, args, CPU)
-
-
-@pytest.mark.statistics
-def test_known_factors_of_shapes():
-    """A patch shows the object if more than half its pixels do, and only then has a shape."""
-    data = drawn("shapes", 20, transform=lambda images: images)
-    factors = known_factors(data, torch.arange(20), (0, 8, 8))
-    assert list(factors) == ["class", "object", "shape", "texture", "colour"]
-    colours = int(data.factors["colour"].max()) + 1
-    assert [count for _, count in factors.values()] == [16, 2, 4, 4, colours]
-    for m in range(20):
-        for n in range(64):
-            r, c = n // 8 * 4, n % 8 * 4
-            shown = data.masks[m, r:r + 4, c:c + 4].sum() > 8  # of 16 pixels
-            assert factors["object"][0][m, n] == shown
-            for name in ("shape", "texture", "colour"):
-                assert factors[name][0][m, n] == (data.factors[name][m] if shown else -1)
-
-
-@pytest.mark.statistics
-def test_known_factors_of_flags():
-    """A patch that is mostly flag has the colour of the stripe with most of its pixels."""
-    data = drawn("flags", 5, transform=lambda images: images)
-    factors = known_factors(data, torch.arange(5), (0, 4, 4))
-    assert list(factors) == ["class", "object", "part", "colour"]
-    for m in range(5):
-        for n in range(16):
-            r, c = n // 4 * 8, n % 4 * 8
-            patch = data.masks[m, r:r + 8, c:c + 8]
-            counts = [(patch == stripe).sum().item() for stripe in (1, 2, 3)]
-            shown, stripe = sum(counts) > 32, counts.index(max(counts))  # of 64; the upper of two
-            assert factors["object"][0][m, n] == shown
-            assert factors["part"][0][m, n] == (stripe if shown else -1)
-            colour = data.factors["colour"][m, stripe]
-            assert factors["colour"][0][m, n] == (colour if shown else -1)
+@pytest.mark.parametrize("name, side, factors", [
+    ("shapes", 8, ["class", "object", "shape", "texture", "colour"]),
+    ("flags", 4, ["class", "object", "part", "colour"])])  # parts: three stripes
+def test_known_factors_by_plain_loops(name, side, factors):
+    """A patch that mostly shows the object has the factors of the part with most of its pixels."""
+    data, images, pixels = drawn_data(name, 8), [4, 0, 7, 1], 32 // side
+    found = known_factors(data, images, (0, side, side))
+    assert list(found) == factors
+    for m, image in enumerate(images):
+        assert found["class"][0][m] == data.labels[image]
+        for n in range(side * side):
+            top, left = n // side * pixels, n % side * pixels
+            patch = data.masks[image, top:top + pixels, left:left + pixels]
+            counts = [(patch == part).sum().item() for part in (1, 2, 3)]
+            shown, part = sum(counts) > pixels * pixels / 2, counts.index(max(counts))
+            expected = {"object": int(shown), "part": part if shown else -1}
+            for factor in ("shape", "texture", "colour"):
+                value = data.factors.get(factor, data.labels)[image].expand(3)[part]
+                expected[factor] = value if shown else -1
+            for factor in factors[1:]:
+                assert found[factor][0][m, n] == expected[factor]
 
 
 @pytest.mark.statistics
 def test_experts_that_follow_the_object_are_found():
     """Experts for background and object have an information of 1 with `object`, 0 with shape."""
-    data = drawn("shapes", 200, transform=lambda images: images)
-    factors = known_factors(data, torch.arange(200), (0, 8, 8))
-    layer = LayerCounts(200, 2, (0, 8, 8), factors)
-    layer.add(routing(factors["object"][0].tolist(), 2))
-    found = layer.summary(data.classes)["information"]
+    data, images = drawn_data("shapes", 200), list(range(200))
+    on_object, _ = known_factors(data, images, (0, 8, 8))["object"]
+    described = describe(layer_of(on_object.tolist(), (0, 8, 8)), data, images, 2)
+    found = described.numbers["information"]
     assert_close(found["object"]["normalized"], 1.0)
     assert found["shape"]["bits"] == 0, "on the object there is one expert only"
     by_chance = found["object"]["normalized_by_chance"]
     assert 0.2 < by_chance < 0.8, "objects are in the centre: the position alone tells something"
 
 
-@pytest.mark.statistics
-@pytest.mark.parametrize("patch, top, left", [(0, 0, 0), (27, 8, 8), (63, 20, 20)])
-def test_cut_outs_stay_inside(patch, top, left):
-    """A patch of an 8 x 8 grid on 32 pixels with its neighbours is 12 x 12 pixels."""
-    image = torch.arange(3 * 32 * 32).view(3, 32, 32)
-    # Patch 27 is in row 3 and column 3, so the cut begins with patch 2 in both: at pixel 8.
-    cut = cut_out(image, patch, (0, 8, 8))
-    assert torch.equal(cut, image[:, top:top + 12, left:left + 12])
+# ---------------------------------------------------------------- one pass over the images
+
+class RedDecides(nn.Module):
+    """A stub: each pixel is a patch, its red value is its expert, and the first is the class."""
+
+    def __init__(self, num_experts, num_classes):
+        super().__init__()
+        self.num_experts, self.num_classes, self.seen = num_experts, num_classes, 0
+        self.grids, self.moe_blocks = [(0, 2, 2)], [1]
+
+    def forward(self, images, return_routing):
+        self.seen += len(images)
+        red = (images[:, 0] * STD[0] + MEAN[0]) * 255  # (B, S, S), undoing normalize()
+        experts = red.round().long().flatten(1)  # (B, S * S)
+        logits = 3.0 * nn.functional.one_hot(experts[:, 0] % self.num_classes, self.num_classes)
+        return logits, [routing_of(experts.unsqueeze(2).tolist(), self.num_experts)]
 
 
-@pytest.mark.statistics
-def test_a_patch_is_in_the_middle_of_its_cut_out():
-    """A patch of 8 pixels (28 x 28 on 224) is shown in a quarter of the image, 56 pixels."""
-    image = torch.arange(3 * 224 * 224).view(3, 224, 224)
-    cut = cut_out(image, 10 * 28 + 20, (0, 28, 28))  # the patch at pixels 80 and 160
-    assert torch.equal(cut, image[:, 56:112, 136:192])  # 24 pixels on each side of it
-
-
-# ---------------------------------------------------------------- figures
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def parse(panel):
-    """A panel's elements by kind, {"rect": [attributes, ...], ...}, and its texts by position.
-
-    Numbers are relative to the panel's corner below the title.
-    """
-    root = ET.fromstring(f'<g xmlns="http://www.w3.org/2000/svg">{"".join(panel.marks)}</g>')
-    marks = dict(rect=[], image=[], polyline=[])
-    texts = {}
-    for mark in root:
-        kind = mark.tag.removeprefix(SVG)
-        if kind == "text":
-            texts[float(mark.get("x")), float(mark.get("y"))] = mark.text
-        else:
-            marks[kind].append(mark.attrib)
-    return marks, texts
-
-
-def place(mark):
-    """x, y, width and height of a rect or an image."""
-    return [float(mark[name]) for name in ("x", "y", "width", "height")]
-
-
-def pixels(mark):
-    """The Pillow image inside an element `image` of SVG."""
-    return Image.open(io.BytesIO(base64.b64decode(mark["href"].partition(",")[2])))
+@pytest.fixture
+def red_run(monkeypatch):
+    """Returns a function that runs inspect() with RedDecides on 2 x 2 pixels of red values."""
+    def inspect_red(red, E, labels, names, *flags, model=RedDecides):
+        model, data = model(E, len(names)), images_of(labels, names, red)
+        checkpoint = dict(config={}, classes=names, image_size=2, crop_ratio=1.0, mean=MEAN,
+                          std=STD, args={})
+        monkeypatch.setattr(inspect_experts, "load_checkpoint", lambda path: (model, checkpoint))
+        monkeypatch.setattr(inspect_experts, "open_dataset", lambda *args: data)
+        monkeypatch.setattr(inspect_experts, "count_flops", lambda *args: 1)
+        usual = ["stub.pt", "--data", "red", "--out", "out", "--batch-size", "2"]
+        run = inspect("stub.pt", parse_args([*usual, *flags]), torch.device("cpu"))
+        assert model.seen == len(run.images), "each image passes the model once"
+        return run
+    return inspect_red
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("num_experts", [2, 8, 9, 16, 64, 200])
-def test_every_expert_has_its_own_colour(num_experts):
-    """No two experts share a colour."""
-    assert len(set(palette(num_experts))) == num_experts
+def test_counting_while_the_images_pass_by(red_run):
+    """Over a loader with a last, smaller batch every image is counted once, under its class."""
+    run = red_run([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]], 2, [1, 0, 1], ["a", "b"])
+    assert run.layers[0].table.tolist() == [[0, 4], [5, 3]]  # of b: 3 + 2, and 1 + 2 patches
+    assert run.images == [0, 1, 2] and run.top1 == 0  # predicted are a, b and a
 
 
 @pytest.mark.report
-def test_many_colours_are_alternately_dark_and_bright():
-    """The strongest channel is 75% of 255 = 191, and 95% = 242: hues of neighbours are close."""
-    assert [max(colour) for colour in palette(9)] == [191, 242] * 4 + [191]
+@pytest.mark.parametrize("count, flags, images, shown", [
+    # Folders come class by class: --max-images does not take the first ones.
+    (9, "--max-images 3 --examples 1", [0, 3, 6], [1]),
+    (6, "--examples 2", range(6), [1, 4]),  # the middles of 0, 1, 2 and of 3, 4, 5
+    (15, "--examples 8", range(15), [0, 2, 4, 6, 8, 10, 12, 14]),
+    (1, "--examples 8", [0], [0]),  # once
+    (3, "--examples 0", range(3), [])])
+def test_images_are_spread_over_the_data(red_run, count, flags, images, shown):
+    """n examples are the middles of n equal parts of the images, which are spread over the data."""
+    run = red_run([[i] * 4 for i in range(count)], count, [0] * count, ["a"], *flags.split())
+    assert run.images == list(images) and list(run.shown) == shown
+    assert run.layers[0].experts[:, 0].tolist() == run.images
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("num_experts", [8, 16, 200])
-def test_no_tint_looks_like_no_tint(num_experts):
-    """On a grey photograph every expert's tint has a colour: its channels differ by 20 or more."""
-    colours = palette(num_experts)
-    photograph = torch.full((3, 2, 2), 128, dtype=torch.uint8)
-    for e in range(num_experts):
-        tinted = overlay(photograph, torch.tensor([[e]]), colours)[:, 0, 0].int()
-        assert tinted.max() - tinted.min() >= 20, f"expert {e} is grey: {colours[e]}"
+def test_examples_have_their_own_answers(red_run):
+    """An example's best classes are those of its own image, with their probabilities."""
+    red = [[0] * 4, [1] * 4, [1] * 4, [0] * 4]
+    run = red_run(red, 2, [0, 0, 1, 1], ["a", "b"], "--examples", "2")
+    p = pytest.approx(1 / (1 + math.exp(-3)))  # of logits 3 and 0
+    assert run.shown[1][0] == ["b", p] and run.shown[3][0] == ["a", p]
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("logits, probs", [(1, math.nan), (math.nan, 1)])
+def test_a_model_that_computes_nan_is_refused(red_run, logits, probs):
+    """A checkpoint with broken weights, in a router or elsewhere, gets no report with NaN in it."""
+    class Broken(RedDecides):
+        def forward(self, images, return_routing):
+            good, [routing] = super().forward(images, return_routing)
+            return good * logits, [routing._replace(probs=routing.probs * probs)]
+
+    with pytest.raises(ValueError, match="stub.pt: .* numbers that are not finite"):
+        red_run([[0, 1, 1, 1]], 2, [0], ["a"], model=Broken)
+
+
+# ---------------------------------------------------------------- what figures are made of
+
+class Page(HTMLParser):
+    """The elements of HTML: .tag, .attributes, .text up to the next tag. All must be closed."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append(SimpleNamespace(tag=tag, attributes=dict(attributes), text=""))
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in ("html", "meta", "p", "br", "img", "tr", "th", "td"):  # need no end
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert tag == self.open.pop()
+
+    def handle_data(self, data):
+        self.text += data
+        self.elements[-1].text += data
+
+    def all(self, tag):
+        return [element for element in self.elements if element.tag == tag]
+
+    def texts(self, tag):
+        return [element.text for element in self.all(tag)]
+
+    def styles(self, tag):
+        """The style of each such element that has one, a dict."""
+        styles = [e.attributes["style"] for e in self.all(tag) if "style" in e.attributes]
+        return [dict(rule.split(":") for rule in style.split(";")) for style in styles]
+
+    def pictures(self):
+        """The Pillow image in each <img>."""
+        sources = [img.attributes["src"].partition(";base64,")[2] for img in self.all("img")]
+        return [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+
+    def curves(self):
+        """The points of each curve, ["x,y", ...], without the gray lines."""
+        lines = [line.attributes for line in self.all("polyline")]
+        return [line["points"].split() for line in lines if line["stroke"] != "gray"]
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("E", [2, 8, 9, 16, 64, 200])
+def test_every_expert_has_its_own_colour(E):
+    """No two experts share a colour, and on a grey photograph each tint differs from grey."""
+    colours = palette(E)
+    assert len(set(colours)) == E
+    grey = torch.full((3, E, E), 128, dtype=torch.uint8)
+    tinted = overlay(grey, torch.arange(E).expand(E, E), colours)[:, 0].int()  # (3, E)
+    assert (tinted.amax(0) - tinted.amin(0)).min() >= 20, "of 255, between two channels"
 
 
 @pytest.mark.report
 def test_a_patch_is_tinted_by_its_expert():
-    """On black, the overlay is 0.6 of the expert's colour, each patch in its place."""
-    black = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    tinted = overlay(black, torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
-    red, blue = [60, 0, 0], [0, 0, 120]
+    """The overlay is 0.4 of the grey image and 0.6 of the expert's colour, each patch in place."""
+    image = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
+    tinted = overlay(image, torch.tensor([[0, 1], [0, 0]]), [(100, 0, 0), (0, 0, 200)])
+    # The grey of pure red is 0.2989 * 255 = 76, and 0.4 * 76 = 30. 0.6 * 100 = 60, 0.6 * 200 = 120.
+    red, blue = [90, 30, 30], [30, 30, 150]
     assert tinted[:, 0, 0].tolist() == tinted[:, 2, 1].tolist() == tinted[:, 3, 2].tolist() == red
     assert tinted[:, 1, 3].tolist() == blue
 
 
 @pytest.mark.report
-def test_tint_has_one_colour_and_the_values_as_opacity():
-    """A map is 10% opaque at 0 and 80% at 1, so that it lies on a light and on a dark page."""
-    tinted = tint(torch.tensor([[0.0, 1.0, 0.5]]), (1, 2, 3))
-    assert tinted[:3, 0, 1].tolist() == [1, 2, 3]
-    assert tinted[3, 0].tolist() == [26, 204, 115]  # 255 * 0.1, 255 * 0.8, 255 * 0.45, rounded
+@pytest.mark.parametrize("S, rows, patch, top, left, side", [
+    # A patch of 4 pixels with its neighbours is 12 x 12. Patch 27 is in row 3 and column 3, so the
+    # cut begins with row 2 and column 2: at pixel 8. At a border it is moved inside.
+    (32, 8, 27, 8, 8, 12), (32, 8, 0, 0, 0, 12), (32, 8, 63, 20, 20, 12),
+    # A patch of 8 pixels is shown in a quarter of 224, 56 pixels: 24 on each side of it.
+    (224, 28, 10 * 28 + 20, 80 - 24, 160 - 24, 56)])
+def test_cut_outs_by_hand(S, rows, patch, top, left, side):
+    """A patch is in the middle of its cut-out, which stays inside of the image."""
+    image = torch.arange(3 * S * S).view(3, S, S)
+    cut = cut_out(image, patch, (0, rows, rows))
+    assert torch.equal(cut, image[:, top:top + side, left:left + side])
 
 
 @pytest.mark.report
-def test_bars_by_hand():
-    """Values of 1 and 0.5 of a top of 1 are bars of 110 and 55 pixels on the same base line."""
-    marks, texts = parse(bars("", [1, 0.5], 1, [(1, 2, 3), (4, 5, 6)], ["a", "b"], "{:.0%}"))
-    # Half of 320 pixels each, with a tenth free on either side.
-    assert [place(bar) for bar in marks["rect"]] == [[16, 5, 128, 110], [176, 60, 128, 55]]
-    assert [bar["fill"] for bar in marks["rect"]] == ["rgb(1, 2, 3)", "rgb(4, 5, 6)"]
-    assert texts == {(80, 129): "a", (240, 129): "b", (80, 143): "100%", (240, 143): "50%"}
+@pytest.mark.parametrize("rows, kind, look", [(64, "PNG", "pixels"), (65, "JPEG", None)])
+def test_a_picture_of_many_pixels_is_a_jpeg(rows, kind, look):
+    """A photograph as a PNG would be five times as long. Few pixels are shown with hard edges."""
+    pixels = torch.tensor([10, 100, 200], dtype=torch.uint8).view(3, 1, 1).expand(3, rows, 99)
+    page = Page(picture(pixels))
+    [image] = page.pictures()
+    assert (image.format, image.size) == (kind, (99, rows))
+    assert image.getpixel((0, 0)) == pytest.approx((10, 100, 200), abs=3 if kind == "JPEG" else 0)
+    assert page.all("img")[0].attributes.get("class") == look
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("count", [16, 64, 200, 1000])
-def test_labels_have_room(count):
-    """However many bars there are, their labels do not overlap and the bars have a width."""
-    numbers = list(range(count))
-    marks, texts = parse(bars("", [1] * count, 1, palette(count), numbers, "{}"))
-    assert all(place(bar)[2] > 0 for bar in marks["rect"])
-    at = sorted(x for x, _ in texts)
-    wide = 7 * len(str(count - 1))
-    assert all(b - a >= wide for a, b in zip(at, at[1:])) and len(at) >= 2
+def test_a_large_table_becomes_a_picture():
+    """More than 2,000 values are one pixel each: 1,000 classes of two experts are still a table."""
+    values = torch.tensor([[0.0, 0.5]]).expand(1001, 2)
+    table, large = Page(heat(values[:1000], 0.5, range(1000))), Page(heat(values, 0.5, range(1001)))
+    assert len(table.all("td")) == 2000 and table.styles("td")[1] == {"--blue": "80%"}
+    [image] = large.pictures()
+    assert large.all("td") == [] and image.size == (2, 1001)
+    assert [image.getpixel((x, 500)) for x in (0, 1)] == [(40, 40, 40), BLUE], "not a JPEG"
 
 
 @pytest.mark.report
 def test_a_curve_by_hand():
-    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. [] has none."""
-    marks, texts = parse(plot("", [[(1, 0), (2, 0.5), (3, 1)], []], [(1, 2, 3), (4, 5, 6)], "time"))
-    *axis, curve = marks["polyline"]
-    assert curve["points"].split()[:3] == ["40.0,150.0", "174.0,78.0", "308.0,6.0"]
-    assert curve["stroke"] == "rgb(1, 2, 3)" and curve["stroke-width"] == "2"
-    assert len(axis) == 3 and {line["stroke"] for line in axis} == {"rgb(136, 136, 136)"}
-    ticks = {(40, 165): "1", (174, 165): "2", (308, 165): "3", (160, 180): "time"}
-    heights = {(35, 154): "0", (35, 82): "0.5", (35, 10): "1"}
-    assert (ticks | heights).items() <= texts.items()
-
-
-@pytest.mark.report
-def test_a_curve_with_gaps_and_one_of_a_single_point():
-    """A missing epoch is bridged. One point is drawn twice in its place: SVG makes that a dot."""
-    panel = plot("", [[(1, 8), (4, 2)], [(2, 4)]], [(1, 2, 3), (4, 5, 6)], "", 2, ["a", "b"])
-    marks, texts = parse(panel)
-    _, middle, _, gap, dot = [line["points"].split() for line in marks["polyline"]]
-    # Epoch 2 is a third of 268 pixels to the right of 40. 8 is the top, 144 pixels high.
-    assert gap[:2] == ["40.0,6.0", "308.0,114.0"] and dot == ["129.3,78.0"] * 2
-    assert middle == ["40.0,114.0", "308.0,114.0"]
-    assert marks["polyline"][4]["stroke-linecap"] == "round", "else a dot has no size"
-    assert [place(swatch)[0] for swatch in marks["rect"]] == [0, 106.67]
-    assert texts[14, 201] == "a" and texts[35, 118] == "2"
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("middle", [7.9, 0.1])
-def test_numbers_of_an_axis_have_room(middle):
-    """A line close to the one below it is drawn without a number."""
-    marks, texts = parse(plot("", [[(1, 8), (2, 1)]], [(1, 2, 3)], "", middle))
-    numbers = {name for (x, _), name in texts.items() if x == 35}
-    assert len(marks["polyline"]) == 4
-    assert numbers == ({"0", "7.9"} if middle == 7.9 else {"0", "8"})
+    """A curve from 0 to 1 goes from the corner of the axes to the opposite one. [] has no point."""
+    curves = [[(1, 0), (2, 0.5), (3, 1)], [], [(2, 0.5)]]
+    page = Page(plot(curves, palette(3), middle=0.2))
+    middle = "175.0,75.0"
+    # The last point is there twice: SVG makes a dot of it, so a single point is seen.
+    assert page.curves() == [["36.0,140.0", middle, "314.0,10.0", "314.0,10.0"], [], [middle] * 2]
+    lines = [line.attributes for line in page.all("polyline")]
+    assert [line["points"].split()[0] for line in lines[:3]] == [  # at 0, 0.2 and the top
+        "36.0,140.0", "36.0,114.0", "36.0,10.0"]
+    assert lines[3]["stroke"] == "rgb(230 159 0)" and lines[3]["stroke-linecap"] == "round"
+    assert page.texts("text") == ["1", "3", "1"]  # below the ends of the axis, and at the top
 
 
 @pytest.mark.report
 def test_a_thousand_epochs_are_few_points():
     """A curve has about a point per two pixels, the last one among them."""
-    marks, _ = parse(plot("", [[(n, n) for n in range(1, 1001)]], [(1, 2, 3)], ""))
-    points = marks["polyline"][-1]["points"].split()
-    assert 100 <= len(points) <= 160 and points[-1] == "308.0,6.0"
+    [points] = Page(plot([[(n, n) for n in range(1, 1001)]], [(1, 2, 3)])).curves()
+    assert 100 <= len(points) <= 160 and points[-1] == "314.0,10.0"
+
+
+# ---------------------------------------------------------------- figures
+
+LOG = [dict(epoch=1, val_loss=4.0, top1=10, load=[[1, 0], [0.75, 0.25]], train_loss=2.0),
+       dict(epoch=2, val_loss=1.0, top1=40),  # trained before an interruption
+       dict(epoch=3, val_loss=2.0, top1=20, load=[[1, 0], [0.5, 0.5]], train_loss=1.0)]
+
+
+def two_layers():
+    """A Run of two layers on 2 x 2 patches: expert 0 has 3/4 of the first, 5/8 of the second."""
+    first = layer_of([[0, 0, 0, 0], [0, 0, 1, 1]], (0, 2, 2), block=1)
+    second = layer_of([[0, 0, 1, 1], [0, 0, 0, 1]], (0, 2, 2), block=3)
+    data = data_of([0, 1], ["ant", "bee"])
+    return run_of(2, data, first, second, log=LOG, shown={0: [["ant", 0.5]]})
+
+
+def second_panel(draw):
+    """What a figure shows of the second layer."""
+    run = two_layers()
+    return Page(draw(run, run.layers[1]))
+
+
+def at(points, top, last):
+    """Where plot() puts points (x, y), as in test_a_curve_by_hand."""
+    return [f"{36 + 278 * (x - 1) / (last - 1):.1f},{140 - 130 * y / top:.1f}" for x, y in points]
 
 
 @pytest.mark.report
-def test_ranking_by_hand():
-    """Each row has its label on the left, its note on the right and a bar of its share below."""
-    panel = ranking("", [("a", 0.5, "1 of 2"), ("b", 0, "0 of 9")])
-    assert panel.height == 48
-    marks, texts = parse(panel)
-    assert [place(bar) for bar in marks["rect"]] == [[0, 17, 160, 4], [0, 41, 1, 4]]
-    assert texts == {(0, 12): "a", (320, 12): "1 of 2", (0, 36): "b", (320, 36): "0 of 9"}
+def test_training_curves_show_the_log():
+    """Every point is the number of its epoch. An epoch, or a curve, without numbers is left out."""
+    page = Page(draw_training(two_layers(), "loss"))
+    validation, ema, training = page.curves()
+    assert validation[:-1] == at([(1, 4), (2, 1), (3, 2)], 4, 3)  # the last is there twice
+    assert ema == [] and training[:-1] == at([(1, 2), (3, 1)], 4, 3)
+    assert page.text.endswith(" validation 2 training 1"), "a legend with the last values"
+    colours = [line.attributes["stroke"] for line in page.all("polyline")[3:]]
+    assert [style["background"] for style in page.styles("i")] == [colours[0], colours[2]]
 
 
 @pytest.mark.report
-def test_tiles_by_hand():
-    """Three pictures, two to a row, stand in reading order below their labels; None has none."""
-    red = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    red[0] = 255
-    marks, texts = parse(tiles("", [red, None, red], ["a", "b", "c"], 2))
-    # (320 - 6) / 2 = 157 pixels wide and high, 6 apart, and 20 pixels for the label
-    assert [place(image) for image in marks["image"]] == [[0, 15, 157, 157], [0, 192, 157, 157]]
-    assert texts == {(0, 11): "a", (163, 11): "b", (0, 188): "c"}
-    assert pixels(marks["image"][1]).getpixel((0, 0)) == (255, 0, 0)
+@pytest.mark.parametrize("draw, top, middle, last, first, second", [
+    # The share of the choices per epoch, see LOG, and the even share 1/E. Epoch 2 is not known.
+    (draw_balance, 0.75, 0.5, 3, [(1, 0.75), (3, 0.5)], [(1, 0.25), (3, 0.5)]),
+    # The share of the images with at most 1, 2, ... patches. Expert 0 gets 2 of an image, and 3 of
+    # the other. Expert 1 gets 2 and 1.
+    (draw_amount, 1, 0, 4, [(1, 0), (2, 0.5), (3, 1), (4, 1)], [(1, 0.5), (2, 1), (3, 1), (4, 1)])])
+def test_curves_of_experts_are_those_of_the_layer(draw, top, middle, last, first, second):
+    """Each expert has a curve of its numbers in this layer, and a line is what to compare with."""
+    page = second_panel(draw)
+    found = [curve[:-1] for curve in page.curves()]
+    assert found == [at(first, top, last), at(second, top, last)]
+    line = page.all("polyline")[1].attributes["points"].split()
+    assert line == at([(1, middle), (last, middle)], top, last)
 
 
 @pytest.mark.report
-def test_heat_map_by_hand():
-    """A cell per value in one small picture, rows down and columns across, with the numbers."""
-    values = torch.tensor([[0.0, 0.5], [0.13, 0.25]])
-    marks, texts = parse(heat_map("", values, ["r0", "r1"], ["c0", "c1"], 20, 30, top=0.5))
-    cells = marks["image"][0]
-    assert place(cells) == [20, 16, 300, 60] and cells["image-rendering"] == "pixelated"
-    opacity = [pixels(cells).getpixel(xy)[3] for xy in ((0, 0), (1, 0), (0, 1), (1, 1))]
-    assert opacity == [26, 204, 72, 115]  # 255 * (0.1 + 0.7 * value / 0.5), rounded
-    assert texts[95, 35] == ".00" and texts[245, 35] == ".50"
-    assert texts[95, 65] == ".13" and texts[245, 65] == ".25"
-    assert texts[15, 35] == "r0" and texts[15, 65] == "r1" and texts[95, 11] == "c0"
+@pytest.mark.parametrize("answer, told", [("bee", "right: bee 62.5%"), ("ant", "wrong: ant 62.5%")])
+def test_pictures_are_tinted_by_the_experts_of_their_own_image(answer, told):
+    """First the image as the model sees it, then one overlay per layer, and what the answer was."""
+    first = layer_of([[0, 1, 2, 2], [0, 0, 0, 0]], (0, 2, 2), block=1)
+    later = layer_of([[2], [1]], (0, 1, 1), block=3)
+    data = data_of([0, 1], ["ant", "bee"], [[0] * 16, [*range(0, 160, 10)]], side=4)
+    run = run_of(3, data, first, later, images=[1, 0], shown={0: [[answer, 0.625]]})
+    page = Page(draw_pictures(run, 0))
+    assert page.text == f"beeimageblock 1block 3{told}"
+    image = data.images[1]
+    expected = [image, overlay(image, torch.tensor([[0, 1], [2, 2]]), palette(3)),
+                overlay(image, torch.tensor([[2]]), palette(3))]
+    for found, pixels in zip(page.pictures(), expected, strict=True):
+        assert torch.equal(pil_to_tensor(found), pixels)
 
 
 @pytest.mark.report
-def test_the_rows_of_a_large_heat_map_have_labels_with_room():
-    """With 1,000 rows of a pixel every twelfth has a label."""
-    names = [str(c) for c in range(1000)]
-    _, texts = parse(heat_map("", torch.zeros(1000, 16), names, range(16), 110, 1))
-    rows = [name for (x, _), name in texts.items() if x == 105]
-    assert rows == [str(c) for c in range(0, 1000, 12)]
+def test_load_has_one_scale_for_all_layers():
+    """Bars are shares over the largest of any layer, here 3/4, and so is the line at 1/E = 1/2."""
+    page = second_panel(draw_load)
+    assert page.text == "block 30: 62.5%1: 37.5%"
+    assert [style["--length"] for style in page.styles("div")] == ["83.33%", "50.00%"]
+    assert [style["--line"] for style in page.styles("div")] == ["66.67%", "66.67%"]
 
 
 @pytest.mark.report
-def test_large_pictures_are_reduced():
-    """A picture has at most twice the pixels that the page shows, and a small one keeps its own."""
-    large = pixels(ET.fromstring(picture(0, 0, 75, 50, torch.zeros(4, 400, 400).byte())).attrib)
-    small = pixels(ET.fromstring(picture(0, 0, 75, 50, torch.zeros(4, 8, 8).byte())).attrib)
-    assert large.size == (150, 100) and small.size == (8, 8)
+def test_maps_by_hand():
+    """A map's full colour is the most that any position chooses any expert; 0 is dark."""
+    layer = layer_of([[0, 0, 1, 1], [0, 1, 0, 2], [1, 1, 0, 2]], (0, 2, 2))
+    run = run_of(3, data_of([0, 0, 0], ["ant"]), layer)
+    page = Page(draw_where(run, run.layers[0]))
+    # Expert 0: two of three images on the left, one at the upper right, none at the lower right.
+    # Its colour is 230, 159, 0, and half of it from 40 is 135, 99.5 (rounded to even), 20.
+    colours = [page.pictures()[0].getpixel((x, y)) for y in (0, 1) for x in (0, 1)]
+    assert colours == [(230, 159, 0), (135, 100, 20), (230, 159, 0), (40, 40, 40)]
+    assert page.text.endswith("full colour: 67% of the images")
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("colours, height, kind", [(3, 33, "JPEG"), (3, 32, "PNG"), (4, 33, "PNG")])
-def test_a_picture_of_more_than_32_rows_is_a_jpeg(colours, height, kind):
-    """A PNG would be five times as long. A JPEG has no opacity."""
-    image = picture(0, 0, 50, 50, torch.zeros(colours, height, 40).byte())
-    assert pixels(ET.fromstring(image).attrib).format == kind
+@pytest.mark.parametrize("draw, cells, blues", [
+    # Shares of a class's patches, and 80% blue is the largest of any layer: 100%.
+    (draw_classes, ["0.50", "0.50", "0.75", "0.25"], ["40%", "40%", "60%", "20%"]),
+    # Two experts that share their images by 2 to 2 and 3 to 1 patches: 2 (2 + 1) / (5 + 3).
+    (draw_similarity, ["1.00", "0.75", "0.75", "1.00"], ["80%", "60%", "60%", "80%"])])
+def test_tables_have_one_scale_for_all_layers(draw, cells, blues):
+    """Classes in rows, or experts, and experts in columns: the number, and as strong a blue."""
+    page = second_panel(draw)
+    assert [text[:4] for text in page.texts("td")] == cells
+    assert [style["--blue"] for style in page.styles("td")] == blues
+    assert page.texts("bdi") == ["block 3", *(["ant", "bee"] if draw is draw_classes else "01")]
 
 
 @pytest.mark.report
-def test_texts_are_escaped():
-    """Markup in a name is shown and not obeyed."""
-    assert ET.fromstring(text(1, 2, "<b>&\"'")).text == "<b>&\"'"
+def test_surest_patches_are_cut_out_of_their_images():
+    """An expert's cut-outs stand side by side, surest first, below its two largest classes."""
+    layer = layer_of([[0] * 64] * 3, (0, 8, 8), nats=[[0.5] * 64, [0.3] * 64, [0.4] * 64])
+    data = data_of([0, 1, 1], ["ant", "bee"], [[10] * 1024, [20] * 1024, [30] * 1024], side=32)
+    run = run_of(2, data, layer, images=[0, 2, 1])
+    page = Page(draw_surest(run, run.layers[0]))
+    [strip] = page.pictures()
+    assert strip.size == (36, 12)  # cut-outs of 12 x 12, see test_cut_outs_stay_inside
+    assert [strip.getpixel((x, 0))[0] for x in (0, 12, 24)] == [30, 20, 10]
+    assert page.text == "block 1 0: bee 67%, ant 33% 1: never chosen"
+
+
+# ---------------------------------------------------------------- the report and the files
+
+ALL = "training balance pictures load where amount classes similarity surest"
+
+
+def headings(page):
+    """The figures on a page, by their headings: "training balance ..." for draw_training(), ..."""
+    names = {draw.__doc__.split("\n")[0]: draw.__name__ for draw in FIGURES}
+    return " ".join(names[text].removeprefix("draw_") for text in page.texts("h2"))
 
 
 @pytest.mark.report
-def test_a_text_has_an_anchor_and_a_size():
-    """At x it starts, is in the middle or ends. 11 pixels are usual."""
-    middle = {"x": "1", "y": "2", "text-anchor": "middle", "font-size": "14"}
-    assert ET.fromstring(text(1, 2, "a", "middle", 14)).attrib == middle
-    usual = {"x": "1", "y": "2", "text-anchor": "start", "font-size": "11"}
-    assert ET.fromstring(text(1, 2, "a")).attrib == usual
-
-
-@pytest.mark.report
-def test_what_xml_forbids_is_replaced():
-    """A control character or half a character of a file name would make the SVG unreadable."""
-    assert escape("a\x01b\udce9c\ufffe") == "a□b□c□"
-    assert escape("猫 🐦 العربية") == "猫 🐦 العربية"
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("name, expected", [
-    ("abcd", "abcd"), ("abcde", "abc…"), ("猫犬", "猫犬"), ("猫犬鳥", "猫…")])
-def test_short_names_by_hand(name, expected):
-    """A long name is cut to four places, of which a Chinese character takes two."""
-    assert short(name, 4) == expected
-
-
-@pytest.mark.report
-def test_tiles_of_different_widths():
-    """Pictures keep their shape: the widest fills its place, and half as wide is half of it."""
-    wide, narrow = torch.zeros(3, 4, 8).byte(), torch.zeros(3, 4, 4).byte()
-    marks, _ = parse(tiles("", [narrow, wide], ["a", "b"], 1))
-    assert [place(image)[2:] for image in marks["image"]] == [[160, 160], [320, 160]]
-
-
-@pytest.mark.report
-def test_a_panel_of_the_page_has_its_title_above_the_marks():
-    """The title is the alt text and the first line: y = 0 is 24 pixels below the upper edge."""
-    root = ET.fromstring(panel_svg(Panel("a & b", 30, [text(5, 20, "inside")])))
-    assert root.get("aria-label") == "a & b" and root.get("viewBox") == "0 -24 320 54"
-    assert (root.get("width"), root.get("height")) == ("320", "54")
-    title, inside = root.findall("text")
-    assert (title.text, title.get("y"), title.get("font-size")) == ("a & b", "-10", "14")
-    assert (inside.text, inside.get("y")) == ("inside", "20")
-    assert root.get("role") == "img", "else a screen reader does not read the alt text"
-
-
-@pytest.mark.report
-def test_a_file_has_four_panels_to_a_row():
-    """Six panels are two rows, as far apart as the highest panel needs, on white."""
-    panels = [Panel(str(i), 100, []) for i in range(5)] + [Panel("5", 200, [])]
-    root = ET.fromstring(file_svg(panels))
-    assert root.tag == SVG + "svg"
-    corners = [(panel.get("x"), panel.get("y")) for panel in root.findall(SVG + "svg")]
-    # Columns are 320 + 24 pixels apart, and rows 24 (title) + 200 + 24.
-    assert len(corners) == 6 and corners[3] == ("1056", "24") and corners[4] == ("24", "272")
-    assert (root.get("width"), root.get("height")) == (str(24 + 4 * 344), str(24 + 2 * 248))
-    white = root.find(SVG + "rect").attrib
-    assert place(white) == [0, 0, 24 + 4 * 344, 24 + 2 * 248]
-    assert white["fill"] == "rgb(255, 255, 255)"
-
-
-# ---------------------------------------------------------------- the files
-
-
-class Page(HTMLParser):
-    """Collects tags, links and text, and sees to it that what is opened is closed."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.links, self.text, self.open = [], [], "", []
-        self.feed(source)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("href", "src")]
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag in ("svg", "g", "div", "table", "text", "p", "h2", "h3"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if self.open and tag == self.open[-1]:
-            self.open.pop()
-
-    def handle_data(self, data):
-        self.text += data
-
-
-EXTREMES = {  # values, E, labels, classes, options
-    "two classes": ([[0, 1, 1, 1], [0, 0, 0, 1]], 2, [0, 1], ["a", "b"], {}),
-    "one image": ([[0, 1, 2, 3]], 8, [0], ["a"], {}),
-    "one expert": ([[0, 0, 0, 0]], 1, [0], ["a"], {}),
-    "64 experts": ([[0, 11, 22, 33], [63, 62, 61, 60]], 64, [0, 1], ["a", "b"], {}),
-    "200 experts": ([[0, 11, 22, 199]], 200, [0], ["a"], {}),
-    "1000 classes": ([[0, 1, 2, 3]] * 10, 4, list(range(10)), [f"class {i}" for i in range(1000)],
-                     {}),
-    "two grids": ([[0, 0, 1, 1] * 4] * 2, 3, [0, 0], ["a", "b"], dict(side=4, grids=2)),
-    "no examples": ([[0, 1, 1, 1]], 2, [0], ["a"], dict(examples=0))}
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("case", EXTREMES)
-def test_the_report_has_a_picture_per_layer(case):
+@pytest.mark.parametrize("E, classes", [(1, 1), (64, 3), (200, 2), (4, 1000)])
+def test_the_report_has_a_panel_per_layer_and_picture(E, classes):
     """From 1 to 200 experts and to 1,000 classes: well-formed, and all figures are there."""
-    *values, options = EXTREMES[case]
-    run, args = red_run(*values, **options)
-    page = Page(make_files([run], args)["report.html"])
-    layers, examples = len(run.layers), len(run.examples)
-    # Per layer: load, map, classes, similarity, patches and curves. Then one per example, two
-    # legends, depth, and factors measured and by chance.
-    panels = 6 * layers + examples + 2 + 1 + 2
-    # Accuracy per class, the matrix of up to 40 classes, and the confusions if there are any.
-    wrong = run.confusion.sum() > run.confusion.trace()
-    panels += 1 + (len(run.classes) <= 40) + int(wrong)
-    assert page.open == [] and page.tags.count("svg") == panels
-    assert page.tags.count("h3") == 1, "the name of a single run is said once"
-    assert page.text.startswith("What the experts do")
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("case", EXTREMES)
-def test_every_figure_is_also_an_svg_file(case):
-    """Each file is XML, has the panels of the page, and no mark with a negative size."""
-    *values, options = EXTREMES[case]
-    run, args = red_run(*values, **options)
-    files = make_files([run], args)
-    names = {f"{figure}.svg" for figure in FIGURES.keys() - {"curves", "balance"}}  # without a log
-    assert set(files) == {"summary.json", "routing.csv", "report.html"} | names
-    panels = 0
-    for name in names:
-        root = ET.fromstring(files[name])
-        panels += len(root.findall(SVG + "svg"))
-        sizes = [float(mark.get("width")) for mark in root.iter() if mark.get("width")]
-        assert min(sizes) > 0, name
-    assert panels == files["report.html"].count("<svg")
+    M = min(classes, 10)
+    first = layer_of(torch.randint(0, E, (M, 17)).tolist(), (1, 4, 4), block=1)
+    second = layer_of(torch.randint(0, E, (M, 4)).tolist(), (0, 2, 2), block=3)
+    log = dict(epoch=1, val_loss=1.0, top1=0.0, load=[[1 / E] * E] * 2)
+    data = data_of(list(range(M)), [f"class {i}" for i in range(classes)], side=4)
+    run = run_of(E, data, first, second, log=[log], shown={0: [["class 0", 0.5]]})
+    page = Page(report_html(run, "spec"))
+    assert headings(page) == ALL and len(page.all("span")) == E, "a legend"
+    # Per layer: balance, load, map, amounts, classes, similarity, surest. Three of training.
+    assert len(page.all("figure")) == 2 * 7 + 3 + 1
 
 
 @pytest.mark.report
 def test_the_caption_of_a_figure_is_its_docstring():
     """The report says above each figure what its function's docstring says."""
-    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
-    run = run._replace(log={1: dict(epoch=1, lr=1, load=[[0.5, 0.5]])})
-    page = Page(make_files([run], args)["report.html"])
+    page = Page(report_html(two_layers(), "spec"))
     said = " ".join(page.text.split())
-    for draw in FIGURES.values():
+    for draw in FIGURES:
         heading, caption = draw.__doc__.split("\n", 1)
-        assert heading in said and " ".join(caption.split()) in said
+        assert heading in page.texts("h2") and " ".join(caption.split()) in said
 
 
 @pytest.mark.report
-def test_summary_is_json_without_nan():
-    """Other programs read summary.json: NaN is no JSON."""
-    run, args = red_run([[0, 1, 1, 1]], 8, [0], ["a", "empty"])
-    summary = make_files([run], args)["summary.json"]
-    json.loads(summary, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+def test_without_a_log_its_figures_are_left_out():
+    """A checkpoint from before its first epoch has no curves, of training or of balance."""
+    page = Page(report_html(two_layers()._replace(log=[]), "spec"))
+    assert headings(page) == ALL.removeprefix("training balance ")
 
 
 @pytest.mark.report
-def test_summary_keeps_names_as_they_are():
-    """Numbers share a line, and a name that looks like numbers keeps its spaces."""
-    name = "[1,  2,\n 3]"
-    run, args = red_run([[0, 0, 1, 1]], 2, [0], [name])
-    files = make_files([run], args)
-    summary = json.loads(files["summary.json"])
-    assert summary["layers"][0]["top_classes"][0] == [[name, 1.0]]
-    assert "0.5, 0.5" in files["summary.json"]
+def test_the_overview_by_hand():
+    """A row per measure, a column per layer; in brackets what chance alone would tell."""
+    layer = layer_of([[0, 0, 1, 2, 3]] * 4, (1, 1, 4))
+    run = run_of(4, data_of([0, 1, 0, 1], ["ant", "bee"]), layer, layer._replace(block=3))
+    # All experts follow the position alone, as in test_information_by_hand.
+    rows = [["block", "1", "3"], ["grid", "1x4", "1x4"], ["experts per image", "4.00", "4.00"],
+            ["router, bits", "1.00", "1.00"], ["load, CV", "0.00", "0.00"],
+            ["class", "0.00 (0.00)", "0.00 (0.00)"], ["position", "1.00 (0.00)", "1.00 (0.00)"]]
+    assert overview(run) == rows
+    page = Page(report_html(run, "spec"))
+    assert page.texts("td")[:21] == sum(rows, []), "the page's first table"
+    assert "a.pt: model=by_hand. Images of spec. Top-1: 50.00% of 4." in page.text
+    assert "Routed experts do 40% of the multiply-adds." in page.text
 
 
 @pytest.mark.report
 def test_names_are_only_text():
     """Names with markup in them are shown and not obeyed, and the page loads nothing."""
-    name = "<script>alert(1)</script>"
-    run, args = red_run([[0, 1, 1, 1]], 2, [0], [name, 'a" onload="x'])
-    page = Page(make_files([run._replace(name=name)], args)["report.html"])
-    assert "script" not in page.tags and name in page.text
-    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    name, other = "<script>alert(1)</script>", "a' onload='x"
+    run = run_of(2, data_of([0, 1], [name, other]), layer_of([[0, 1], [1, 1]], (0, 1, 2)),
+                 path=name, config={"model": name}, shown={0: [[name, 0.5]], 1: [[other, 0.5]]})
+    page = Page(report_html(run, name))
+    # Path, model, data, title and answer of a picture, a row of classes, and the top of an expert.
+    assert page.text.count(name) >= 7
+    for element in page.elements:
+        assert element.tag != "script" and not {"onload", "href"} & set(element.attributes)
+        assert element.attributes.get("src", "data:image/").startswith("data:image/")
 
 
 @pytest.mark.report
 def test_names_of_any_characters(tmp_path):
     """Chinese, Arabic, emojis, control characters and bytes that are no UTF-8 can be written."""
     names = ["猫", "العربية", "🐦 bird", "a\x01b\nc", os.fsdecode(b"caf\xe9")]
-    run, args = red_run([[0, 1, 1, 1]] * 5, 2, [0, 1, 2, 3, 4], names, examples=5)
-    inspect_experts.write_files(tmp_path, make_files([run], args))
-    figure = ET.parse(tmp_path / "fig6.svg")
-    titles = [mark.text for mark in figure.iter(SVG + "text")]
-    assert {"猫", "العربية", "🐦 bird"} <= set(titles)
-    table = (tmp_path / "routing.csv").read_text("utf-8-sig")
-    assert "猫" in table and "caf" in table
+    written = {*names[:4], r"caf\udce9"}
+    run = run_of(2, data_of(range(5), names), layer_of([[0, 1]] * 5, (0, 1, 2)))
+    write_files(tmp_path, run, names[4])
+    assert written <= set(Page((tmp_path / "report.html").read_text("utf-8")).texts("bdi"))
+    table = io.StringIO((tmp_path / "routing.csv").read_text("utf-8-sig"), newline="")
+    assert {row[2] for row in csv.reader(table)} == {"class"} | written
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert [name for name, _ in summary["layers"][0]["top_classes"][0]] == names
 
 
 @pytest.mark.report
 def test_routing_csv_by_hand():
-    """One row per layer, class and expert; a class without images has 0 tokens and a share of 0."""
-    values, classes = [[0, 0, 0, 1], [1, 1, 1, 1]], ["a,b", "empty", "c"]
-    run, _ = red_run(values, 2, [0, 2], classes)
-    rows = list(csv.reader(io.StringIO(routing_csv(run), newline="")))
+    """One row per layer, class and expert; a class without images has 0 patches, a share of 0."""
+    layer = layer_of([[0, 0, 0, 1]], (0, 2, 2), block=5)
+    text = routing_csv(run_of(2, data_of([0], ["a,b", "empty"]), layer))
+    assert text[0] == "\ufeff", "without this mark Excel shows café wrong"
+    rows = list(csv.reader(io.StringIO(text[1:], newline="")))
     assert rows == [["layer", "block", "class", "expert", "tokens", "share"],
-                    ["0", "1", "a,b", "0", "3", "0.750000"],
-                    ["0", "1", "a,b", "1", "1", "0.250000"],
-                    ["0", "1", "empty", "0", "0", "0.000000"],
-                    ["0", "1", "empty", "1", "0", "0.000000"],
-                    ["0", "1", "c", "0", "0", "0.000000"],
-                    ["0", "1", "c", "1", "4", "1.000000"]]
+                    ["0", "5", "a,b", "0", "3", "0.750000"],
+                    ["0", "5", "a,b", "1", "1", "0.250000"],
+                    ["0", "5", "empty", "0", "0", "0.000000"],
+                    ["0", "5", "empty", "1", "0", "0.000000"]]
 
 
 @pytest.mark.report
-def test_a_spreadsheet_takes_no_class_for_a_formula():
-    """A name that starts with = + - @ or a tab gets an apostrophe, and other names get none."""
-    names = ["=1+1", "+1", "-2+3", "@SUM(1)", "\t=1", "a=1", "001"]
-    run, _ = red_run([[0, 1, 1, 1]], 2, [0], names)
-    rows = csv.reader(io.StringIO(routing_csv(run), newline=""))
-    cells = list(dict.fromkeys(row[2] for row in rows))
-    expected = ["'=1+1", "'+1", "'-2+3", "'@SUM(1)", "'\t=1", "a=1", "001"]
-    assert cells == ["class"] + expected
+def test_summary_is_json_without_nan(tmp_path):
+    """Other programs read summary.json: NaN is no JSON. Unused experts and classes are in it."""
+    run = run_of(8, data_of([0], ["a", "empty"]), layer_of([[0, 1]], (0, 1, 2)))
+    write_files(tmp_path, run, "spec")
+    text = (tmp_path / "summary.json").read_text("utf-8")
+    summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert summary.pop("layers") == [dict(layer=0) | run.layers[0].numbers]
+    assert summary == dict(checkpoint="a.pt", model=dict(model="by_hand"), data="spec", images=1,
+                           top1=50.0, routed_share=0.4)
 
 
 @pytest.mark.report
-def test_a_spreadsheet_knows_the_encoding(tmp_path):
-    """routing.csv begins with UTF-8's byte order mark, without which Excel shows café wrong."""
-    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["café"])
-    inspect_experts.write_files(tmp_path, make_files([run], args))
-    content = (tmp_path / "routing.csv").read_bytes()
-    assert content.startswith(b"\xef\xbb\xbflayer,") and "café".encode() in content
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    """When the disk is full the old file stays as it was."""
+    def full(path, content):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
 
-
-@pytest.mark.report
-def test_two_checkpoints_side_by_side():
-    """With --compare the page and summary.json hold both; CSV and figures have files each."""
-    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
-    other, _ = red_run([[0, 0, 0, 1]], 2, [0], ["a"])
-    files = make_files([run, other._replace(name="other.pt")], args)
-    summary = json.loads(files["summary.json"])
-    assert summary["layers"][0]["share"] == [0.25, 0.75]
-    assert summary["compare"]["layers"][0]["share"] == [0.75, 0.25]
-    for name in ("routing.csv", "fig5.svg"):
-        assert files[name] == make_files([run], args)[name]
-        assert files[name] != files[name.replace(".", "_compare.")]
-    alone = make_files([run], args)["report.html"].count("<svg")
-    page = files["report.html"]
-    assert page.count("<svg") == 2 * alone and "<h3>other.pt</h3>" in page
+    (tmp_path / "report.html").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_files(tmp_path, two_layers(), "spec")
+    assert (tmp_path / "report.html").read_text() == "old"
 
 
 # ---------------------------------------------------------------- command line
-
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     """Saves untrained checkpoints in an empty folder, which becomes the current one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("eval.VAL_IMAGES", 100)
 
-    def save(name, **options):
+    def save(name, log=(), args=(), **options):
         config = dict(model="convnext_nano", num_classes=16, num_experts=4) | options
         model = build_model(config).state_dict()
-        usual = dict(image_size=32, crop_ratio=1.0, mean=MEAN, std=STD, ema={}, optimizer={},
-                     epoch=1, step=1, best=0.0, args={})
+        usual = dict(image_size=32, crop_ratio=0.5, mean=MEAN, std=STD, ema={}, optimizer={},
+                     epoch=1, step=1, best=0.0, args=dict(args), log=list(log))
         torch.save(usual | dict(config=config, classes=DRAWN["shapes"][1], model=model), name)
         return name
     return save
 
 
-def run_main(monkeypatch, *argv):
-    """python inspect_experts.py ARGV in this process; `shapes` has 100 pictures."""
-    monkeypatch.setattr("eval.VAL_IMAGES", 100)
-    monkeypatch.setattr(sys, "argv", ["inspect_experts.py", *argv])
-    inspect_experts.main(inspect_experts.parse_args())
+def run_main(*argv):
+    """python inspect_experts.py ARGV in this process: the summary.json and the page of out/."""
+    inspect_experts.main(parse_args(["--out", "out", "--workers", "0", *argv]))
+    summary, page = Path("out/summary.json"), Path("out/report.html")
+    return json.loads(summary.read_text("utf-8")), Page(page.read_text("utf-8"))
+
+
+def save_pictures(*paths):
+    """Save small pictures, from dark to bright, of different widths."""
+    for i, path in enumerate(paths):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.linear_gradient("L").resize((40 + i, 36)).save(path)
 
 
 @pytest.mark.report
-def test_one_command_writes_everything(checkpoint, monkeypatch):
-    """A ViT with k = 2 beside a ConvNeXt with three grids: all files say what they are about."""
-    vit = checkpoint("vit.pt", model="vit_nano", moe_layers="every2", k=2)
-    conv = checkpoint("conv.pt", moe_layers="every2", k=1)
-    run_main(monkeypatch, vit, "--compare", conv, "--data", "shapes", "--max-images", "40",
-             "--all-choices", "--out", "deep/out")
-    expected = ["summary.json", "report.html"]
-    figures = FIGURES.keys() - {"curves", "balance"}  # there is no log
-    for name in ("routing.csv", *(f"{figure}.svg" for figure in figures)):
-        expected += [name, name.replace(".", "_compare.")]
-    assert sorted(os.listdir("deep/out")) == sorted(expected)
-    summary = json.loads(Path("deep/out/summary.json").read_text())
-    assert (summary["images"], summary["data"], summary["choices"]) == (40, "shapes", "all")
-    assert (summary["checkpoint"], summary["model"]["model"]) == ("vit.pt", "vit_nano")
-    assert summary["versions"]["torch"] == torch.__version__
-    layers = summary["layers"]
-    assert [layer["block"] for layer in layers] == [1, 3] and layers[0]["grid"] == [4, 4]
-    assert set(layers[0]["information"]) == {
-        "class", "object", "shape", "texture", "colour", "position"}
-    grids = [layer["grid"] for layer in summary["compare"]["layers"]]
-    assert grids == [[8, 8], [4, 4], [2, 2]]
+@pytest.mark.parametrize("options, blocks, grids", [
+    (dict(model="vit_nano", moe_layers="every2", k=2), [1, 3], [[4, 4]] * 2),
+    (dict(moe_layers="every2", k=1), [1, 3, 6], [[8, 8], [4, 4], [2, 2]]),
+    ({}, [], [])])  # dense
+def test_one_command_writes_everything(checkpoint, options, blocks, grids):
+    """The files say what they are about. The log inside the checkpoint is drawn, too."""
+    line = dict(epoch=1, val_loss=1.5, top1=3, load=[[0.25] * 4] * len(blocks))
+    path = checkpoint("a.pt", [line], **options)
+    summary, page = run_main(path, "--data", "shapes", "--max-images", "40")
+    assert {"report.html", "summary.json"} <= set(os.listdir("out"))
+    assert os.path.exists("out/routing.csv") == bool(blocks)
+    assert (summary["images"], summary["data"], summary["checkpoint"]) == (40, "shapes", "a.pt")
+    assert [layer["block"] for layer in summary["layers"]] == blocks
+    assert [layer["grid"] for layer in summary["layers"]] == grids
+    assert headings(page) == (ALL if blocks else "training pictures")
+    assert "validation 1.5" in page.text and page.texts("div").count("image") == 8
 
 
 @pytest.mark.report
-def test_what_is_printed(checkpoint, monkeypatch, capsys):
-    """A line per MoE layer: block, experts per image, information per factor, load per expert."""
-    path = checkpoint("a.pt", moe_layers="last2")
-    run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
-    text = Path("out/summary.json").read_text()
-    assert text.startswith('{\n "checkpoint"'), "one entry per line, for people"
-    summary = json.loads(text)
-    lines = capsys.readouterr().out.splitlines()[2:]
-    for layer, line in zip(summary["layers"], lines[:len(summary["layers"])], strict=True):
-        numbers = re.findall(r"[\d.]+", line)
-        assert int(numbers[0]) == layer["block"]
-        found = [known["normalized"] for known in layer["information"].values()]
-        load = [100 * share for share in layer["share"]]
-        expected = [layer["experts_per_image"], *found, *load]
-        assert_close([float(number) for number in numbers[1:]], expected, atol=0.051, rtol=0)
+def test_what_is_printed(checkpoint, capsys):
+    """First the accuracy and the share of the experts, then the page's table."""
+    summary, page = run_main(checkpoint("a.pt", moe_layers="last2"), "--data", "shapes")
+    written, first, *rows, last = capsys.readouterr().out.splitlines()
+    assert written == "written to out/: report.html, routing.csv, summary.json"
+    assert first.startswith(f"a.pt: top-1 {summary['top1']:.2f}% of 100 images; "
+                            f"{summary['routed_share']:.0%} of the multiply-adds")
+    cells = page.texts("td")
+    for i, row in enumerate(rows):
+        name, *values = cells[3 * i:3 * i + 3]
+        assert row == f"{name:<18} {values[0]:>12} {values[1]:>12}"
+    assert [row.split()[0] for row in rows[-6:]] == list(summary["layers"][0]["information"])
 
 
 @pytest.mark.report
-def test_folders_have_class_and_position_only(checkpoint, monkeypatch):
-    """Nothing else is known about photographs in folders."""
-    for name in ("circle-plain", "cross-dots"):
-        os.makedirs(f"images/{name}")
-        Image.new("RGB", (40, 36), (200, 100, 50)).save(f"images/{name}/1.png")
-    path = checkpoint("a.pt", moe_layers="last2")
-    run_main(monkeypatch, path, "--data", "images", "--workers", "0", "--out", "out")
-    summary = json.loads(Path("out/summary.json").read_text())
-    assert set(summary["layers"][0]["information"]) == {"class", "position"}
-    assert summary["images"] == 2
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_routed_share_by_hand(checkpoint, k):
+    """The experts' multiply-adds over all those of one image, for a ViT of width D = 32."""
+    path = checkpoint("a.pt", model="vit_pico", moe_layers="last2", num_experts=4, k=k)
+    summary, _ = run_main(path, "--data", "shapes", "--max-images", "1")
+    # 16 patches of 3 * 8 * 8 values, T = 17 tokens with the class token, H = 4 D, 16 classes.
+    T, D = 17, 32
+    mlp = T * 2 * D * 4 * D
+    attention = T * D * 3 * D + T * D * D + 2 * T * T * D  # q, k and v; output; scores and mix
+    routers = 2 * T * D * 4
+    total = 16 * 192 * D + 4 * attention + 2 * mlp + routers + 2 * k * mlp + D * 16
+    assert summary["routed_share"] == 2 * k * mlp / total
 
 
 @pytest.mark.report
-def test_classes_that_the_checkpoint_does_not_know(checkpoint, monkeypatch):
-    """Data of other classes is refused, with their names."""
-    os.makedirs("images/zebra")
-    Image.new("RGB", (32, 32)).save("images/zebra/1.png")
-    path = checkpoint("a.pt", moe_layers="last2")
-    with pytest.raises(ValueError, match="zebra"):
-        run_main(monkeypatch, path, "--data", "images", "--workers", "0", "--out", "out")
-    # the second of two checkpoints, before anything is counted for the first
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | dict(classes=[f"bird {i}" for i in range(16)]), "birds.pt")
-    monkeypatch.setattr(inspect_experts, "count_choices", lambda *args: pytest.fail("counted"))
-    with pytest.raises(ValueError, match="circle"):
-        run_main(monkeypatch, path, "--compare", "birds.pt", "--data", "shapes", "--out", "out")
+def test_what_the_model_was_trained_on_is_left_out(checkpoint):
+    """Of a flat folder that a checkpoint was trained on only the held-out fifth is inspected."""
+    files = [f"circle-plain/{i}.png" for i in range(5)]
+    save_pictures(*(f"images/{file}" for file in files), *(f"other/{file}" for file in files))
+    path = checkpoint("a.pt", args=dict(data="images"), moe_layers="last2")
+    asked = [("./images/", []), ("images", ["--split", "all"]), ("other", [])]
+    found = [run_main(path, "--data", data, *flags)[0]["images"] for data, flags in asked]
+    assert found == [1, 5, 5]
 
 
 @pytest.mark.report
-@pytest.mark.parametrize("argv, message", [
-    (["sparse.pt", "--out", "sparse.pt"], "--out sparse.pt cannot be a folder"),
-    (["sparse.pt", "--out", "/proc/out"], "--out /proc/out cannot be a folder"),
-    (["missing.pt"], "no checkpoint at missing.pt")])
-def test_refusals_come_before_any_work(checkpoint, monkeypatch, argv, message):
+@pytest.mark.parametrize("data", ["images", "images/circle-plain/2.png"])
+def test_an_image_that_cannot_be_read_is_named(checkpoint, data):
+    """Numbers without an image would not be comparable, and own pictures would lack an answer."""
+    save_pictures("images/circle-plain/1.png")
+    Path("images/circle-plain/2.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read 1 files: images/circle-plain/2.png"):
+        run_main(checkpoint("a.pt", moe_layers="last2"), "--data", data)
+    assert os.listdir("out") == []
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("flags, message", [
+    ("a.pt --data shapes --out a.pt", "a.pt"),
+    ("missing.pt --data shapes", "missing.pt is not a checkpoint"),
+    ("a.pt --data nowhere", "no folder 'nowhere'"),
+    ("a.pt --data zoo", "1 of 1 classes of the data are unknown to the checkpoint .zebra")])
+def test_refusals_come_before_any_work(checkpoint, monkeypatch, flags, message):
     """What cannot be done is said in one line, before an image is read or a file is written."""
-    checkpoint("dense.pt"), checkpoint("sparse.pt", moe_layers="last2")
-    monkeypatch.setattr(inspect_experts, "count_choices", lambda *args: pytest.fail("it worked"))
-    with pytest.raises(ValueError, match=message) as error:
-        run_main(monkeypatch, "--data", "shapes", "--out", "out", *argv)
+    checkpoint("a.pt", moe_layers="last2")
+    save_pictures("zoo/zebra/1.png")
+    monkeypatch.setattr(inspect_experts, "predict", lambda *args: pytest.fail("it worked"))
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        run_main(*flags.split())
     assert "\n" not in str(error.value)
     assert not os.path.exists("out") or os.listdir("out") == []
 
 
 @pytest.mark.report
-def test_a_report_needs_data_and_a_place(capsys):
-    """Without --data or --out the parser says what is missing, with status 2."""
-    for given, missing in (("--out out", "--data"), ("--data shapes", "--out")):
-        with pytest.raises(SystemExit, match="2"):
-            inspect_experts.parse_args(["a.pt", *given.split()])
-        assert f"required: {missing}" in capsys.readouterr().err
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("flag, least", [
-    ("--max-images", 1), ("--examples", 0), ("--batch-size", 1), ("--workers", 0)])
-def test_numbers_that_cannot_be(flag, least, capsys):
-    """A number out of range is refused by the parser, with the range, and status 2."""
-    usual = ["a.pt", "--data", "shapes", "--out", "out", flag]
-    args = inspect_experts.parse_args([*usual, str(least)])
-    assert getattr(args, flag.strip("-").replace("-", "_")) == least
-    for word in (str(least - 1), "1.5", "many"):
-        with pytest.raises(SystemExit) as stop:
-            inspect_experts.parse_args([*usual, word])
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert stop.value.code == 2
-        assert said.endswith(f"argument {flag}: expected int in [{least}, inf), got {word}")
-
-
-@pytest.mark.report
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    """When the disk is full the old file stays as it was, and the message says what to do."""
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "summary.json").write_text("old")
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match="No space left.*make room or choose another --out"):
-        inspect_experts.write_files(str(tmp_path), {"summary.json": "new"})
-    assert (tmp_path / "summary.json").read_text() == "old"
-
-
-# ---------------------------------------------------------------- how it went, and what is wrong
-
-
-@pytest.mark.statistics
-def test_broken_lines_of_a_log_are_left_out(tmp_path):
-    """Half a line, an empty one, and what is no object are skipped; a later line replaces one."""
-    lines = ['{"epoch": 1, "lr": 1}', '{"epoch": 2, "l', "", "[1]", '{"lr": 5}', '{"epoch": "3"}',
-             '{"epoch": 4, "lr": 4, }', '{"epoch": 5, "lr": 5}', '{"epoch": 5, "lr": 6}']
-    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\x00")
-    log = read_log(str(tmp_path / "best.pt"))
-    assert log == {1: dict(epoch=1, lr=1), 5: dict(epoch=5, lr=6)}
-
-
-@pytest.mark.statistics
-def test_without_a_log_there_is_none(tmp_path):
-    """A checkpoint that was copied elsewhere has no log beside it."""
-    assert read_log(str(tmp_path / "best.pt")) == {}
-
-
-@pytest.mark.statistics
-def test_points_of_a_log_by_hand():
-    """Epochs without the number are left out: missing, of another kind, or not finite."""
-    log = {3: dict(lr=0.5, load=[[1, 2], [3, 4]]), 1: dict(lr=1), 2: {}, 4: dict(lr="high"),
-           5: dict(lr=math.nan, load=[[5]]), 6: dict(lr=None, load=7)}
-    assert points_of(log, "lr") == [(1, 1), (3, 0.5)]
-    assert points_of(log, "load", 1, 0) == [(3, 3)]
-    assert points_of(log, "load", 0, 1) == [(3, 2)]
-    assert points_of({}, "lr") == []
-
-
-def write_log(folder, lines):
-    """A log.jsonl in a folder, for a checkpoint there."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (Path(folder) / "log.jsonl").write_text(text + '{"epoch": 9, "tr')
-
-
-@pytest.mark.report
-def test_curves_show_the_log(tmp_path):
-    """Every point of the curves is the number of its epoch, as high as its share of the top."""
-    lines = [dict(epoch=1, lr=0.25, val_loss=4.0, top1=10, load=[[0.75, 0.25]], train_loss=2.0),
-             dict(epoch=2, lr=0.5, val_loss=1.0, top1=40),  # trained before an interruption
-             dict(epoch=3, lr=0.125, val_loss=2.0, top1=20, load=[[0.5, 0.5]], train_loss=1.0)]
-    write_log(tmp_path, lines)
-    run, _ = red_run([[0, 1, 1, 1]], 2, [0], ["a"], path=str(tmp_path / "best.pt"))
-
-    def expected(values, top):
-        points = [f"{40 + 134 * (epoch - 1):.1f},{150 - 144 * value / top:.1f}"
-                  for epoch, value in values]
-        return points + points[-1:]
-
-    drawn = []
-    for panel in [*draw_curves(run), *draw_balance(run)]:
-        marks, texts = parse(panel)
-        drawn += [line["points"].split() for line in marks["polyline"]
-                  if line["stroke"] != "rgb(136, 136, 136)"]
-    each = [("val_loss", 4), ("train_loss", 4), ("top1", 40), ("lr", 0.5)]
-    wanted = []
-    for field, top in each:
-        wanted.append(expected([(l["epoch"], l[field]) for l in lines if field in l], top))
-    for e in range(2):
-        wanted.append(expected([(l["epoch"], l["load"][0][e]) for l in lines if "load" in l], 0.75))
-    assert drawn == wanted
-
-
-@pytest.mark.report
-def test_mistakes_by_a_loop():
-    """Matrix, confusions and accuracies are what a loop over the images counts."""
-    values = torch.randint(0, 4, (60, 4)).tolist()
-    labels = torch.randint(0, 4, (60,)).tolist()
-    names = ["ant", "bee", "cat", "dog"]
-    run, args = red_run(values, 4, labels, names)
-    counts = {}
-    for label, pixels_of_image in zip(labels, values):
-        pair = (label, pixels_of_image[0])  # the stub predicts the first pixel
-        counts[pair] = counts.get(pair, 0) + 1
-    for true in range(4):
-        for predicted in range(4):
-            assert run.confusion[true, predicted] == counts.get((true, predicted), 0)
-    summary = json.loads(make_files([run], args)["summary.json"])
-    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
-    assert_close(summary["top1"], 100 * right / 60)
-    for c, name in enumerate(names):
-        total = labels.count(c)
-        expected = dict(top1=100 * counts.get((c, c), 0) / total, images=total)
-        assert_close(summary["per_class"][name], expected)
-    wrong = {(names[a], names[b]): n for (a, b), n in counts.items() if a != b}
-    assert {(a, b): n for a, b, n in summary["confusions"]} == wrong
-    matrix, pairs, classes = draw_mistakes(run)
-    _, texts = parse(matrix)
-    for true in range(4):
-        for predicted in range(4):
-            share = counts.get((true, predicted), 0) / labels.count(true)
-            shown = texts[110 + (predicted + 0.5) * 52.5, 20 + (true + 0.5) * 18]
-            assert abs(float(shown) - share) <= 0.005001
-    _, texts = parse(pairs)
-    a, b, n = summary["confusions"][0]
-    assert texts[0, 12] == f"\u2068{a}\u2069 taken for \u2068{b}\u2069"
-    assert texts[320, 12] == f"{n} of {labels.count(names.index(a))}"
-    _, texts = parse(classes)
-    lowest = min(found["top1"] for found in summary["per_class"].values())
-    assert texts[320, 12].startswith(f"{lowest:.1f}% of")
-
-
-@pytest.mark.report
-def test_many_classes_have_no_matrix():
-    """Above 40 classes the lists say what a matrix could not show."""
-    names = [f"class {i}" for i in range(50)]
-    run, _ = red_run([[0, 1, 1, 1]] * 50, 2, list(range(50)), names)
-    titles = [panel.title for panel in draw_mistakes(run)]
-    assert titles == ["the most frequent confusions", "accuracy per class, the lowest first"]
-
-
-@pytest.mark.report
-def test_examples_say_what_was_predicted():
-    """Above an example is its class, and below it the predicted one with its probability."""
-    run, _ = red_run([[0, 1, 1, 1], [0, 1, 1, 1]], 2, [0, 1], ["ant", "bee"])
-    _, right, wrong = draw_examples(run)
-    probability = 100 / (1 + math.exp(-3))  # logits of 3 and 0
-    for panel, title, verdict in ((right, "ant", "right"), (wrong, "bee", "wrong")):
-        assert panel.title == title
-        _, texts = parse(panel)
-        assert f"{verdict}: \u2068ant\u2069 {probability:.1f}%" in texts.values()
-
-
-@pytest.mark.report
-def test_a_dense_checkpoint_has_a_report(checkpoint, monkeypatch, capsys):
-    """Curves, mistakes and pictures: what a model without experts has. A sentence says so."""
-    path = checkpoint("dense.pt")
-    write_log(".", [dict(epoch=1, lr=1, val_loss=1, top1=3)])
-    run_main(monkeypatch, path, "--data", "shapes", "--out", "out")
-    expected = ["curves.svg", "fig6.svg", "mistakes.svg", "report.html", "summary.json"]
-    assert sorted(os.listdir("out")) == expected
-    page = Page(Path("out/report.html").read_text())
-    assert page.open == [] and page.text.startswith("What the model does")
-    assert "it has no experts, so their figures are left out" in page.text
-    summary = json.loads(Path("out/summary.json").read_text())
-    assert f"top-1 {summary['top1']:.2f}%; a dense model" in capsys.readouterr().out
-
-
-@pytest.mark.report
-def test_a_dense_model_beside_a_sparse_one(checkpoint, monkeypatch):
-    """With --compare each has the figures that it can have."""
-    dense, sparse = checkpoint("dense.pt"), checkpoint("sparse.pt", moe_layers="last2")
-    run_main(monkeypatch, sparse, "--compare", dense, "--data", "shapes", "--out", "out")
-    files = set(os.listdir("out"))
-    assert {"fig5.svg", "mistakes.svg", "mistakes_compare.svg", "routing.csv"} <= files
-    assert not {"fig5_compare.svg", "routing_compare.csv"} & files
-
-
-def save_pictures(count):
-    """Pictures without classes, and one's own file names."""
-    os.makedirs("own")
-    for i in range(count):
-        Image.new("RGB", (40, 36), (4 * i, 100, 50)).save(f"own/photo {i:02}.png")
-
-
-@pytest.mark.report
-@pytest.mark.parametrize("options", [dict(moe_layers="last2"), {}])
-@pytest.mark.parametrize("data", ["own", "own/photo 01.png"])
-def test_own_pictures(checkpoint, monkeypatch, capsys, options, data):
-    """No classes: the five best ones with their probabilities, and the routing of each layer."""
-    save_pictures(3)
-    path = checkpoint("a.pt", **options)
-    run_main(monkeypatch, path, "--data", data, "--workers", "0", "--out", "out")
-    assert sorted(os.listdir("out")) == ["fig6.svg", "report.html", "summary.json"]
-    found = json.loads(Path("out/summary.json").read_text())["pictures"]
-    files = [f"own/photo {i:02}.png" for i in range(3)] if data == "own" else [data]
-    assert [picture["file"] for picture in found] == files
-    model, saved = load_checkpoint(path, CPU)
-    page, printed = Path("out/report.html").read_text(), capsys.readouterr().out
-    for shown in found:
-        pixels = read_image(shown["file"])
-        inputs = normalize(eval_transform(32, 1.0)(pixels).unsqueeze(0), MEAN, STD)
-        with torch.no_grad():
-            logits, routings = model(inputs, return_routing=True)
-        probs = dict(zip(saved["classes"], logits.softmax(1)[0].tolist()))
-        best = sorted(probs, key=probs.get, reverse=True)[:5]
-        assert shown["classes"] == best
-        assert_close(shown["probabilities"], [probs[name] for name in best])
-        for experts, routing in zip(shown["experts"], routings, strict=True):
-            assert sum(experts, []) == routing.experts[:, 0].tolist()
-        assert os.path.basename(shown["file"]) in page and f"{shown['file']}: " in printed
-        assert f"\u2068{best[0]}\u2069 {100 * probs[best[0]]:.1f}%" in page
-
-
-@pytest.mark.report
-def test_at_most_fifty_pictures(checkpoint, monkeypatch, capsys):
-    """More than 50 pictures would be a page that nobody reads: a warning says so."""
-    save_pictures(52)
-    path = checkpoint("a.pt", moe_layers="last2")
-    run_main(monkeypatch, path, "--data", "own", "--workers", "0", "--out", "out")
-    found = json.loads(Path("out/summary.json").read_text())["pictures"]
-    assert len(found) == 50 and found[49]["file"] == "own/photo 49.png"
-    assert "52 pictures in own: the first 50 are shown" in capsys.readouterr().err
-    for i in (50, 51):
-        os.remove(f"own/photo {i}.png")
-    run_main(monkeypatch, path, "--data", "own", "--workers", "0", "--out", "all")
-    assert "pictures in own" not in capsys.readouterr().err
-
-
-@pytest.mark.report
-def test_a_broken_picture_is_named(checkpoint, monkeypatch):
-    """A file that is no picture ends in one line with its name."""
-    Path("photo.jpg").write_bytes(b"no picture")
-    path = checkpoint("a.pt", moe_layers="last2")
-    with pytest.raises(ValueError, match="cannot read photo.jpg: repair or replace the file"):
-        run_main(monkeypatch, path, "--data", "photo.jpg", "--workers", "0", "--out", "out")
-
-
-@pytest.mark.report
-def test_headings_of_the_table_are_explained():
-    """Below the first table stands what each of its columns means."""
-    run, args = red_run([[0, 1, 1, 1]], 2, [0], ["a"])
-    said = Page(make_files([run], args)["report.html"]).text
-    for title, (_, meaning) in inspect_experts.KEY_NUMBERS.items():
-        assert f"{title}: {meaning}" in said
-
-
-@pytest.mark.report
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
-    """A disk that is read-only: one line, before any work."""
+    """A folder of somebody else: one line says so, before the checkpoint is looked for."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--out out cannot be written: choose another folder"):
+        run_main("missing.pt", "--data", "shapes")
 
-    def refuse(dir):
-        raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(inspect_experts.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(ValueError, match="cannot be a folder .*Read-only file system"):
-        inspect_experts.open_folder(str(tmp_path))
+@pytest.mark.report
+@pytest.mark.parametrize("options, layers", [(dict(moe_layers="last2"), 2), ({}, 0)])
+@pytest.mark.parametrize("data, numbers", [("own", [0, 1, 2]), ("own/photo 1.png", [1])])
+def test_own_pictures(checkpoint, capsys, options, layers, data, numbers):
+    """Without classes there are the five best with their probabilities, and the routing."""
+    save_pictures(*(f"own/photo {i}.png" for i in range(3)))
+    summary, page = run_main(checkpoint("a.pt", [dict(epoch=1)], **options), "--data", data)
+    assert sorted(os.listdir("out")) == ["report.html", "summary.json"]
+    assert headings(page) == "pictures" and "Top-1" not in page.text and "top1" not in summary
+    assert len(page.pictures()) == len(numbers) * (1 + layers)
+    model, saved = load_checkpoint("a.pt")
+    printed = capsys.readouterr().out.splitlines()[2:]
+    for i, line in zip(numbers, printed, strict=True):
+        image = eval_transform(32, 0.5)(read_image(f"own/photo {i}.png")).unsqueeze(0)
+        with torch.no_grad():
+            probs = model(normalize(image, MEAN, STD)).softmax(1)[0].tolist()
+        best = sorted(zip(probs, saved["classes"]), reverse=True)[:5]
+        told = [f"{name} {p:.1%}" for p, name in best]
+        assert line == f"own/photo {i}.png: {', '.join(told)}"
+        assert f"photo {i}.png" in page.texts("bdi") and "".join(told) in page.text
+
+
+@pytest.mark.report
+def test_at_most_fifty_pictures(checkpoint, capsys):
+    """More than 50 own pictures would be a page that nobody reads: 50 are shown, all count."""
+    save_pictures(*(f"own/{i:02}.png" for i in range(52)))
+    summary, page = run_main(checkpoint("a.pt"), "--data", "own")
+    _, first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "50 of 52 pictures, their best classes:"
+    assert len(lines) == len(page.all("figure")) == 50 and summary["images"] == 52
+

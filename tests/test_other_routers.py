@@ -298,7 +298,7 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 
 @pytest.mark.report
 @pytest.mark.parametrize("router, words", [
-    ("expert_choice", "the expert with the largest gate of those that took it"),
+    ("expert_choice", "the one with the largest gate of those that took it"),
     ("soft", "the expert with the largest share in its answer"),
 ])
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
