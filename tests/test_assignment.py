@@ -143,7 +143,7 @@ def test_the_readme_of_a_copy_is_for_students(homework):
     readme = (homework / "README.md").read_text("utf-8")
     assert readme.startswith("This is an assignment: start with ASSIGNMENT.md.\n\n# Sparse")
     assert not re.search("make_assignment|Changed the code", readme)
-    assert "\n- **Out of memory?**" in readme and "\n## Never run" in readme
+    assert "\n- **Out of memory?**" in readme and "\n## The paper and this code" in readme
     for target in re.findall(r"\]\(([^)#]+)\)", re.sub(r"```.*?```", "", readme, flags=re.DOTALL)):
         assert target.startswith("https://") or (homework / target).exists(), target
     rules = (homework / "tests/rules.py").read_text("utf-8")
