@@ -178,6 +178,9 @@ def inspect(path, args, device):
     E = max(getattr(module, "num_experts", 0) for module in model.modules())
     routed = count_flops(model, size, r"experts\.\d+$") / count_flops(model, size)
     data = open_matched(args, checkpoint)
+    os.makedirs(args.out, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out {args.out} cannot be written: choose another folder")
     M = min(len(data.indices), args.max_images or len(data.indices))
     images = [data.indices[m * len(data.indices) // M] for m in range(M)]  # classes come in order
     n = min(args.examples if data.classes else MOST_PICTURES, M)
@@ -716,11 +719,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """Check that the results can be written, make one pass over the images, then write them."""
+    """Check everything, make one pass over the images, then write and print the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    os.makedirs(args.out, exist_ok=True)
-    if not os.access(args.out, os.W_OK):
-        raise ValueError(f"--out {args.out} cannot be written: choose another folder")
     run = inspect(args.checkpoint, args, device)
     write_files(args.out, run, args.data)
     print_run(run)

@@ -184,7 +184,7 @@ CONCEPTS = (
         "inspect_experts.cumulative inspect_experts.row_shares inspect_experts.top_classes "
         "inspect_experts.Layer.patches inspect_experts.store inspect_experts.known_factors "
         "inspect_experts.describe inspect_experts.surest_patches",
-        "counting classes",
+        "classes",
         "Count first choices as the images pass; mutual information says what the experts follow, "
         "chance what is noise.",
     ),
@@ -201,7 +201,7 @@ CONCEPTS = (
         "inspect_experts.parts_of inspect_experts.overview inspect_experts.report_html "
         "inspect_experts.routing_csv inspect_experts.write_files inspect_experts.print_run "
         "inspect_experts.parse_args inspect_experts.main",
-        "statistics checkpoints expert_choice soft",
+        "statistics counting checkpoints expert_choice soft",
         "A page that says under each figure how to read it, and files that are whole or not "
         "there.",
     ),

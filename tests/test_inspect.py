@@ -857,12 +857,13 @@ def test_refusals_come_before_any_work(checkpoint, monkeypatch, flags, message):
 
 
 @pytest.mark.report
-def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
-    """A folder of somebody else: one line says so, before the checkpoint is looked for."""
+def test_a_folder_that_cannot_be_written_is_refused_first(checkpoint, monkeypatch):
+    """A folder of somebody else: one line says so, before an image is looked at."""
+    path = checkpoint("a.pt")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspect_experts, "predict", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(ValueError, match="--out out cannot be written: choose another folder"):
-        run_main("missing.pt", "--data", "shapes")
+        run_main(path, "--data", "shapes")
 
 
 @pytest.mark.report
