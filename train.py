@@ -551,7 +551,7 @@ class Run:
         # ---- what the loop calls: the model, wrapped
         self.net = self.model
         if self.world > 1:
-            warnings.filterwarnings("ignore", "Grad strides do not match")  # harmless, says DDP
+            warnings.filterwarnings("ignore", "Grad strides|`broadcast_buffers`")  # both harmless
             self.net = DDP(self.model, broadcast_buffers=False)
         if config.compile:
             self.net = torch.compile(self.net)
