@@ -141,6 +141,8 @@ def judge(expected, found):
     if failed:
         message = found.get(failed[0], {}).get("message", "no result, the process was stopped")
         note = f"{failed[0].partition('::')[2]}: {shorten(message)}"
+        if "NameError" in note:
+            note += " (was it defined outside of a body?)"
     return Score(tests - wrong, tests, len(edges) - len(failed_edges), len(edges), note)
 
 
@@ -239,7 +241,7 @@ def grade(submissions, assignment, table, limit=LIMIT, jobs=1):
     known = start_table(table, concepts)
     left = [submission for submission in submissions if name_of(submission) not in known]
     if len(left) < len(submissions):
-        print(f"in {table} already, and left alone: {len(submissions) - len(left)}")
+        print(f"{len(submissions) - len(left)} are in {table} already: delete a line to regrade it")
     with ThreadPoolExecutor(jobs) as pool:
         try:
             ours = list(pool.map(partial(run_ours, limit), concepts))
@@ -249,6 +251,7 @@ def grade(submissions, assignment, table, limit=LIMIT, jobs=1):
                 row = row_of(submission, reasons, dict(zip(concepts, scores)))
                 add_line(table, row)
                 print(f"{row[0]}: {row[1]} of {len(concepts)} concepts, edges {row[2]}", flush=True)
+            print(f"table: {table}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # of no use after Ctrl-C or a mistake
 

@@ -79,8 +79,8 @@ Write the functions below. The docstring is the task, and each test checks one c
 its docstring. A function that is not written yet raises `NotImplementedError`.
 
 - Write into the bodies only. Keep all names, signatures and decorators.
-- A helper function or an import of your own goes inside the body that needs it: only the bodies
-  are graded.
+- **A helper function or an import outside of a body is lost in grading**, though your own tests
+  pass: put it inside the body that needs it.
 - Use tensor operations, not a Python loop over tokens. A loop over experts or over the K choices is
   fine. Make new tensors on the device of the input: a test runs on the device "meta", which has
   shapes but no numbers.
@@ -91,7 +91,7 @@ its docstring. A function that is not written yet raises `NotImplementedError`.
 python -m pytest -x -m {first}
 # all concepts of this assignment
 python -m pytest -x -m "{mine}"
-# everything, a minute or two, with a line per concept: at first hundreds fail, not written yet
+# everything, a minute or two, with a line per concept: hundreds fail at first
 python -m pytest -q --tb=no -rN
 # before you hand in: silent if Python can parse it
 python -m py_compile {files}
@@ -121,8 +121,8 @@ END = """
 The bodies of the functions above are taken from your {files}, and nothing else is. For each concept
 they are put into a fresh copy. There all other functions are right, so a mistake in one concept
 does not cost another. **A file that Python cannot parse scores 0 in everything that is in it.**
-A concept scores if all of its tests pass but those marked `edge`. These try what right numbers may
-still lack: another device, no loop over tokens, no tokens at all, NaN. They count apart, together.
+A concept scores if all its tests that are not marked `edge` pass. Edge tests try more than numbers:
+another device, no loop over tokens, no tokens at all, NaN. They count together, as one part.
 Our tests are used, perhaps with some you have not seen.
 
 | part | share | full marks |
@@ -179,9 +179,9 @@ def write_handout(names):
     described = set()
     for name in names:
         concept = BY_NAME[name]
-        needs = ", ".join(concept.needs.split())
         parts.append(f"\n## {name}\n\n{concept.lesson}\n\nTest it: `python -m pytest -m {name}`")
-        parts.append(f" (it needs {needs})\n" if needs else "\n")
+        given = ", ".join(need for need in concept.needs.split() if need not in names)
+        parts.append(f" ({given}: given)\n" if given else "\n")
         parts += [write_task(*function, described) for function in functions_of(name)]
     parts.append(write_plan(names))
     parts.append(END.format(files=", ".join(files)))

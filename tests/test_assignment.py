@@ -128,7 +128,7 @@ def test_the_handout_by_hand(homework):
     parts = ["| hand in until |", "A worked example: T = 3", "Python 3.10", "5.6 GB",
              "pytest -x -m top_k\n", 'pytest -x -m "top_k or combine"', "pytest -q", "## top_k",
              "### `top_k_gates` in moe.py", "Choose the k most probable experts", "## combine",
-             "(it needs dispatch)", "| top_k | 1 | What", "Hours in all: 3.", "- your moe.py\n",
+             "(dispatch: given)", "| top_k | 1 | What", "Hours in all: 3.", "- your moe.py\n",
              "cannot parse scores 0"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
