@@ -274,7 +274,7 @@ def test_learning_rate_by_hand():
         assert math.isclose(rate, 1.0 - (step - 1) * 0.9 / 8)
 
 
-# The costs of a logit of 2, if it should say yes or no. A logit of 0 costs log 2, whatever is right.
+# What a logit of 2 costs, if it should say yes or no. A logit of 0 costs log 2 in any case.
 YES, NO = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
 
 
