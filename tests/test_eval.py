@@ -454,16 +454,6 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
 
 
 @pytest.mark.folders
-def test_an_error_of_a_worker_is_one_line():
-    """Of an error in a loader's process the last line counts, and not its traceback."""
-    message = ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most "
-               "recent call last):\n  File ...\nRuntimeError: expected tensors of equal size\n")
-    told = "RuntimeError: expected tensors of equal size"
-    assert evaluation.one_line(RuntimeError(message)) == told
-    assert evaluation.one_line(ValueError()) == "ValueError", "an error without words"
-
-
-@pytest.mark.folders
 def test_a_folder_of_broken_files_is_an_error(tmp_path):
     """The search for a readable file ends after 100, with the name of the first."""
     root = make_folder(tmp_path, ["a/0.png", "a/1.png"])
@@ -1039,6 +1029,9 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
      "--batch-size or --model helps\n"),
     (RuntimeError("DataLoader worker (pid 7) is killed"), 2,
      "error: DataLoader worker (pid 7) is killed\n"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most "
+                  "recent call last):\n  File ...\nRuntimeError: expected equal sizes"), 2,
+     "error: RuntimeError: expected equal sizes\n"),  # of a traceback the last line
     (KeyboardInterrupt(), 130, ""),
     (RecursionError("a bug"), None, ""),  # a RuntimeError
 ])
