@@ -7,10 +7,8 @@ import io
 import json
 import math
 import os
-import random
 import signal
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import eval as evaluation
-import forked
 import vit
 from checks import drawn
 from eval import (
@@ -36,7 +32,6 @@ from eval import (
     load_checkpoint, mistakes, normalize, open_dataset, predict, read_image)
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dict(model="vit_nano", num_classes=3, depth=2, dim=16, moe_layers=[1])
 
 # ---------------------------------------------------------------- shapes: the embedded data
@@ -68,12 +63,8 @@ def test_labels_are_what_one_sees():
 def test_a_longer_set_begins_with_the_shorter():
     """20 pictures are the first 20 of 600, drawn in parts of 500."""
     short, long = (open_dataset(f"shapes:{n}", "train") for n in (20, 600))
-    assert (len(short), len(long)) == (20, 600)
     assert torch.equal(short.images, long.images[:20])
     assert torch.equal(short.labels, long.labels[:20])
-    assert torch.equal(short.masks, long.masks[:20])
-    for name, factor in short.factors.items():
-        assert torch.equal(factor, long.factors[name][:20]), name
     assert len(long.images.flatten(1).unique(dim=0)) == 600, "the same part again and again?"
 
 
@@ -126,17 +117,6 @@ def test_colours_are_those_of_the_factors():
 
 
 @pytest.mark.shapes
-def test_an_item_is_image_label_and_no_complaint():
-    """Item i is (image through the transform, label, -1)."""
-    data = drawn("shapes", 3, transform=lambda image: image[:, :4])
-    image, label, unreadable = data[2]
-    assert torch.equal(image, data.images[2, :, :4])
-    assert label == int(data.labels[2])
-    assert unreadable == -1
-    assert len(data) == 3
-
-
-@pytest.mark.shapes
 def test_a_linear_classifier_cannot_solve_it():
     """Ridge regression on the pixels stays under 40%: class is not colour or place."""
     train, val = drawn("shapes", 1600), drawn("shapes", 500, "val")
@@ -158,9 +138,7 @@ def test_the_number_of_pictures():
 
 
 @pytest.mark.shapes
-@pytest.mark.parametrize("spec", [
-    "shapes:0", "shapes:-5", "shapes:many", "shapes:1.5", "shapes:100001", "shapes:10:10",
-    "flags:0", "flags:", "flags-blur:x"])
+@pytest.mark.parametrize("spec", ["shapes:0", "shapes:many", "shapes:1.5", "shapes:100001"])
 def test_a_wrong_number_of_pictures(spec):
     """Only 1 to 100000 can follow the name."""
     with pytest.raises(ValueError, match="expected (shapes|flags):COUNT with a COUNT up to 100000"):
@@ -237,17 +215,13 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
     ("grey.png", "L", GREYS),
     ("palette.png", "P", None),  # None: what Pillow reads
     ("alpha.png", "RGBA", COLOURS),
-    ("grey_alpha.png", "LA", GREYS),
-    ("black_and_white.png", "1", None),
     ("rgb.jpg", "RGB", COLOURS),
     ("LOUD.JPEG", "RGB", COLOURS),
-    ("grey.jpg", "L", GREYS),
     ("cmyk.jpg", "CMYK", COLOURS),
     ("rgb.bmp", "RGB", COLOURS),
     ("palette.gif", "P", None),
     ("rgb.webp", "RGB", None),
     ("rgb.tif", "RGB", COLOURS),
-    ("grey.pgm", "L", GREYS),
 ])
 @pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
@@ -293,16 +267,6 @@ def test_pictures_are_turned_as_a_viewer_does(tmp_path, kind, orientation, corne
 
 
 @pytest.mark.folders
-@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
-def test_of_an_animation_the_first_picture(tmp_path, kind):
-    """Three pictures in one file, dark, grey and bright: the dark one is read, (3, H, W)."""
-    frames = [Image.new("RGB", (8, 8), (level, level, level)) for level in (10, 100, 200)]
-    frames[0].save(tmp_path / "moving", kind, save_all=True, append_images=frames[1:])
-    image = read_image(str(tmp_path / "moving"))
-    assert image.shape == (3, 8, 8) and (image.int() - 10).abs().max() <= 2
-
-
-@pytest.mark.folders
 def test_only_jpeg_goes_to_torchvision(tmp_path, monkeypatch):
     """The first bytes decide, not the name: torchvision's decoder of PNG can end the process at one
     wrong bit."""
@@ -314,36 +278,6 @@ def test_only_jpeg_goes_to_torchvision(tmp_path, monkeypatch):
         (tmp_path / "any.jpg").write_bytes(saved(kind))
         read_image(str(tmp_path / "any.jpg"))
     assert seen == [[0xFF, 0xD8]], "it takes a tensor of bytes"
-
-
-@pytest.mark.folders
-@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "bmp", "tiff"])
-def test_damaged_files_are_read_or_reported(tmp_path, kind):
-    """60 files with wrong bits, cut off or zeroed in part are what Pillow makes of them, or None.
-
-    Never are they the blank or half a picture that a decoder leaves behind when it raises.
-    """
-    draw, content, found = random.Random(kind), saved(kind), []
-    for i in range(60):
-        damaged, place = bytearray(content), draw.randrange(len(content))
-        if i % 3 == 0:
-            damaged[place] ^= 1 << draw.randrange(8)
-        elif i % 3 == 1:
-            del damaged[place:]
-        else:
-            damaged[place:place + 16] = bytes(len(damaged[place:place + 16]))
-        (tmp_path / "damaged").write_bytes(damaged)
-        image = read_image(str(tmp_path / "damaged"))
-        try:
-            expected = pillow(tmp_path / "damaged")
-        except Exception:
-            expected = None
-        found.append(image is None)
-        if kind == "jpeg":  # torchvision also reads JPEG files of which a part is missing
-            assert image is None or image.dtype == torch.uint8 and len(image) == 3
-        else:
-            assert image is None or expected is not None and torch.equal(image, expected), i
-    assert any(found), "not even a cut file is reported?"
 
 
 def saved(kind, **options):
@@ -389,21 +323,14 @@ def contents(dataset):
 
 @pytest.mark.folders
 def test_classes_and_files_are_sorted(tmp_path):
-    """Labels follow the sorted class names and items the sorted files, on every file system."""
-    root = make_folder(tmp_path, ["b/2.png", "b/10.png", "a/x.png", "C/y.png"])
+    """Labels follow the sorted class names and items the sorted files, on every file system, with
+    spaces, dots and any script in their names."""
+    root = make_folder(tmp_path, ["b/2.png", "b/10.png", "a/my photo (1).v2.PNG", "C/猫 👍.png"])
     data = open_dataset(root, "all")
     assert data.classes == ["C", "a", "b"]  # by code point, capitals first
     b = [("b/10.png", "b", 1), ("b/2.png", "b", 0)]
-    assert contents(data) == [("C/y.png", "C", 3), ("a/x.png", "a", 2), *b]
+    assert contents(data) == [("C/猫 👍.png", "C", 3), ("a/my photo (1).v2.PNG", "a", 2), *b]
     assert [data[i][1:] for i in range(4)] == [(0, -1), (1, -1), (2, -1), (2, -1)]
-
-
-@pytest.mark.folders
-def test_odd_names(tmp_path):
-    """Spaces, accents, other scripts, emoji and dots in names are read and given back."""
-    names = ["big cat/my photo (1).png", "chien à poil/éléphant.v2.PNG", "猫/写真.png", "🐈/👍.png"]
-    data = open_dataset(make_folder(tmp_path, names), "all")
-    assert contents(data) == [(name, name.split("/")[0], level) for level, name in enumerate(names)]
 
 
 @pytest.mark.folders
@@ -447,24 +374,6 @@ def test_an_error_of_one_process_ends_all(raised, errors, met, rank, monkeypatch
     with ending if met else contextlib.nullcontext(), evaluation.together():
         if errors[rank]:
             raise raised
-
-
-@pytest.mark.folders
-def test_a_folder_that_cannot_be_opened(tmp_path, monkeypatch, capsys):
-    """A class folder without permission is named in a warning, and the others are read."""
-    root = make_folder(tmp_path, ["a/1.png", "b/2.png"])
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    assert open_dataset(root, "all").classes == ["a"]
-    assert f"Permission denied: '{root}/b'\n" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "1")
-    assert open_dataset(root, "all") and not capsys.readouterr().err, "one process says it for all"
 
 
 @pytest.mark.folders
@@ -512,14 +421,12 @@ def test_a_class_of_few_images_is_named(tmp_path, capsys):
 @pytest.mark.folders
 @pytest.mark.parametrize("make, expected", [
     (lambda root: None, "no folder "),
-    (lambda root: root.write_text("a file"), "no folder "),
     (lambda root: root.mkdir(), "(found: nothing)"),
     (lambda root: make_folder(root, ["1.png"]), "has fewer than two class folders"),
     (lambda root: make_folder(root, ["my_dataset/a/1.png", "my_dataset/b/2.png"]),
      "has fewer than two class folders"),  # the accuracy on one class would be 100%
     (lambda root: (root / "a").mkdir(parents=True), "(found: a/ (1))"),
-    (lambda root: list(map(os.makedirs, [root / "train/a", root / "val"])), "(found: a/ (1))"),
-], ids="missing file empty no-classes too-high no-images empty-val".split())
+], ids="missing empty no-classes too-high no-images".split())
 def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expected):
     """A data set that is not there is an error with the place and the expected tree."""
     make(tmp_path / "here")
@@ -544,25 +451,6 @@ def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, rep
     assert int(image[0, 0, 0]) == replaced_by
     assert label == [0, 0, 1, 2][replaced_by], "the label must be that of the picture"
     assert unreadable == item, "report the file that was asked for"
-
-
-@pytest.mark.folders
-@forked.needs_fork
-def test_an_error_of_a_worker_is_one_line(tmp_path):
-    """Of an error in a loader's process the last line counts, and not its traceback."""
-
-    def broken(image):
-        raise RuntimeError("stack expects each tensor to be equal size")
-
-    data = open_dataset(make_folder(tmp_path, ["a/0.png"]), "all", broken)
-    try:
-        next(iter(DataLoader(data, num_workers=1, multiprocessing_context="fork")))
-    except RuntimeError as error:
-        message = str(error)  # the error itself would keep the worker alive
-    assert "Traceback" in message
-    told = "RuntimeError: stack expects each tensor to be equal size"
-    assert evaluation.one_line(message) == told
-    assert evaluation.one_line(ValueError()) == "ValueError", "an error without words"
 
 
 @pytest.mark.folders
@@ -652,10 +540,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("name, kind, values, expected", [
     # white is 65535 = 255 * 257; 257 becomes 1, 32768 / 257 = 127.502 becomes 128
     ("16.png", "uint16", [0, 257, 32768, 65535], [0, 1, 128, 255]),
-    ("16.tif", "uint16", [0, 257, 32768, 65535], [0, 1, 128, 255]),
-    ("16.pgm", "uint16", [0, 257, 32768, 65535], [0, 1, 128, 255]),
     ("32.tif", "int32", [0, 65535, 65700], None),  # 65700 / 257 = 255.6
-    ("signed.tif", "int32", [0, -1000], None),
     ("float.tif", "float32", [0, 0.5, 1], None),
 ])
 def test_deep_grey_is_scaled_to_eight_bits(tmp_path, name, kind, values, expected):
@@ -700,25 +585,13 @@ ORIENTATION_3 = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 3, 1, 3, 0)
 
 @pytest.mark.folders
 @pytest.mark.parametrize("name, data", [
-    (b"tEXt", b"a\0b"), (b"pHYs", b"ab"), (b"gAMA", b"a"), (b"iCCP", b"x"), (b"tIME", b""),
-    (b"zTXt", b"a\0\0garbage"), (b"iTXt", b"a\0\1\0\0\0garbage"), (b"eXIf", b"II"),
-    (b"eXIf", ORIENTATION_3)])
+    (b"tEXt", b"a\0b"), (b"iCCP", b"x"), (b"eXIf", b"II"), (b"eXIf", ORIENTATION_3)])
 def test_damaged_metadata_do_not_hide_a_picture(name, data, tmp_path):
     """A chunk of a PNG that is no picture may hold anything; a wrong checksum is no reason not to
     turn it."""
     (tmp_path / "b.png").write_bytes(png_with(name, data))
     expected = fields(COLOURS[::-1] if data == ORIENTATION_3 else COLOURS)
     assert torch.equal(read_image(tmp_path / "b.png"), expected)
-
-
-@pytest.mark.folders
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-@pytest.mark.parametrize("exif", [b"garbage", ORIENTATION_3[:16]])
-def test_damaged_exif_data_do_not_hide_a_picture(kind, exif, tmp_path):
-    """A picture whose EXIF data cannot be understood is read as it lies."""
-    for name, options in (("a", {}), ("b", dict(exif=b"Exif\0\0" + exif))):
-        (tmp_path / name).write_bytes(saved(kind, **options))
-    assert torch.equal(read_image(tmp_path / "b"), read_image(tmp_path / "a"))
 
 
 # ---------------------------------------------------------------- from pixels to the model
@@ -856,17 +729,12 @@ def test_sigmoid_losses_by_hand():
 
 
 @pytest.mark.counting
-def test_output_goes_on_when_nobody_reads_it(tmp_path):
-    """Lines arrive at once, also with names that the encoding lacks; a closed pipe ends nothing."""
+def test_lines_arrive_at_once_in_any_encoding(tmp_path):
+    """A name that the encoding of the output lacks is written another way, and ends nothing."""
     with open(tmp_path / "log", "w", encoding="ascii") as log:
         evaluation.shield(log)
         print("caf\u00e9 \udce9", file=log)
         assert (tmp_path / "log").read_text() == "caf\\xe9 \\udce9\n"
-    reader, writer = os.pipe()
-    evaluation.shield(out := open(writer, "w"))
-    os.close(reader)
-    for _ in range(3):
-        print("a line", file=out, flush=True)
     evaluation.shield(io.StringIO())  # a notebook's stream has no reconfigure()
 
 
@@ -1075,11 +943,9 @@ def cut_off(path):
     (cut_off, ""),
     (lambda path: path.write_bytes(b""), ""),
     (lambda path: path.write_text("a\n\ntext"), ""),
-    (lambda path: path.write_bytes(b"PK\3\4"), ""),
-    (lambda path: path.write_bytes(saved("png")), ""),
     (lambda path: torch.save(dict(model={}, epoch=3), path), ".*it lacks args, best, classes, "),
     (lambda path: torch.save(7, path), ""),
-], ids="missing folder cut empty text zip image foreign number".split())
+], ids="missing folder cut empty text foreign number".split())
 def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, reason):
     """Whatever is wrong with a file, one line names it and says what was expected."""
     path = tmp_path / "last.pt"
@@ -1094,9 +960,7 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, reason):
 @pytest.mark.parametrize("changes, reason", [
     (dict(config=CONFIG | {"dim": 32}), "Error.* size mismatch"),
     (dict(config=CONFIG | {"depth": 3}), "Error.* Missing key"),
-    (dict(config={"model": "resnet"}), "'resnet'"),
     (dict(config=CONFIG | {"size": 1}), ".*unexpected keyword argument 'size'"),
-    (dict(config={"dim": 16}), "'model'"),
     (dict(classes=["a", "b"]), "'num_classes is not 2'"),
 ])
 def test_a_config_that_does_not_fit_its_weights(tmp_path, changes, reason):
@@ -1165,6 +1029,9 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
      "--batch-size or --model helps\n"),
     (RuntimeError("DataLoader worker (pid 7) is killed"), 2,
      "error: DataLoader worker (pid 7) is killed\n"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most "
+                  "recent call last):\n  File ...\nRuntimeError: expected equal sizes"), 2,
+     "error: RuntimeError: expected equal sizes\n"),  # of a traceback the last line
     (KeyboardInterrupt(), 130, ""),
     (RecursionError("a bug"), None, ""),  # a RuntimeError
 ])
@@ -1254,24 +1121,3 @@ def test_a_second_signal_ends_the_process(monkeypatch):
         seconds[0] = now
         handlers[number](number, None)
         assert (run.signal, ended) == (signal.SIGTERM, exits)
-
-
-WORKER = """
-from eval import *
-waits = DataLoader([0, 100, 100], None, num_workers=1, collate_fn=time.sleep,
-                   worker_init_fn=leave_signals)
-for _ in waits:
-    print("started", flush=True)  # after 0 seconds, and then its worker waits for 100
-"""
-
-
-@pytest.mark.counting
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends the process of an ended parent")
-def test_a_loaders_process_ends_with_its_parent():
-    """After a `kill -9` of the program nobody is left who could write to its output."""
-    command = [sys.executable, "-c", WORKER]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
-        assert program.stdout.readline() == "started\n"
-        program.kill()
-        assert program.communicate(timeout=20) == ("", None), "its worker lives on"
