@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import signal
 import struct
 import sys
@@ -294,6 +295,36 @@ def test_a_broken_file_is_none(tmp_path, content):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     assert read_image(str(tmp_path / "a.png")) is None
+
+
+@pytest.mark.folders
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "bmp", "tiff"])
+def test_damaged_files_are_read_or_reported(tmp_path, kind):
+    """60 files with wrong bits, cut off or zeroed in part are what Pillow makes of them, or None.
+
+    Never are they the blank or half a picture that a decoder leaves behind when it raises.
+    """
+    draw, content, found = random.Random(kind), saved(kind), []
+    for i in range(60):
+        damaged, place = bytearray(content), draw.randrange(len(content))
+        if i % 3 == 0:
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif i % 3 == 1:
+            del damaged[place:]
+        else:
+            damaged[place:place + 16] = bytes(len(damaged[place:place + 16]))
+        (tmp_path / "damaged").write_bytes(damaged)
+        image = read_image(str(tmp_path / "damaged"))
+        try:
+            expected = pillow(tmp_path / "damaged")
+        except Exception:
+            expected = None
+        found.append(image is None)
+        if kind == "jpeg":  # torchvision also reads JPEG files of which a part is missing
+            assert image is None or image.dtype == torch.uint8 and len(image) == 3
+        else:
+            assert image is None or expected is not None and torch.equal(image, expected), i
+    assert any(found), "not even a cut file is reported?"
 
 
 # ---------------------------------------------------------------- folders

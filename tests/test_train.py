@@ -893,3 +893,26 @@ def test_a_head_for_as_many_other_classes_is_fresh():
 
     assert torch.equal(head("pets", 0.001), load("first/last.pt")["model"]["head.weight"])
     torch.testing.assert_close(head("birds", 0.001), 0.001 * head("birds", 1))
+
+
+@pytest.mark.training
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(monkeypatch):
+    """--compile gives the same losses, and a checkpoint that any program reads."""
+    compile, compiled = torch.compile, []
+
+    def trace(model):  # only the tracing: test_models.py goes on from there
+        compiled.append(model)
+        return compile(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    # No noise, whose draws may differ; always 40 pictures, so that two graphs suffice.
+    flags = "--epochs 1 --data shapes:120 --batch-size 40 --moe-layers 3 --router-noise 0"
+    run(f"{flags} --out plain")
+    run(f"{flags} --out compiled --compile")
+    assert len(compiled) == 1
+    assert state("plain/last.pt").keys() == state("compiled/last.pt").keys()
+    plain = json.loads(open("plain/log.jsonl").readline())
+    traced = json.loads(open("compiled/log.jsonl").readline())
+    for loss in ("train_loss", "balance_loss", "val_loss"):
+        assert traced[loss] == pytest.approx(plain[loss], abs=1e-4)
