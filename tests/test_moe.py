@@ -1,7 +1,5 @@
 """moe.py from the bottom up: each test checks the claim in its docstring.
 
-Each section builds on those above it.
-
 `pytest -x tests/test_moe.py` stops at the first thing that is not right yet. Letters as in moe.py:
 T tokens, D width, H hidden width, E experts, K experts per token, C slots per expert, R = T*K rows
 (one per token and choice).
@@ -15,17 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from checks import autocast_on_meta, has_no_loop_over_tokens, says
-from moe import (MLP, ROUTERS, Experts, MoE, Router, Routing, assign_slots, balance_loss, combine,
-                 compute_dtype, count_parameters, dispatch, expert_capacity, importance_loss,
-                 load_loss, make_moe, place_rows, top_k_gates)
+from moe import (ROUTERS, Experts, MoE, Router, Routing, SoftMoE, assign_slots, balance_loss,
+                 combine, count_parameters, dispatch, expert_capacity, importance_loss, load_loss,
+                 make_moe, place_rows, top_k_gates)
 from rules import LATER_TOKEN_FIRST, ROUND
 
 
 def close(actual, expected, hint=""):
-    """Assert equality within torch's default tolerances, exactly for integers and bools.
-
-    A failure also shows the hint.
-    """
+    """Assert equality to torch's tolerances, for integers exactly. A failure shows the hint."""
     if not isinstance(expected, torch.Tensor):
         expected = torch.tensor(expected, dtype=actual.dtype)
     more = f"\n\nHint: {hint}" if hint else ""
@@ -62,9 +57,6 @@ class Times(nn.Module):
         return self.factor * rows
 
 
-# ---------------------------------------------------------------- the worked example
-
-
 def worked_example(**options):
     """The layer at the top of moe.py, with 3 * 1 * 0.5 / 2 = 0.75, so 1 slot, and its tokens."""
     options = dict(capacity_factor=0.5, router_noise=0.0) | options
@@ -79,8 +71,7 @@ def test_the_worked_example_of_the_docstring():
     """The numbers at the top of moe.py, step by step: 3 tokens, 2 experts, 1 slot per expert."""
     layer, x = worked_example()
     y, routing = layer(x)
-    # exp(ln 3) / (exp(ln 3) + exp(0)) = 3 / 4; exp(2 ln 3) is 9, so 9 / 10; exp(-ln 3) is 1 / 3, so
-    # 1 / 4.
+    # exp(ln 3) / (exp(ln 3) + exp(0)) = 3 / 4; exp(2 ln 3) = 9: 9 / 10; exp(-ln 3) = 1 / 3: 1 / 4
     close(routing.probs, [[0.75, 0.25], [0.90, 0.10], [0.25, 0.75]])
     close(routing.experts, [[0], [0], [1]])
     close(routing.gates, [[0.75], [0.90], [0.75]])
@@ -136,50 +127,34 @@ def test_the_gradient_goes_to_the_chosen_probabilities():
     close(probs.grad, [[0.0, 1.0, 2.0], [3.0, 0.0, 4.0]])
 
 
-# ---------------------------------------------------------------- expert_capacity
+# ---------------------------------------------------------------- expert_capacity and assign_slots
 
 
 @pytest.mark.capacity
 @pytest.mark.parametrize("num_tokens, k, num_experts, factor, slots", [
-    (8, 1, 4, 1.0, 2),  # 8 * 1 / 4 = 2: exactly enough when the load is even
-    (8, 2, 4, 1.0, 4),  # every token asks twice
+    (8, 2, 4, 1.0, 4),  # 8 * 2 / 4 = 4: exactly enough when the load is even
     (8, 2, 4, 1.05, ROUND(4.2)),  # 5, rounded up
     (100, 1, 10, 1.1, 11),  # 100 * 1.1 / 10 is 11.000000000000002 in floats, and must not become 12
     (8, 1, 4, 1e-9, 1),  # at least 1, whatever the factor
-    (4, 2, 2, 8.0, 4),  # 32: at most T, since a token asks an expert once
-])
+    (4, 2, 2, 8.0, 4)])  # 32: at most T, since a token asks an expert once
 def test_capacity_by_hand(num_tokens, k, num_experts, factor, slots):
     """C = ceil(T K factor / E), at least 1, at most T, and an int."""
     capacity = expert_capacity(num_tokens, k, num_experts, factor)
     assert capacity == slots and isinstance(capacity, int), f"{capacity!r} slots instead of {slots}"
 
 
-# ---------------------------------------------------------------- assign_slots
-
-
-SLOTS = {  # what is tested: experts, capacity, priority, kept, and the likely mistake
-    # Expert 0 serves token 1 (0.9), then token 3 (0.3), and drops token 0.
-    "one choice, by priority": (
-        [[0], [0], [1], [0]], 2, [0.1, 0.9, 0.5, 0.3], [[0], [1], [1], [1]],
-        "lowest priority first? answers in the order of the queue, not of the tokens?",
-    ),
-    # First choices: token 0 takes a slot of expert 0, tokens 1 and 2 both slots of expert 1. Then
-    # second choices: token 0 wants expert 1 (full), token 1 takes the other slot of expert 0, token
-    # 2 finds it full.
-    "two choices, by position": (
-        [[0, 1], [1, 0], [1, 0]], 2, None, [[1, 0], [1, 1], [1, 0]],
-        "served token by token instead of rank by rank? slots of the first rank forgotten?",
-    ),
-    # Token 0's second choice (expert 1) waits for token 1's first, and loses.
-    "rank before priority": (
-        [[0, 1], [1, 0]], 1, [0.9, 0.6], [[1, 0], [1, 0]],
-        "priority does not lift a second choice over a first",
-    ),
-}
-
-
 @pytest.mark.capacity
-@pytest.mark.parametrize("experts, capacity, priority, kept, hint", SLOTS.values(), ids=SLOTS)
+@pytest.mark.parametrize("experts, capacity, priority, kept, hint", [
+    # Expert 0 serves token 1 (0.9), then token 3 (0.3), and drops token 0.
+    ([[0], [0], [1], [0]], 2, [0.1, 0.9, 0.5, 0.3], [[0], [1], [1], [1]],
+     "lowest priority first? answers in the order of the queue, not of the tokens?"),
+    # First choices: token 0 takes a slot of expert 0, tokens 1 and 2 both slots of expert 1. Then
+    # token 0 finds expert 1 full, token 1 takes the other slot of expert 0, token 2 finds it full.
+    ([[0, 1], [1, 0], [1, 0]], 2, None, [[1, 0], [1, 1], [1, 0]],
+     "served token by token instead of rank by rank? slots of the first rank forgotten?"),
+    # Token 0's second choice (expert 1) waits for token 1's first, and loses.
+    ([[0, 1], [1, 0]], 1, [0.9, 0.6], [[1, 0], [1, 0]],
+     "priority does not lift a second choice over a first")])
 def test_slots_by_hand(experts, capacity, priority, kept, hint):
     """All first choices come before any second. Within a rank position or priority decides."""
     priority = None if priority is None else torch.tensor(priority)
@@ -217,12 +192,9 @@ def test_slots_against_a_loop(capacity, prioritised):
 @pytest.mark.balance
 def test_importance_by_hand():
     """Importance is var / mean^2 of the experts' summed probabilities (population variance)."""
-    # Sums 1.5 and 0.5: mean 1, both deviate by 0.5. One token alone: mean 0.5, both deviate by
-    # 0.25, 0.0625 / 0.25.
-    close(importance_loss(torch.tensor([[0.9, 0.1], [0.6, 0.4]])), 0.25,
-          "0.5: var divided by E - 1, or no square")
-    close(importance_loss(torch.tensor([[0.75, 0.25]])), 0.25,
-          "0.0625: not divided by the squared mean")
+    # Sums 2.25 and 0.75: mean 1.5, both deviate by 0.75. 0.75^2 / 1.5^2 = 0.25
+    close(importance_loss(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.75, 0.25]])), 0.25,
+          "0.5: var divided by E - 1, or no square; 0.375: divided by the mean, not its square")
 
 
 @pytest.mark.balance
@@ -252,11 +224,9 @@ def test_exact_balance_has_no_loss_and_a_finite_gradient(E, noise_std):
 def test_load_without_noise_is_the_plain_count():
     """noise_std = 0 counts who is in the top k, and has a zero gradient, not a missing one."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
-    # k = 1: both choose expert 0: load (1, 0, 0), mean 1/3, var (4 + 1 + 1) / 9 / 3 = 2/9, CV^2 =
-    # 2/9 * 9 = 2.
+    # k = 1: both choose expert 0: load (1, 0, 0), mean 1/3, var (4 + 1 + 1) / 9 / 3 = 2/9; 2/9 * 9
     close(load_loss(logits, logits, 1, 0.0), 2.0)
-    # k = 2: {0, 1} and {0, 2}: load (1, 1/2, 1/2), mean 2/3, var (4 + 1 + 1) / 36 / 3 = 1/18, CV^2
-    # = 1/18 * 9/4 = 1/8.
+    # k = 2: {0, 1} and {0, 2}: (1, 1/2, 1/2), mean 2/3, var (4 + 1 + 1) / 36 / 3; 1/18 * 9/4 = 1/8
     loss = load_loss(logits, logits, 2, 0.0)
     close(loss, 0.125, "2.0: the threshold is the k-th largest logit, not the largest")
     loss.backward()
@@ -286,10 +256,8 @@ def test_load_by_hand():
 @pytest.mark.balance
 def test_load_gradcheck():
     """The gradient agrees with finite differences. It also flows through the threshold, a logit."""
-    noise = 0.25 * randn(5, 4)
-    assert torch.autograd.gradcheck(
-        lambda logits: load_loss(logits, logits + noise, 2, 0.25), randn(5, 4).requires_grad_()
-    )
+    logits, noise = randn(5, 4).requires_grad_(), 0.25 * randn(5, 4)
+    assert torch.autograd.gradcheck(lambda x: load_loss(x, x + noise, 2, 0.25), logits)
 
 
 # ---------------------------------------------------------------- dispatch and combine
@@ -309,8 +277,7 @@ def test_place_rows_by_hand():
     # expert 2 the rest.
     ([[True, True], [True, True], [True, True]], [1, 2, 0, 4, 3, 5], [2, 2, 2]),
     # Choices 0 and 2 are dropped: behind everybody else, and in nobody's count.
-    ([[False, True], [False, True], [True, True]], [1, 4, 3, 5, 0, 2], [1, 1, 2]),
-])
+    ([[False, True], [False, True], [True, True]], [1, 4, 3, 5, 0, 2], [1, 1, 2])])
 def test_dispatch_by_hand(kept, order, counts):
     """A row per choice, sorted by expert, then by token, dropped ones last; row r is choice
     order[r] = t * K + j."""
@@ -335,9 +302,8 @@ def test_the_gradients_of_a_tokens_copies_add_up():
 
 
 @pytest.mark.dispatch
-@pytest.mark.parametrize(
-    "expert, kept, counts", [(2, True, [0, 0, 60]), (0, True, [60, 0, 0]), (1, False, [0, 0, 0])]
-)
+@pytest.mark.parametrize("expert, kept, counts", [
+    (2, True, [0, 0, 60]), (0, True, [60, 0, 0]), (1, False, [0, 0, 0])])
 def test_all_to_one_expert_and_all_dropped(expert, kept, counts):
     """Experts without a token count 0, at either end. When all are dropped no row is lost."""
     tokens = randn(60, 2)
@@ -481,8 +447,7 @@ def test_no_two_experts_start_alike():
 @pytest.mark.parametrize("compiling, fits, path", [
     (True, True, "grouped"),
     (True, False, "loop"),
-    (False, True, "loop"),  # on a CPU the loop is faster
-])
+    (False, True, "loop")])  # on a CPU the loop is faster
 def test_which_path_is_taken(compiling, fits, path, monkeypatch):
     """The kernel where it fits, if the layer is compiled. On a CPU all else takes the loop."""
     experts = Experts(3, 8, 16)
@@ -512,22 +477,12 @@ def test_every_new_tensor_is_on_the_device_of_the_rows(path):
     (torch.bfloat16, 16, 36, False, False),  # 36 * 2 = 72 bytes, not a multiple of 16
     (torch.bfloat16, 6, 32, False, False),  # 6 * 2 = 12 bytes
     (torch.float32, 16, 32, False, False),  # torch 2.14 cannot trace it
-    (torch.float32, 16, 32, True, True),  # torch.export must, or says what is missing
-])
+    (torch.float32, 16, 32, True, True)])  # torch.export must, or says what is missing
 def test_where_the_kernel_can_be_used(dtype, dim, hidden, exporting, possible, monkeypatch):
     """In bfloat16, or while exporting, and only for rows of a multiple of 16 bytes."""
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
     experts, rows = Experts(3, dim, hidden), torch.zeros(4, dim, dtype=dtype)
     assert experts.use_grouped_mm(rows) == possible
-
-
-@pytest.mark.experts
-def test_the_dtype_to_compute_in():
-    """That of the rows, or under autocast its own; not the weights'."""
-    rows = torch.zeros(2, 4, dtype=torch.float64)
-    assert compute_dtype(rows) == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):
-        assert compute_dtype(rows) == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -572,24 +527,17 @@ def test_torch_export_in_bfloat16():
 # ---------------------------------------------------------------- Router
 
 
-def cosine(a, b):
-    return a @ b / (a.norm() * b.norm())
-
-
 @pytest.mark.router
 @pytest.mark.parametrize("kind, score", [
     ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
-    ("cosine", lambda r, x, e: r.log_scale.exp() * cosine(r.proj @ x, r.codes[e])),
-    ("l2", lambda r, x, e: -r.log_scale.exp() * (r.proj @ x - r.codes[e]).norm()),  # nearest wins
-])
+    ("cosine", lambda r, x, e: r.log_scale.exp() * torch.cosine_similarity(
+        r.proj @ x, r.codes[e], dim=0)),
+    ("l2", lambda r, x, e: -r.log_scale.exp() * (r.proj @ x - r.codes[e]).norm())])  # nearest wins
 def test_router_formulas(kind, score):
     """Each logit is the formula of its kind, token by token. float64 tokens stay float64."""
     router, x = randomise(Router(6, 3, kind)), randn(5, 6)
-    assert router(x).dtype == torch.float64, (
-        "float32 is the least, not the only one: torch.promote_types")
-    logits = router(x)
-    for t in range(len(x)):
-        close(logits[t], torch.stack([score(router, x[t], e) for e in range(3)]))
+    expected = torch.stack([torch.stack([score(router, t, e) for e in range(3)]) for t in x])
+    close(router(x), expected, "float32 is the least, not the only dtype: torch.promote_types")
 
 
 @pytest.mark.router
@@ -612,17 +560,14 @@ def test_router_gradcheck(kind):
 
 
 @pytest.mark.router
-@pytest.mark.parametrize("log_scale, scale", [(None, 2.0), (math.log(50.0), 50.0), (50.0, 100.0)])
-@pytest.mark.parametrize("kind, score", [("cosine", 1.0), ("l2", -math.sqrt(3.0))])
-def test_temperature_starts_at_2_and_is_bounded_by_100(kind, score, log_scale, scale):
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def test_temperature_starts_at_2_and_is_bounded_by_100(kind):
     """s is 2 at the start and at most 100, so that the softmax never becomes an argmax."""
-    router = Router(6, 1, kind)
-    # x = 1/6 gives P x = (1, 1, 1): cosine 1 with (1, 1, 1), distance sqrt(3) to (0, 0, 0)
-    nn.init.ones_(router.proj)
-    nn.init.constant_(router.codes, 1.0 if kind == "cosine" else 0.0)
-    if log_scale is not None:
+    router, x = Router(6, 3, kind).double(), randn(5, 6)
+    start = router(x)
+    for log_scale, scale in ((math.log(2.0), 2.0), (math.log(50.0), 50.0), (50.0, 100.0)):
         nn.init.constant_(router.log_scale, log_scale)
-    close(router(torch.full((1, 6), 1 / 6)), [[scale * score]], "s = exp(log_scale), at most 100")
+        close(router(x), start / 2.0 * scale, "s = exp(log_scale), at most 100")
 
 
 @pytest.mark.router
@@ -633,14 +578,14 @@ def test_width_of_the_projection(dim, proj_dim):
     assert Router(dim, 2, "l2").proj.shape == (proj_dim, dim)
 
 
-@pytest.mark.router
-@pytest.mark.parametrize("kind, name, std", [
-    ("linear", "codes", 0.02),  # small: at the start all probabilities are near 1 / E
-    ("cosine", "proj", 1 / 400 ** 0.5),  # so that P x has numbers of the size of those in x
-    ("cosine", "codes", 1 / 200 ** 0.5)])  # like P x, whose width is 200
-def test_parameters_start_from_a_normal_distribution(kind, name, std):
-    """N(0, 0.02^2) for linear codes, else N(0, 1 / width): some 10,000 values tell it."""
-    values = getattr(Router(400, 50, kind), name).flatten() / std
+@pytest.mark.parametrize("draw, std", [
+    pytest.param(lambda: Router(400, 50).codes, 0.02, marks=pytest.mark.router),
+    pytest.param(lambda: Router(400, 50, "l2").proj, 400 ** -0.5, marks=pytest.mark.router),
+    pytest.param(lambda: Router(400, 50, "l2").codes, 200 ** -0.5, marks=pytest.mark.router),
+    pytest.param(lambda: SoftMoE(400, 8, 5, 10).codes, 400 ** -0.5, marks=pytest.mark.soft)])
+def test_codes_and_projections_start_from_a_normal_distribution(draw, std):
+    """Linear codes are small: all probabilities start near 1 / E. All else keeps a token's size."""
+    values = draw().flatten() / std  # 10,000 or more
     assert abs(values.std() - 1) < 0.05 and abs(values.mean()) < 0.05
     assert values.abs().max() > 3, "not normal: some are more than 3 deviations away"
 
@@ -691,12 +636,9 @@ def test_layer_against_a_loop_over_tokens(router, k):
 @pytest.mark.parametrize("training", [False, True])
 def test_one_expert_is_the_dense_mlp(training):
     """E = 1, k = 1: the softmax of one number is 1, so the layer is MLP(x), already balanced."""
-    layer = randomise(MoE(6, 8, num_experts=1, k=1)).train(training)
-    mlp = MLP(6, 8).double()
-    x = randn(5, 6)
-    mlp.load_state_dict(dense_copy(layer.experts, 0).state_dict())
+    layer, x = randomise(MoE(6, 8, num_experts=1, k=1)).train(training), randn(5, 6)
     y, routing = layer(x)
-    close(y, mlp(x))
+    close(y, dense_copy(layer.experts, 0)(x))
     assert routing.balance_loss.item() == 0
     (y.sum() + routing.balance_loss).backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters()), (
@@ -748,8 +690,8 @@ def test_routing_stays_float32_under_autocast():
     assert routing.logits.dtype == routing.probs.dtype == routing.gates.dtype == torch.float32
     for part, of_plain in zip(routing, plain):
         assert torch.equal(part, of_plain), "to cast the input is not enough: turn autocast off"
-    assert y_autocast.dtype == torch.float32, "y has the dtype of x"
-    assert y_from_bf16.dtype == torch.bfloat16, "y has the dtype of x"
+    dtypes = y_autocast.dtype, y_from_bf16.dtype
+    assert dtypes == (torch.float32, torch.bfloat16), "y has the dtype of x"
     assert not torch.equal(y_autocast, y), "the experts ran in float32: autocast is off too long"
 
 
@@ -818,9 +760,7 @@ def layer_of(router, training=True, **options):
 
 
 IN_ONE_GO = [  # of x (T, 6), p (T, 4) and experts e (T, 2)
-    ("router", scored_by("linear")),
-    ("router", scored_by("cosine")),
-    ("router", scored_by("l2")),
+    *[("router", scored_by(kind)) for kind in ROUTERS],
     ("top_k", lambda x, p, e: top_k_gates(p, 2)),
     ("balance", lambda x, p, e: importance_loss(p)),
     ("balance", lambda x, p, e: load_loss(p, p, 2, 0.0)),

@@ -18,18 +18,13 @@ from rules import ROUND
 from test_moe import Times, close
 from vit import vit_nano
 
-BOTH = [
-    pytest.param("expert_choice", marks=pytest.mark.expert_choice),
-    pytest.param("soft", marks=pytest.mark.soft),
-]
+BOTH = [pytest.param("expert_choice", marks=pytest.mark.expert_choice),
+        pytest.param("soft", marks=pytest.mark.soft)]
 
 
 def make(router, dim=6, tokens=5, num_experts=3, k=2):
     """A layer in float64, for comparisons to many digits."""
     return make_moe(dim, 8, num_experts, k, router, tokens).double()
-
-
-# ---------------------------------------------------------------- by hand
 
 
 @pytest.mark.expert_choice
@@ -107,9 +102,6 @@ def test_soft_moe_against_a_loop():
     close(routing.probs, shares.flatten(0, 1))
     close(routing.gates[:, 0], routing.probs.amax(1))
     close(routing.experts[:, 0], routing.probs.argmax(1))
-
-
-# ---------------------------------------------------------------- what both promise
 
 
 @pytest.mark.parametrize("router", BOTH)
@@ -231,13 +223,10 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 @pytest.mark.report
 @pytest.mark.parametrize("router, words", [
     ("expert_choice", "the one with the largest gate of those that took it"),
-    ("soft", "the expert with the largest share in its answer"),
-])
+    ("soft", "the expert with the largest share in its answer")])
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
-    config = dict(
-        model="vit_nano", num_classes=16, num_experts=8, moe_layers="last2", router=router
-    )
+    config = dict(model="vit_nano", num_classes=16, moe_layers="last2", router=router)
     checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
         config=config, model=evaluation.build_model(config).state_dict(), args={},
         classes=evaluation.DRAWN["shapes"][1], image_size=32, crop_ratio=1.0,
@@ -247,10 +236,3 @@ def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypa
     flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.soft
-def test_the_codes_of_the_slots_start_with_length_1():
-    """At any width. Only their direction counts, and longer ones would turn more slowly."""
-    lengths = SoftMoE(100, 8, num_experts=4, slots=25).codes.norm(dim=1)
-    assert 0.7 < lengths.min() and lengths.max() < 1.3
