@@ -38,8 +38,7 @@ def test_expert_choice_by_hand():
     y, routing = layer(torch.tensor([[[1.0], [2.0], [-1.0]]]))
     # Expert 0: probabilities 0.75, 0.90, 0.25, so tokens 1 and 0. Expert 1: 0.25, 0.10, 0.75, so
     # tokens 2 and 0.
-    expected = [0.75 * 10 + 0.25 * 100, 0.90 * 20, 0.75 * -100]
-    close(y.flatten(), expected)
+    close(y.flatten(), [0.75 * 10 + 0.25 * 100, 0.90 * 20, 0.75 * -100])
     close(routing.experts, [[0], [0], [1]], "of token 0: 0.75 is more than 0.25")
     close(routing.gates, [[0.75], [0.90], [0.75]])
     assert routing.kept.all() and routing.balance_loss == 0
@@ -55,8 +54,7 @@ def test_soft_moe_by_hand():
     y, routing = layer(torch.tensor([[[1.0], [2.0], [-2.0]]]))  # normalized: 1, 1, -1
     # Slot 0 is (3 * 1 + 3 * 2 + 1 * -2) / 7 = 1, slot 1 is (1 * 1 + 1 * 2 + 3 * -2) / 5 = -0.6.
     # The answers are 10 and -60. Tokens 0 and 1 take 3/4 and 1/4 of them, token 2 1/4 and 3/4.
-    expected = [0.75 * 10 - 0.25 * 60, 0.75 * 10 - 0.25 * 60, 0.25 * 10 - 0.75 * 60]
-    close(y.flatten(), expected)
+    close(y.flatten(), [0.75 * 10 - 0.25 * 60, 0.75 * 10 - 0.25 * 60, 0.25 * 10 - 0.75 * 60])
     close(routing.experts, [[0], [0], [1]])
     close(routing.gates, [[0.75], [0.75], [0.75]])
     assert routing.kept.all() and routing.balance_loss == 0
