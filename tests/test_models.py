@@ -33,25 +33,19 @@ PRESETS = VITS + CONVNEXTS
 
 # Two models small enough to train in a test. Blocks 1 and 3 of the ViT are sparse; 1, 3 and 6 of
 # the ConvNeXt.
-SMALL = {
-    "vit": partial(vit_nano, num_classes=5, dim=32, moe_layers="every2", num_experts=4),
-    "convnext": partial(
-        convnext_nano, num_classes=5, widths=(8, 16, 32), moe_layers="every2", num_experts=4
-    ),
-}
+SPARSE = dict(num_classes=5, moe_layers="every2", num_experts=4)
+SMALL_VIT = partial(vit_nano, dim=32, router="cosine", **SPARSE)
+SMALL_CONVNEXT = partial(convnext_nano, widths=(8, 16, 32), layer_scale=0.1, **SPARSE)
 
 
-def by_family(names, vits, convnexts):
+def by_family(name, vits, convnexts):
     """Parametrize a test with cases of two concepts: ViTs belong to vit, ConvNeXts to convnext."""
-    cases = []
-    for mark, of_family in ((pytest.mark.vit, vits), (pytest.mark.convnext, convnexts)):
-        for case in of_family:
-            values = case if isinstance(case, tuple) else (case,)
-            cases.append(pytest.param(*values, marks=mark))
-    return pytest.mark.parametrize(names, cases)
+    cases = [pytest.param(case, marks=pytest.mark.vit) for case in vits]
+    cases += [pytest.param(case, marks=pytest.mark.convnext) for case in convnexts]
+    return pytest.mark.parametrize(name, cases)
 
 
-both = by_family("small", [SMALL["vit"]], [SMALL["convnext"]])
+both = by_family("small", [SMALL_VIT], [SMALL_CONVNEXT])
 
 
 def blocks_of(model):
@@ -90,7 +84,6 @@ def test_placements_in_a_vit(name, depth, expected):
     ("every2", (6,), [1, 3, 5]),
     ("last3", (18,), [13, 15, 17]),
     # hierarchical: the stages are blocks 0-2, 3-5, 6-14 and 15-17
-    ("none", (3, 3, 9, 3), []),
     ("every2", (3, 3, 9, 3), [1, 4, 7, 9, 11, 13, 16]),  # 3+1, 6+1, 6+3, ...: odd WITHIN the stage
     ("last2", (3, 3, 9, 3), [14, 17]),
     ("last3", (3, 3, 9, 3), [10, 14, 17]),  # 10 = 6 + 4, the middle of 6..14
@@ -145,7 +138,6 @@ def test_grids_say_how_the_tokens_lie_in_the_image(model, grids):
 
 # ---------------------------------------------------------------- what a model costs
 
-
 # Where we do not count what the paper's Table 1 says: millions of parameters, total and per token.
 WE_COUNT = {
     "ConvNeXt-S": (50.2, 50.2),  # the paper rounds to 50
@@ -157,6 +149,8 @@ WE_COUNT = {
 }
 SIZES = [(preset, options, *WE_COUNT.get(name, (total, active)))
          for name, preset, options, total, active, *_ in vit.TABLE + convnext.TABLE]
+# Not in Table 1: timm's counts. V-MoE-S/32 by hand: 8 attentions of 1.05, 6 + 2 * 8 MLPs of 2.10
+# (active: 6 + 2 * 2), and 2.12 for all the rest.
 SIZES += [(vit_ti, {}, 5.7, 5.7), (vit_b32, {}, 88.2, 88.2), (vit_l, {}, 304.3, 304.3),
           (vmoe_s32, {}, 56.7, 31.5)]
 
@@ -164,7 +158,7 @@ SIZES += [(vit_ti, {}, 5.7, 5.7), (vit_b32, {}, 88.2, 88.2), (vit_l, {}, 304.3, 
 @pytest.mark.costs
 @pytest.mark.parametrize("preset, options, total, active", SIZES)
 def test_parameter_counts_of_the_paper(preset, options, total, active):
-    """Every row of Table 1 has the paper's parameters, total and active, to 0.1 million."""
+    """Our models have the parameters of the papers', total and active, to 0.1 million."""
     with torch.device("meta"):  # shapes without memory: ViT-B with 8 experts would fill a gigabyte
         counted = count_parameters(preset(**options))
     for count, millions in zip(counted, (total, active)):
@@ -174,7 +168,7 @@ def test_parameter_counts_of_the_paper(preset, options, total, active):
 
 @pytest.mark.costs
 def test_parameters_of_a_vit_by_hand():
-    """ViT-S has 22,050,664 parameters, and 4,729,352 more per 5 more experts and a router."""
+    """ViT-S has 22,050,664 parameters, and 4,728,192 more with 4 more experts and a router."""
     D, H = 384, 4 * 384
     mlp = D * H + H + H * D + D  # 1,181,568
     # two norms, q k v, projection, MLP: 1,774,464
@@ -216,11 +210,10 @@ def test_flops_of_a_depthwise_convolution():
     ("l2", 32 * 64),  # torch counts no distances
 ])
 def test_sparse_costs_k_experts(router, router_cost):
-    """k = 2 experts of the MLP's size cost two MLPs, and there is a router. The mode stays."""
+    """k = 2 experts of the MLP's size cost two MLPs and their router, though there are four."""
     dense, sparse = vit_nano(3), vit_nano(3, moe_layers=[3], num_experts=4, k=2, router=router)
     more = count_flops(sparse, 32) - count_flops(dense, 32)
     assert more == 17 * (2 * 64 * 256 + router_cost)  # 17 tokens; 2 * 64 * 256: one more MLP
-    assert sparse.training, "counted in evaluation, and left in it?"
 
 
 @pytest.mark.costs
@@ -299,7 +292,7 @@ def test_impossible_sizes_are_refused(model, expected):
 @pytest.mark.convnext
 def test_a_convnext_classifies_images_of_other_sizes():
     """Convolutions and the mean over positions take other sizes: 64 x 96 in a model for 32."""
-    logits, routings = SMALL["convnext"]()(torch.zeros(2, 3, 64, 96), return_routing=True)
+    logits, routings = SMALL_CONVNEXT()(torch.zeros(2, 3, 64, 96), return_routing=True)
     assert logits.shape == (2, 5)
     assert [len(r.logits) for r in routings] == [2 * 16 * 24, 2 * 8 * 12, 2 * 4 * 6]
 
@@ -317,10 +310,9 @@ def test_a_dense_vit_block_is_torchs_encoder_layer():
         "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
         "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2.",
     }
-    weights = ours.state_dict()
-    theirs.load_state_dict(
-        {a + kind: weights[b + kind] for a, b in names.items() for kind in ("weight", "bias")}
-    )
+    state = ours.state_dict()
+    theirs.load_state_dict({
+        a + kind: state[b + kind] for a, b in names.items() for kind in ("weight", "bias")})
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     y, routing = ours(x)
     assert_close(y, theirs(x), msg=lambda m: f"heads split wrongly, post-norm, a skip missing? {m}")
@@ -364,9 +356,7 @@ def test_a_dense_model_is_torchvisions(module, theirs, ours, size):
         x = images.clone().requires_grad_()
         logits = model(x)
         results.append((logits, *torch.autograd.grad(logits, x, direction)))
-    assert_close(
-        *results, msg=lambda m: f"a weight in the wrong place? another epsilon, order or norm? {m}"
-    )
+    assert_close(*results, msg=lambda m: f"a weight in the wrong place, another epsilon? {m}")
 
 
 @pytest.mark.weights
@@ -410,9 +400,8 @@ def test_positions_of_another_image_size():
 @pytest.mark.convnext
 def test_an_isotropic_convnext_by_hand():
     """One stage: patches, blocks x + MLP(norm(dwconv(x))), mean over positions, norm, head."""
-    model = with_random_weights(
-        ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5)
-    )
+    model = ConvNeXt(image_size=32, patch_size=8, depths=(2,), widths=(16,), num_classes=5)
+    with_random_weights(model)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     x = model.stem[0](images)  # (2, 16, 4, 4), and no norm behind it
     for block in model.stages[0]:
@@ -423,7 +412,7 @@ def test_an_isotropic_convnext_by_hand():
         assert "gamma" not in name and not name.startswith(("stem.1", "downsample"))
 
 
-# ---------------------------------------------------------------- the sparse blocks
+# ---------------------------------------------------------------- blocks, sparse and dense
 
 
 @pytest.mark.vit
@@ -439,9 +428,8 @@ def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
 @pytest.mark.convnext
 def test_a_sparse_convnext_block_has_one_more_skip():
     """A sparse ConvNeXt block is x + gamma * (h + MoE(norm(h))), where h is the convolution."""
-    block = with_random_weights(
-        convnext.Block(16, MoE(16, 32, num_experts=4, k=2), drop_path=0.0, layer_scale=0.1)
-    )
+    moe = MoE(16, 32, num_experts=4, k=2)
+    block = with_random_weights(convnext.Block(16, moe, drop_path=0.0, layer_scale=0.1))
     x = torch.randn(2, 16, 5, 4, dtype=torch.float64)
     h = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=16)
     expected = torch.empty_like(x)
@@ -472,7 +460,7 @@ def test_the_head_reads_the_class_token_with_its_position():
 def test_what_a_kernel_sees_of_a_small_map(kernel_size, expected):
     """On 4 x 4 positions of value 1 a convolution with weights of 1 counts those that it sees.
 
-    Here the MoE answers 0: a block adds its convolution and nothing else.
+    The MoE answers 0, as to a token without a slot: a block adds its convolution and nothing else.
     """
     block = convnext.Block(1, AnswersZero(), 0.0, layer_scale=None, kernel_size=kernel_size)
     nn.init.ones_(block.dwconv.weight)
@@ -508,14 +496,9 @@ def test_gamma_starts_at_layer_scale():
     assert blocks_of(small(layer_scale=None))[1].gamma is None
 
 
-# ---------------------------------------------------------------- drop path
-
-
 @pytest.mark.building
 @pytest.mark.parametrize("model", [
-    partial(vit_nano, depth=7),
-    partial(convnext_nano, depths=(2, 3, 2)),
-])
+    partial(vit_nano, depth=7), partial(convnext_nano, depths=(2, 3, 2))])
 def test_drop_path_grows_linearly_with_depth(model):
     """Among 7 blocks with drop_path=0.6 the rates are 0, 0.1, ..., 0.6, through all stages."""
     with torch.device("meta"):
@@ -527,9 +510,8 @@ def test_drop_path_grows_linearly_with_depth(model):
 def branch_of(name):
     """Return a block with drop path 0.75 and one branch, because two draw apart, and an input."""
     if name == "convnext":
-        return convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5), torch.randn(
-            200, 8, 2, 2
-        )
+        block = convnext.Block(8, MLP(8, 16), drop_path=0.75, layer_scale=0.5)
+        return block, torch.randn(200, 8, 2, 2)
     block = vit.Block(8, 2, MLP(8, 16), drop_path=0.75)
     silent = block.attn.proj if name == "vit mlp" else block.mlp[2]
     nn.init.zeros_(silent.weight)
@@ -601,28 +583,20 @@ def test_a_prediction_does_not_depend_on_the_batch(small):
     assert_close(model(images), alone)
 
 
-@by_family(
-    "model",
-    [SMALL["vit"], partial(SMALL["vit"], router="cosine")],
-    [partial(SMALL["convnext"], router="l2"), partial(SMALL["convnext"], layer_scale=0.1)],
-)
-def test_the_gradient_reaches_every_parameter(model):
+@both
+def test_the_gradient_reaches_every_parameter(small):
     """No weight is left out of the loss: each gets a gradient, and not only zeros."""
-    model = model()
+    model = small()
     logits, routings = model(torch.randn(8, 3, 32, 32), return_routing=True)
-    (
-        F.cross_entropy(logits, torch.arange(8) % 5) + sum(r.balance_loss for r in routings)
-    ).backward()
+    loss = F.cross_entropy(logits, torch.arange(8) % 5) + balance_loss(routings)
+    loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without, f"created but never used, or cut off: {without}"
 
 
-# ---------------------------------------------------------------- the start
-
-
 @pytest.mark.building
-@pytest.mark.parametrize("model", [partial(vit_nano, dim=128),
-                                   partial(convnext_nano, widths=(96, 96, 192))])
+@pytest.mark.parametrize("model", [
+    partial(vit_nano, dim=128), partial(convnext_nano, widths=(96, 96, 192))])
 def test_init_std_is_the_spread_of_the_weights(model):
     """init_std=0.02 is the deviation of all weights, experts' too; biases start at zero."""
     model = model(init_std=0.02, moe_layers=[1])
@@ -631,16 +605,6 @@ def test_init_std_is_the_spread_of_the_weights(model):
     for module in layers:
         # The fewest are 96 * 3 * 4 * 4 = 4,608 weights: exact to 0.02 / sqrt(2 * 4608) = 0.0002.
         assert abs(module.weight.std() - 0.02) < 0.001 and not module.bias.any(), module
-
-
-@pytest.mark.building
-@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
-def test_without_init_std_pytorch_draws_the_weights(preset):
-    """With init_std=None dense weights are as PyTorch draws them, uniform in +-1/sqrt(inputs)."""
-    for module in preset(init_std=None).modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            bound = module.weight[0].numel() ** -0.5
-            assert 0.99 * bound < module.weight.abs().max() <= 1.000001 * bound, module
 
 
 @pytest.mark.building
@@ -654,20 +618,18 @@ def test_token_and_positions_of_a_vit_start_apart():
 # ---------------------------------------------------------------- compile, upcycle
 
 
-TINY_VIT = partial(ViT, image_size=8, patch_size=4, dim=16, depth=2, heads=2, num_classes=3)
-TINY_CONVNEXT = partial(ConvNeXt, image_size=8, depths=(2,), widths=(16,), num_classes=3)
-
-
 @pytest.mark.grouped
 @pytest.mark.slow
 @pytest.mark.parametrize("model, dtype", [
-    (TINY_VIT, torch.bfloat16), (TINY_CONVNEXT, torch.float32)], ids=["vit", "convnext"])
+    (partial(ViT, patch_size=4, dim=16, depth=2, heads=2), torch.bfloat16),
+    (partial(ConvNeXt, depths=(2,), widths=(16,)), torch.float32),
+], ids=["vit", "convnext"])
 def test_a_compiled_model_is_the_same_model(model, dtype):
     """torch.compile of a sparse model: the same loss, in training and in evaluation.
 
     In bfloat16 the model is one graph. In float32 the loops over the experts are left out of it.
     """
-    model = model(moe_layers=[1], router_noise=0)
+    model = model(image_size=8, num_classes=3, moe_layers=[1], router_noise=0)
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
     one_graph = dtype == torch.bfloat16
     torch.compiler.reset()  # forget the graphs of earlier tests
@@ -698,13 +660,19 @@ def dense_and_sparse(preset, **options):
 @pytest.mark.parametrize("k, router", [(1, "linear"), (2, "cosine"), (4, "l2")])
 @pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
 def test_an_upcycled_model_starts_as_the_dense_one(preset, k, router):
-    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP: the dense logits to 1e-6.
-
-    In training the router's noise separates the experts: they get different gradients."""
+    """upcycle(): gates of 1/E, k of them, experts E/k times the MLP: the dense logits to 1e-6."""
     dense, sparse = dense_and_sparse(preset, k=k, router=router)
     upcycle(dense.state_dict(), sparse)
-    images = torch.randn(8, 3, 32, 32)
+    images = torch.randn(3, 3, 32, 32)
     assert_close(sparse(images), dense(images), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.weights
+def test_an_upcycled_model_learns():
+    """After upcycling the router's noise separates the experts: they get different gradients."""
+    dense, sparse = dense_and_sparse(vit_nano, k=1)
+    upcycle(dense.state_dict(), sparse)
+    images = torch.randn(8, 3, 32, 32)
     F.cross_entropy(sparse.train()(images), torch.arange(8) % 5).backward()
     experts = next(module for module in sparse.modules() if isinstance(module, MoE)).experts
     assert (experts[0][0].weight.grad != experts[1][0].weight.grad).any()
