@@ -65,9 +65,9 @@ def call_on_gpu(module, *args, **kwargs):
 def test_a_wait_is_noticed(wait, monkeypatch):
     """A value, a shape that depends on the data, a copy: a GPU would wait for each of them."""
     with imagined_gpu(monkeypatch):
-        x = torch.ones((), device=GPU)
+        y, _ = call_on_gpu(make_moe(8, 16, 2, 1, "linear", 4), torch.empty(4, 8, device=GPU))
         with pytest.raises((AssertionError, RuntimeError)):
-            wait(x)
+            wait(y[0, 0])
 
 
 @pytest.mark.grouped
