@@ -4,9 +4,10 @@ A GPU computes what it is told in its own time, while Python tells it the next t
 half its speed is lost, if Python asks for a value (.item(), .tolist(), `if`, a shape that depends
 on the data) or copies between CPU and GPU. FakeTensorMode gives tensors that claim to be on a GPU
 and have no data. So a value cannot be asked for: torch raises an error. NoCopies sees the copies.
-backward() cannot be tried like this. What is marked `gpu` runs on a real one only.
+backward() and the optimizer cannot be tried like this: tests marked `gpu` need a real one.
 """
 
+import copy
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,10 +23,9 @@ from moe import balance_loss, make_moe
 from vit import vit_nano
 
 GPU = torch.device("cuda")
-pytestmark = [
-    pytest.mark.edge,
-    pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA"),
-]
+pytestmark = [pytest.mark.edge, pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="torch without CUDA")]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class NoCopies(TorchDispatchMode):
@@ -44,6 +44,8 @@ class NoCopies(TorchDispatchMode):
 @contextmanager
 def imagined_gpu(monkeypatch, capability=(9, 0)):
     """Let tensors be "on a GPU" of a compute capability, and fail where it would be waited for."""
+    # Mean and deviation of the colours are there already: they are brought to the GPU once.
+    monkeypatch.setattr(evaluation, "per_colour", lambda *_: torch.ones(3, 1, 1, device=GPU))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
@@ -59,68 +61,44 @@ def call_on_gpu(module, *args, **kwargs):
 
 
 @pytest.mark.grouped
-@pytest.mark.parametrize("wait", [
-    lambda x: x.sum().item(),
-    lambda x: 1 if x.sum() > 0 else 0,
-    lambda x: x[x > 0],
-    lambda x: x.long().bincount(minlength=4),
-    lambda x: x.__setitem__(-1, torch.ones(())),
-    lambda x: torch.tensor([1.0, 2.0], device=x.device),
-    lambda x: x.cpu()], ids=["item", "if", "mask", "bincount", "set one", "list", "copy"])
+@pytest.mark.parametrize("wait", [torch.Tensor.item, torch.Tensor.nonzero, torch.Tensor.cpu])
 def test_a_wait_is_noticed(wait, monkeypatch):
-    """Seven ways to make a GPU wait, each of which looks harmless."""
+    """A value, a shape that depends on the data, a copy: a GPU would wait for each of them."""
     with imagined_gpu(monkeypatch):
-        x = call_on_gpu(make_moe(8, 16, 2, 1, "linear", 4), torch.empty(4, 8, device=GPU))[0]
+        y, _ = call_on_gpu(make_moe(8, 16, 2, 1, "linear", 4), torch.empty(4, 8, device=GPU))
         with pytest.raises((AssertionError, RuntimeError)):
-            wait(x[:, 0])
-
-
-ROUTERS = [
-    pytest.param("linear", marks=pytest.mark.grouped),
-    pytest.param("cosine", marks=pytest.mark.grouped),
-    pytest.param("l2", marks=pytest.mark.grouped),
-    pytest.param("expert_choice", marks=pytest.mark.expert_choice),
-    pytest.param("soft", marks=pytest.mark.soft)]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("router", ROUTERS)
-def test_no_layer_makes_a_gpu_wait(router, training, monkeypatch):
-    """Neither with slots for all nor with few: the counts of the experts stay on the GPU."""
-    for factor in (None,) if router in ("expert_choice", "soft") else (None, 1.05):
-        options = {} if factor is None else dict(capacity_factor=factor, eval_capacity_factor=2.0)
-        layer = make_moe(32, 64, 4, 2, router, 17, **options).train(training)
-        with imagined_gpu(monkeypatch):
-            x = torch.empty(3, 17, 32, device=GPU)
-            y, routing = call_on_gpu(layer, x)
-        assert y.device.type == routing.balance_loss.device.type == "cuda" and y.shape == x.shape
+            wait(y[0, 0])
 
 
 @pytest.mark.grouped
 @pytest.mark.parametrize("capability, path", [
-    ((8, 0), "loop"),  # A100
-    ((9, 0), "grouped"),  # H100, H200
-    ((10, 0), "grouped"),  # B200
-    ((12, 0), "loop")])  # RTX 50
+    ((8, 0), "loop"), ((9, 0), "grouped"), ((10, 0), "grouped"), ((12, 0), "loop"),
+], ids=["A100", "H100", "B200", "RTX 50"])
 def test_only_some_gpus_have_the_kernel(capability, path, monkeypatch):
     """Where torch has no kernel it loops itself, and waits six times: our loop waits once."""
     layer, taken = make_moe(32, 64, 4, 2, "linear", 17), []
     for name in ("loop", "grouped"):
-        def note(rows, counts, name=name):
-            taken.append(name)
-            return rows
-        monkeypatch.setattr(layer.experts, name, note)
+        monkeypatch.setattr(layer.experts, name,
+                            lambda rows, counts, name=name: taken.append(name) or rows)
     with imagined_gpu(monkeypatch, capability):
         call_on_gpu(layer, torch.empty(5, 32, device=GPU))
     assert taken == [path]
 
 
-@pytest.mark.grouped
-@pytest.mark.parametrize("preset", [vit_nano, convnext_nano])
+def of(concept, *values):
+    return pytest.param(*values, marks=getattr(pytest.mark, concept))
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_no_model_makes_a_gpu_wait(preset, training, monkeypatch):
-    """From images to logits and the balance loss, in training and in evaluation."""
-    model = preset(5, moe_layers="last2", num_experts=4, drop_path=0.1).train(training)
+@pytest.mark.parametrize("preset, options", [
+    of("grouped", vit_nano, dict(router="linear", capacity_factor=1.05)),
+    of("grouped", vit_nano, dict(router="cosine")),
+    of("grouped", convnext_nano, dict(router="l2", drop_path=0.1)),
+    of("expert_choice", vit_nano, dict(router="expert_choice")),
+    of("soft", vit_nano, dict(router="soft"))])
+def test_no_model_makes_a_gpu_wait(preset, options, training, monkeypatch):
+    """From images to logits and the balance loss: the counts of the experts stay on the GPU."""
+    model = preset(5, moe_layers="last2", num_experts=4, **options).train(training)
     with imagined_gpu(monkeypatch):
         images = torch.empty(6, 3, 32, 32, device=GPU)
         logits, routings = call_on_gpu(model, images, return_routing=True)
@@ -128,40 +106,24 @@ def test_no_model_makes_a_gpu_wait(preset, training, monkeypatch):
     assert logits.device.type == total.device.type == "cuda" and len(routings) == 2
 
 
-@pytest.fixture
-def no_mean_to_copy(monkeypatch):
-    """Mean and deviation are on the GPU already: they are brought there once."""
-    monkeypatch.setattr(evaluation, "per_colour", lambda values, device: torch.empty(
-        3, 1, 1, device=device))
-
-
 @pytest.mark.counting
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_an_evaluation_waits_only_at_its_end(loss, no_mean_to_copy, monkeypatch):
+def test_an_evaluation_waits_only_at_its_end(loss, monkeypatch):
     """No batch makes a GPU wait. After the last one all predictions are brought to the CPU."""
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2).long()
-    model, batches = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5)), []
-
-    class Loader(list):
-        num_workers = 0
-
-    class OnGPU(torch.nn.Module):
-        def forward(self, images):
-            batches.append(images)
-            return call_on_gpu(model, images)
-
+    loader, seen = [(images, labels, labels)] * 3, []
     with imagined_gpu(monkeypatch), pytest.raises(AssertionError, match="a GPU waits for"):
-        loader = Loader([(images, labels, labels)] * 3)
-        evaluation.predict(OnGPU(), loader, GPU, (0.5,) * 3, (0.5,) * 3, loss=loss)
-    assert len(batches) == 3, "it waited before the last batch"
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5, device=GPU))
+        model.register_forward_pre_hook(lambda _, images: seen.append(images))
+        evaluation.predict(model, loader, GPU, (0.5,) * 3, (0.5,) * 3, loss=loss)
+    assert len(seen) == 3, "it waited before the last batch"
 
 
 @pytest.mark.training
 @pytest.mark.parametrize("moe_layers", ["none", "last2"])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_step_of_training_waits_once(moe_layers, loss, no_mean_to_copy, monkeypatch):
-    """For three flags: not for the batch, the losses or the counts of the experts. (The backward
-    pass and the optimizer are torch's.)"""
+def test_a_step_of_training_waits_once(moe_layers, loss, monkeypatch):
+    """For three flags: not for the batch, the losses or the counts of the experts."""
     config = train.parse_args(f"--model vit_nano --loss {loss}".split())
     model, waits = vit_nano(5, moe_layers=moe_layers), []
     run = SimpleNamespace(config=config, device=GPU, model=model, world=1, rank=0, step=0, signal=0,
@@ -182,9 +144,6 @@ def test_a_step_of_training_waits_once(moe_layers, loss, no_mean_to_copy, monkey
     assert len(waits) == 1 and waits[0].shape == (3,)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.mark.gpu
 @pytest.mark.grouped
 @needs_gpu
@@ -192,9 +151,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def test_a_gpu_computes_what_a_cpu_does(capacity_factor):
     """Answers and gradients of a layer in bfloat16 against float64, with idle experts."""
     layer = make_moe(64, 256, 8, 2, "linear", 49, capacity_factor=capacity_factor, router_noise=0.0)
-    on_gpu = make_moe(64, 256, 8, 2, "linear", 49, capacity_factor=capacity_factor,
-                      router_noise=0.0).to(GPU)
-    on_gpu.load_state_dict(layer.state_dict())
+    on_gpu = copy.deepcopy(layer).to(GPU)
     x, results = torch.randn(4, 49, 64, dtype=torch.float64), []
     for module, tokens in ((layer.double(), x), (on_gpu, x.float().to(GPU))):
         tokens = tokens.requires_grad_()
