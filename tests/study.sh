@@ -1,4 +1,4 @@
-# The study: about 290 runs of 1 to 8 minutes on one core. Start it again, and it goes on where it
+# The study: about 280 runs of 1 to 8 minutes on one core. Start it again, and it goes on where it
 # stopped: what stands in .github/study.jsonl is done. (Move that file away to repeat it all.)
 #
 #     OMP_NUM_THREADS=1 bash tests/study.sh             or only some parts: ... study.sh a h
