@@ -59,6 +59,7 @@ for part in ${@:-p q a r b c d e f g h l s w}; do
       run 512-dense $nano_512 --moe-layers none
       run 512-E8 $nano_512 --experts 8
       seeds=0
+      run 512-dense-8e-3 $nano_512 --moe-layers none --lr 8e-3
       for lr in 3e-3 6e-3; do
         run 512-dense-$lr $nano_512 --moe-layers none --lr $lr
         run 512-E8-$lr $nano_512 --experts 8 --lr $lr
@@ -123,6 +124,7 @@ for part in ${@:-p q a r b c d e f g h l s w}; do
       ;;
     l)  # more steps: as long as with eight experts takes, and 6,000
       run longer-dense $nano --moe-layers none --data flags:85120
+      run equal-dense $nano --moe-layers none --data flags:81280
       run pico-longer-dense $pico --moe-layers none --data flags:88320
       run micro-longer-dense $micro --moe-layers none --data flags:78080
       run long-dense $nano --moe-layers none --epochs 6
