@@ -94,14 +94,14 @@ def test_the_loop_makes_every_row_of_the_tables(tmp_path):
 
 
 SAID = """\
-it then knows {top1 512-E8}% after {steps 512-E8} steps of 512 pictures, and the dense model
+it then knows {top1 512-E8}% after {steps 512-E8} steps of 512 pictures, and the dense one
 {top1 512-dense} ({n 512-E8 512-dense}).
 
-one takes {longer 512-}% longer, and when the dense run ends, experts lead by {ahead 512-}
+a sparse one takes {longer 512-}% longer, and when the dense run ends, experts lead by {ahead 512-}
 points ({span 512-});
 
-in steps of 64, where a layer's fixed time weighs more, a third more dense steps beat them by
-{gain longer-dense E8}.
+in steps of 64, where its fixed time weighs more, the dense model leads by
+{gain longer-dense E8} in about equal time.
 
 experts gain 0.4 points with ViT-S on ImageNet
 
@@ -154,7 +154,7 @@ def test_what_the_readme_says_came_out():
 
 
 def test_the_verdicts_of_the_readme():
-    """Ahead per step, and per second in large steps; behind a third more small steps.
+    """Ahead per step, and per second in large steps; behind in small ones.
 
     No 95% interval has 0 in it.
     """
