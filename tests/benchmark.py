@@ -13,10 +13,12 @@ With --layer the second table alone, with --gpu, on a GPU:
 5. Images/s and memory of whole training steps at 224 pixels, dense and sparse, eager and compiled.
 """
 
+import argparse
 import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -179,6 +181,33 @@ def step_cost(options, B):
         seconds.append(clock("cpu") - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: in KiB
     return statistics.median(seconds[1:]), peak
+
+
+def steps_in_turns(options, rounds=100):
+    """Time whole training steps, dense and sparse in turns: {"dense": [seconds], "sparse": ...}.
+
+    options: all those of a run (train.parse_args), a dict. The rate stays constant. It is the time
+    of the processor, to which other programs add little: call it with one thread, on a CPU.
+    """
+    runs, seconds = {}, {"dense": [], "sparse": []}
+    for name, layers in (("dense", "none"), ("sparse", options["moe_layers"])):
+        changed = dict(moe_layers=layers, out=tempfile.mkdtemp())
+        runs[name] = run = train.Run(argparse.Namespace(**options | changed))
+        order = train.image_order(run.config, 0, rank=0, world=1)[:rounds + 1]
+        run.passes[:] = order.flatten(0, 1).tolist()
+        run.meter, run.batches = train.Meter(run), iter(run.loader)
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.process_time()
+            images, targets = train.next_batch(run, run.batches, 0, run.meter)
+            logits, routings = run.net(images, return_routing=True)
+            loss = train.classification_loss(logits, targets, run.config)
+            (loss + run.config.balance_weight * balance_loss(routings)).backward()
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            seconds[name].append(round(time.process_time() - begin, 4))
+    return {name: times[1:] for name, times in seconds.items()}  # the first warms up
 
 
 def print_gpu_speed(B=256, steps=10):

@@ -79,7 +79,7 @@ def test_every_command_has_flags_that_exist(capsys):
             assert set(chosen.split()) <= {*BY_NAME, "or", "not", "slow"}, arguments
         else:
             others = [["tests/benchmark.py"], ["tests/benchmark.py", "--models"],
-                      [".github/study.py"]]
+                      ["tests/study.py"]]
             assert [program, *arguments] in others
     assert {*PROGRAMS, "-m", "tests/benchmark.py"} <= seen
 

@@ -1,8 +1,8 @@
-# The study: about 390 runs of 1 to 6 minutes on one core. Start it again, and it goes on where it
+# The study: about 280 runs of 1 to 8 minutes on one core. Start it again, and it goes on where it
 # stopped: what stands in .github/study.jsonl is done. (Move that file away to repeat it all.)
 #
-#     OMP_NUM_THREADS=1 bash .github/study.sh           or only some parts: ... study.sh a h
-#     python .github/study.py                           draw the pictures, write the tables
+#     OMP_NUM_THREADS=1 bash tests/study.sh             or only some parts: ... study.sh a h
+#     python tests/study.py                             draw the picture, write the tables
 #
 # Two at a time, with different parts, use two cores best; g after a, whose runs it takes.
 
@@ -14,7 +14,7 @@ once() {  # KIND NAME COMMAND...: for each of the seeds, unless the results have
   for seed in $seeds; do
     name=$2 out=study/$2-$seed
     grep -qs "\"$1\": \"$name\", \"seed\": $seed," .github/study.jsonl && continue
-    "${@:3}" && python .github/study.py --add $1 $out
+    "${@:3}" && python tests/study.py --add $1 $out
   done
 }
 
@@ -42,18 +42,36 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
   for E in 4 8 16; do run $1-E$E --experts $E "${@:2}"; done
 }
 
-# All runs but those of l take 2,000 steps of 64 pictures, 250 of them to warm up. On flags vit_nano is best
-# at half its recipe's learning rate, with and without experts: see r. The other widths have rates in
-# proportion, convnext_nano its recipe's: not tuned.
+# All runs but those of l, p and q take 2,000 steps of 64 pictures, 250 of them to warm up. On flags
+# vit_nano is best at half its recipe's learning rate, with and without experts: see r. The other
+# widths have rates in proportion: not tuned.
 flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
 pico="$flags --model vit_pico --lr 3e-3"
 nano="$flags --model vit_nano --lr 1.5e-3"
 micro="$flags --model vit_micro --lr 7.5e-4"
-# The programs do not draw glyphs any more: their lines are of the version of 1 November 2026 (0ba5a10).
-glyphs="--data glyphs --epochs 8 --warmup-epochs 1"
-for part in ${@:-a r b c d e f g h i l s w y}; do
+large="--data flags:64000 --batch-size 512 --warmup-epochs 0.4"
+nano_512="$large --model vit_nano --epochs 3 --lr 4.5e-3"
+micro_512="$large --model vit_micro --epochs 2 --lr 2.25e-3"
+for part in ${@:-p q a r b c d e f g h l s w}; do
   seeds="0 1 2 3 4"
   case $part in
+    p)  # 512 pictures a step, where the fixed cost of a layer weighs little: the picture
+      run 512-dense $nano_512 --moe-layers none
+      run 512-E8 $nano_512 --experts 8
+      run 512-dense-6e-3 $nano_512 --moe-layers none --lr 6e-3  # with seed 0 as good as 4.5e-3
+      seeds=0
+      for lr in 3e-3 8e-3; do run 512-dense-$lr $nano_512 --moe-layers none --lr $lr; done
+      for lr in 3e-3 6e-3; do run 512-E8-$lr $nano_512 --experts 8 --lr $lr; done
+      once speed 512-E8 train $nano_512 --experts 8
+      ;;
+    q)  # the same at twice the width
+      run 512-micro-dense $micro_512 --moe-layers none
+      run 512-micro-E8 $micro_512 --experts 8
+      seeds=0
+      run 512-micro-dense-1.5e-3 $micro_512 --moe-layers none --lr 1.5e-3
+      run 512-micro-E8-1.5e-3 $micro_512 --experts 8 --lr 1.5e-3
+      once speed 512-micro-E8 train $micro_512 --experts 8
+      ;;
     a)  # how many experts? The main effect has ten seeds
       seeds="0 1 2 3 4 5 6 7 8 9"
       run dense $nano --moe-layers none
@@ -102,38 +120,18 @@ for part in ${@:-a r b c d e f g h i l s w y}; do
         for E in 8 16; do run E$E-balance-$weight $nano --experts $E --balance-weight $weight; done
       done
       ;;
-    i)  # a ConvNeXt
-      sizes convnext $flags --model convnext_nano
-      ;;
     l)  # more steps: as long as with eight experts takes, and 6,000
       run longer-dense $nano --moe-layers none --data flags:85120
-      run longer-pico-dense $pico --moe-layers none --data flags:88320
-      run longer-micro-dense $micro --moe-layers none --data flags:78080
-      run longer-convnext-dense $flags --model convnext_nano --moe-layers none --data flags:79360
+      run equal-dense $nano --moe-layers none --data flags:81280
+      run pico-longer-dense $pico --moe-layers none --data flags:88320
+      run micro-longer-dense $micro --moe-layers none --data flags:78080
       run long-dense $nano --moe-layers none --epochs 6
       run long-E8 $nano --experts 8 --epochs 6
       ;;
     s)  # what do experts follow?
       seeds="0 1 2"
       follows flags-vit flags $nano --experts 8
-      follows glyphs-vit glyphs $glyphs --model vit_nano --experts 8
-      follows glyphs-convnext glyphs $glyphs --model convnext_nano --experts 8
       follows shapes-vit shapes --data shapes --epochs 8 --model vit_nano --experts 8
-      follows shapes-convnext shapes --data shapes --epochs 8 --model convnext_nano --experts 8
-      ;;
-    y)  # glyphs: handwriting
-      seeds="0 1 2 3 4 5 6 7 8 9"
-      run glyphs-dense $glyphs --model vit_nano --moe-layers none
-      run glyphs-E8 $glyphs --model vit_nano --experts 8
-      seeds="0 1 2 3 4"
-      for router in cosine l2 expert_choice; do
-        run glyphs-$router $glyphs --model vit_nano --router $router
-      done
-      for E in 1 2 4 16 32; do run glyphs-E$E $glyphs --model vit_nano --experts $E; done
-      sizes glyphs-pico $glyphs --model vit_pico
-      sizes glyphs-micro $glyphs --model vit_micro
-      run glyphs-pico-3e-3 $glyphs --model vit_pico --moe-layers none --lr 3e-3
-      run glyphs-micro-3e-3 $glyphs --model vit_micro --moe-layers none --lr 3e-3
       ;;
   esac
 done
