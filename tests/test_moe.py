@@ -14,8 +14,8 @@ from torch import nn
 
 from checks import autocast_on_meta, has_no_loop_over_tokens, says
 from moe import (ROUTERS, Experts, MoE, Router, Routing, SoftMoE, assign_slots, balance_loss,
-                 combine, count_parameters, dispatch, expert_capacity, importance_loss, load_loss,
-                 make_moe, place_rows, top_k_gates)
+                 combine, compute_dtype, count_parameters, dispatch, expert_capacity,
+                 importance_loss, load_loss, make_moe, place_rows, top_k_gates)
 from rules import LATER_TOKEN_FIRST, ROUND
 
 
@@ -474,6 +474,15 @@ def test_every_new_tensor_is_on_the_device_of_the_rows(path):
         answers = getattr(experts, path)(rows, counts)
     assert not answers.is_meta
     close(answers, expected)
+
+
+@pytest.mark.experts
+def test_the_dtype_to_compute_in():
+    """That of the rows, or under autocast its own; not the weights'."""
+    rows = torch.zeros(2, 4, dtype=torch.float64)
+    assert compute_dtype(rows) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(rows) == torch.bfloat16
 
 
 @pytest.mark.grouped
