@@ -1143,6 +1143,7 @@ def test_a_second_signal_ends_the_process(monkeypatch):
     """The first is for the loop, which saves; one more than two seconds later ends all at once."""
     handlers, seconds, ended, run = {}, [0.0], [], SimpleNamespace(signal=0)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # whatever nohup left
     monkeypatch.setattr(evaluation.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(os, "_exit", ended.append)
     evaluation.watch_signals(run)

@@ -706,19 +706,19 @@ def test_an_epoch_is_saved_before_it_is_validated(monkeypatch):
 
 @pytest.mark.training
 def test_a_signal_ends_the_validation(monkeypatch):
-    """Ctrl-C before the first of two batches: the model sees none of them, the epoch is saved, the
-    exit status is 128 + 2."""
+    """SIGTERM before the first of two batches: the model sees none of them, the epoch is saved, the
+    exit status is 128 + 15."""
     evaluate, seen = train.evaluate, []
 
     def evaluate_and_interrupt(model, *arguments, **options):
-        send(signal.SIGINT, until=options["stop"])
+        send(signal.SIGTERM, until=options["stop"])
         model.register_forward_hook(lambda *_: seen.append(1))
         return evaluate(model, *arguments, **options)
 
     monkeypatch.setattr(train, "evaluate", evaluate_and_interrupt)
     with pytest.raises(SystemExit) as stop:
         run("--epochs 2 --out r")
-    assert stop.value.code == 130 and not seen
+    assert stop.value.code == 143 and not seen
     assert epoch_and_step("r/last.pt") == (0, 3) and not os.path.exists("r/best.pt")
 
 
