@@ -134,10 +134,9 @@ class ConvNeXt(nn.Module):
                  capacity_factor=None, drop_path=0.0, layer_scale=1e-6, init_std=0.02):
         super().__init__()
         isotropic = len(depths) == 1
-        shrink = patch_size * 2 ** (len(depths) - 1)
+        shrink = patch_size * 2 ** (len(depths) - 1)  # by which stem and stages divide the sides
         if image_size % shrink:
-            raise ValueError(f"image size {image_size} is not a multiple of {shrink}, by which "
-                             f"stem and stages divide it")
+            raise ValueError(f"image size {image_size} is not a multiple of {shrink}")
         self.image_size = image_size
         self.moe_blocks = place_moe(moe_layers, depths)
         self.grids = []
@@ -163,8 +162,7 @@ class ConvNeXt(nn.Module):
                 else:
                     mlp = MLP(dim, int(mlp_ratio * dim))
                 rate = drop_path * index / max(1, sum(depths) - 1)
-                gamma = None if isotropic else layer_scale
-                stage.append(Block(dim, mlp, rate, gamma, kernel_size))
+                stage.append(Block(dim, mlp, rate, None if isotropic else layer_scale, kernel_size))
                 index += 1
             self.stages.append(stage)
             side //= 2
@@ -235,10 +233,9 @@ def from_torchvision(state_dict):
 # ---------------------------------------------------------------- presets (options: see ConvNeXt)
 
 def convnext_nano(num_classes=1000, **options):
-    """For 32-pixel images on a CPU: three stages of 8 x 8, 4 x 4 and 2 x 2 positions."""
-    sizes = dict(image_size=32, depths=(2, 3, 2), widths=(32, 64, 128), init_std=0.12)
-    sizes["layer_scale"] = None  # only deep networks need it
-    sizes["kernel_size"] = 3  # most of a 7x7 kernel would lie outside of such small maps
+    """For 32-pixel images on a CPU: 8 x 8, 4 x 4 and 2 x 2 positions, too few for 7x7 kernels."""
+    sizes = dict(image_size=32, depths=(2, 3, 2), widths=(32, 64, 128), kernel_size=3)
+    sizes |= dict(init_std=0.12, layer_scale=None)  # only deep networks need a layer scale
     return ConvNeXt(**sizes | options, num_classes=num_classes)
 
 

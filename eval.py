@@ -212,7 +212,7 @@ def leave_signals(worker):
             pass
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):  # Linux
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=obey, daemon=True).start()
