@@ -34,7 +34,7 @@ def place_moe(moe_layers, depths):
         stage   the last block of each stage
     With one stage (isotropic) the placements are those of a ViT: every2 is the odd blocks, last2
     and last3 are the last two or three of these.
-    Raise ValueError if a network of these depths has no such blocks.
+    Raise ValueError for another name or block, and if last2 or last3 finds fewer blocks.
     """
     depth = sum(depths)
     blocks = iter(range(depth))

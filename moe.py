@@ -9,7 +9,7 @@ What's the Sweet Spot?" (Videau et al., TMLR 2025, section 3):
     y, routing = layer(x)                                  # x (..., 384) -> y (..., 384)
     loss = cross_entropy + 0.005 * routing.balance_loss    # keeps every expert at work
 
-Letters, the same in every file: B images, N tokens per image, T = B*N tokens, D width, H hidden
+Letters: B images, N tokens per image, T = B*N tokens, D width, H hidden
 width, E experts, K experts per token, C slots per expert, R = T*K rows, one per token and choice.
 
 A worked example: T = 3 tokens of width D = 1, E = 2 experts, K = 1; no noise, and C = 1 from a
@@ -69,7 +69,7 @@ class MoE(nn.Module):
         if not 1 <= k <= num_experts:
             raise ValueError(f"k = {k}: expected 1 to {num_experts}, the number of experts")
         for factor in (capacity_factor, eval_capacity_factor):
-            if factor is not None and factor <= 0:
+            if factor is not None and not 0 < factor < math.inf:
                 raise ValueError(f"capacity factor {factor}: expected a number above 0, or None")
         if router_noise < 0:
             raise ValueError(f"router noise {router_noise}: expected 0 or more")
@@ -131,7 +131,8 @@ class Router(nn.Module):
     def __init__(self, dim, num_experts, kind="linear"):
         super().__init__()
         if kind not in ROUTERS:
-            raise ValueError(f"router {kind!r}: expected linear, cosine, l2, expert_choice or soft")
+            raise ValueError(f"router {kind!r}: expected {', '.join(ROUTERS)}, or by make_moe() "
+                             f"expert_choice or soft")
         self.kind = kind
         if kind == "linear":  # small codes: at the start all probabilities are near 1/E
             self.codes = nn.Parameter(0.02 * torch.randn(num_experts, dim))
@@ -348,7 +349,7 @@ def combine(rows, weights, order):
 # Both see one image at a time: a prediction never depends on its batch. Nothing is to balance.
 
 class ExpertChoice(nn.Module):
-    """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
+    """Let experts choose their tokens (Zhou et al. 2022): x (B, N, ..., D) -> y, and a Routing.
 
     Of the N tokens of an image, each expert takes the C = ceil(N k / E) most probable for it. So a
     token meets k experts on average: perhaps several, perhaps none, and then its y is 0.
@@ -389,7 +390,7 @@ class ExpertChoice(nn.Module):
 
 
 class SoftMoE(nn.Module):
-    """Let each expert answer S mixtures of an image's tokens: x (B, ..., D) -> y, and a Routing.
+    """Let each expert answer S mixtures of an image's tokens: x (B, N, ..., D) -> y, and a Routing.
 
     Puigcerver et al. 2024, section 2, normalized as in 2.3. Each of the E * S slots has a code. A
     softmax over the tokens makes a slot, a weighted mean of the tokens. A softmax over the slots
@@ -425,7 +426,9 @@ class SoftMoE(nn.Module):
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
-    """Return the layer that router names: x (B, ..., D) -> y, Routing. options: others of MoE."""
+    """Return the layer that router names: x (B, N, ..., D) -> y, Routing. options: others of MoE."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k = {k}: expected 1 to {num_experts}, the number of experts")
     if router == "expert_choice":
         return ExpertChoice(dim, hidden, num_experts, k)
     if router == "soft":
@@ -449,7 +452,8 @@ def count_flops(model, image_size, modules="^Global$"):
 
     They are what the papers call FLOPs: products and convolutions alone, counted by torch in a pass
     of an empty image. It misses fused attention (hence MATH) and the distances of an L2 router.
-    modules: a regular expression of names such as "ViT.blocks.1.mlp.experts.0".
+    modules: a regular expression of names such as "ViT.blocks.1.mlp". What matches is added: end
+    it with $, for the parts of a module have its name, too.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -30,7 +30,7 @@ def place_moe(moe_layers, depth):
 
     moe_layers: a list of indices, or a placement (paper, section 4): every2 is the odd blocks 1, 3,
     5, ...; last2 and last3 are the last two or three of these; none is no block.
-    Raise ValueError if a network of `depth` blocks has no such blocks.
+    Raise ValueError for another name or block, and if last2 or last3 finds fewer blocks.
     """
     odd = list(range(1, depth, 2))
     places = {"none": [], "every2": odd, "last2": odd[-2:], "last3": odd[-3:]}
@@ -156,11 +156,11 @@ class ViT(nn.Module):
 
 
 def init_weights(module, std):
-    """Draw the weights of a linear layer or convolution from N(0, std^2), truncated; zero biases.
+    """Draw the weights of a linear layer from N(0, std^2), truncated, and make its biases zero.
 
     For module.apply, as in DeiT's code. So the experts start as the MLP of a dense block does.
     """
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
 
@@ -194,7 +194,7 @@ def from_torchvision(state_dict):
 
 
 def resize_positions(state_dict, model):
-    """Interpolate pos_embed (1, 1 + N, D) of a state dict to the image size of the model."""
+    """Interpolate pos_embed (1, N, D) of a state dict to the image size of the model."""
     there = state_dict.get("pos_embed")
     here = model.pos_embed
     if there is None or there.shape[1] == here.shape[1]:

@@ -745,6 +745,7 @@ def test_a_batch_of_no_images(training, capacity_factor):
 @pytest.mark.layer
 @pytest.mark.parametrize("wrong, named", [
     (dict(k=0), [0, 4]), (dict(k=5), [5, 4]), (dict(capacity_factor=0.0), [0.0]),
+    (dict(capacity_factor=float("inf")), [float("inf")]),
     (dict(eval_capacity_factor=-1.0), [-1.0]), (dict(router_noise=-0.1), [-0.1])])
 def test_impossible_options_are_refused(wrong, named):
     """The message has the value, and for k the number of experts besides."""

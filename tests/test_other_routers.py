@@ -137,6 +137,14 @@ def test_a_routing_has_the_promised_shapes(router, B):
 
 
 @pytest.mark.parametrize("router", BOTH)
+@pytest.mark.parametrize("k", [0, 5])
+def test_a_k_outside_1_to_e_is_refused(router, k):
+    """Although it would compute something: a token cannot meet more experts than there are."""
+    with pytest.raises(ValueError, match=f"k = {k}: expected 1 to 4"):
+        make_moe(6, 8, 4, k, router, tokens=12)
+
+
+@pytest.mark.parametrize("router", BOTH)
 def test_one_expert_is_a_dense_mlp_for_equal_tokens(router):
     """E = 1, k = 1: the gates are 1, and a mean of equal tokens is that token."""
     layer = make(router, tokens=5, num_experts=1, k=1)
