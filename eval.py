@@ -801,7 +801,7 @@ def match_dataset(dataset, classes, real=None):
     if not data.classes and real:
         raise ValueError("--real scores ImageNet's validation images, not pictures without classes")
     if not data.classes:
-        data.columns, data.names, data.indices = None, classes, range(len(data))
+        data.columns, data.names, data.indices, data.note = None, classes, range(len(data)), ""
         return data
     found = torch.tensor(match_classes(data.classes, classes))
     columns, places = found.unique(return_inverse=True)  # places: of the data's classes in columns
@@ -817,6 +817,16 @@ def match_dataset(dataset, classes, real=None):
     if real:
         data.note += f", those with ReaL labels from {real}"
     return data
+
+
+def choose_split(spec, trained_on, split=None):
+    """Return (the split of a data set to score, words on it for its note).
+
+    Of a flat folder on which the checkpoint was trained it is "val", the fifth that was held out.
+    """
+    same = os.path.realpath(trained_on) == os.path.realpath(spec)
+    split = split or ("val" if same else "all")
+    return split, ", those held out from its training" * (same and split == "val")
 
 
 def read_real(path, dataset, num_classes):
@@ -933,16 +943,14 @@ def prepare(path, args):
     row["routed_share"] = count_flops(model, size, r"experts\.\d+$") / flops
     row["deviations"] += change_routing(model, None, args.capacity_factor)  # now: it needs a batch
     for spec in args.data:
-        trained_on = os.path.realpath(row["args"].get("data", "")) == os.path.realpath(spec)
-        split = args.split or ("val" if trained_on else "all")  # "val" of a flat folder is a fifth
+        split, held_out = choose_split(spec, row["args"].get("data", ""), args.split)
         for part, dataset in open_parts(spec, split).items():
             data = match_dataset(dataset, checkpoint["classes"], args.real)
             crop = v2.CenterCrop(size)
             data.transform = crop if part else eval_transform(size, row["crop_ratio"])
             if part and min(dataset[data.indices[0]][0].shape[1:]) < size:
                 raise ValueError(f"{spec} is only cropped, but {part} has less than {size} pixels")
-            if trained_on and split == "val":
-                data.note += ", those held out from its training"
+            data.note += held_out
             matched[spec, part] = data
     return model, row, matched
 

@@ -18,9 +18,9 @@ image, so it is counted apart.
 3. A figure is a function draw_x(run, layer) that returns a panel of HTML. Its docstring is heading
    and caption. To add one, write it and add it to FIGURES.
 
-DIR then holds report.html (one file, opens from disk), summary.json (all numbers) and routing.csv
-(patches per layer, class and expert). The report of a dense model has its training and its answers,
-that of own pictures (a file or a folder) answers and routing.
+DIR then holds report.html (one file, opens from disk), summary.json (the numbers of the layers)
+and routing.csv (patches per layer, class and expert). The report of a dense model has its training
+and its answers, that of own pictures (a file or a folder) answers and routing.
 
 Letters: M images in all, N patches per image, E experts, L levels of a factor (16 classes, 2 for
 object or not, ...).
@@ -45,7 +45,7 @@ from torchvision.io import encode_jpeg, encode_png
 from torchvision.transforms import v2
 
 from eval import (
-    PALETTE, Predictions, auto_workers, best_classes, best_dtype, count, eval_loader,
+    PALETTE, Predictions, auto_workers, best_classes, best_dtype, choose_split, count, eval_loader,
     eval_transform, load_checkpoint, match_dataset, number, open_dataset, predict, run_program)
 from moe import count_flops
 
@@ -183,7 +183,8 @@ def inspect(path, args, device):
         raise ValueError(f"--out {args.out} cannot be written: choose another folder")
     M = min(len(data.indices), args.max_images or len(data.indices))
     images = [data.indices[m * len(data.indices) // M] for m in range(M)]  # classes come in order
-    n = min(args.examples if data.classes else MOST_PICTURES, M)
+    usual = 8 if data.classes else 50
+    n = min(M, usual if args.examples is None else args.examples)
     shown = [(2 * i + 1) * M // (2 * n) for i in range(n)]  # the middles of n equal parts
 
     loader = eval_loader(data, args.batch_size, auto_workers(data, 1, args.workers), device, images)
@@ -208,10 +209,11 @@ def inspect(path, args, device):
 
 def open_matched(args, checkpoint):
     """Open --data as the model of the checkpoint sees it: see match_dataset() of eval.py."""
-    trained_on = os.path.realpath(checkpoint["args"].get("data", "")) == os.path.realpath(args.data)
-    split = args.split or ("val" if trained_on else "all")  # "val" of a flat folder is a fifth
+    split, held_out = choose_split(args.data, checkpoint["args"].get("data", ""), args.split)
     transform = eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"])
-    return match_dataset(open_dataset(args.data, split, transform), checkpoint["classes"])
+    data = match_dataset(open_dataset(args.data, split, transform), checkpoint["classes"])
+    data.note += held_out
+    return data
 
 
 def store(stored, grids, routings):
@@ -314,7 +316,6 @@ def surest_patches(layer, expert, limit=6):
 # HTML: tables whose cells have a background, pictures, and SVG for curves.
 
 BLUE = (20, 140, 220)  # numbers that belong to no expert
-MOST_PICTURES = 50  # of one's own, in a report
 
 
 def palette(E):
@@ -330,9 +331,9 @@ def palette(E):
     return [tuple(round(255 * channel) for channel in rgb) for rgb in wheel]
 
 
-def picture(pixels):
+def picture(pixels, exact=False):
     """Return an <img> of pixels (3, rows, columns) uint8. Few rows or columns keep hard edges."""
-    small = min(pixels.shape[1:]) <= 64  # a JPEG would mix neighbours
+    small = exact or min(pixels.shape[1:]) <= 64  # a JPEG would mix neighbours
     file = encode_png(pixels) if small else encode_jpeg(pixels, quality=80)
     data = base64.b64encode(file.numpy().tobytes()).decode()
     kind, look = ("png", " class=pixels") if small else ("jpeg", "")
@@ -393,7 +394,7 @@ def heat(values, top, names):
     More than 2,000 values are a picture without names and numbers.
     """
     if values.numel() > 2000:
-        return f"<div class=map>{picture(tint(values / top, BLUE))}</div>"
+        return f"<div class=map>{picture(tint(values / top, BLUE), exact=True)}</div>"
     page = "<tr><th>" + "".join(f"<th>{expert}" for expert in range(values.shape[1]))
     for name, numbers in zip(names, values.tolist()):
         page += f"<tr><th><bdi>{escape(str(name))}</bdi>"
@@ -441,9 +442,9 @@ CURVES = {  # panel -> its curves: name -> field of the log
 def draw_training(run, title):
     """How it went: losses and accuracy per epoch
 
-    Beside each name is its last value. EMA: the averaged weights. A training loss that falls while
-    the validation loss rises means overfitting. With augmentation and noise the training loss is
-    usually the higher one.
+    Up to this checkpoint: last.pt has all epochs. Beside each name is its last value. EMA: the
+    averaged weights. A training loss that falls while the validation loss rises means overfitting.
+    With augmentation and noise the training loss is usually the higher one.
     """
     colours = (BLUE, *PALETTE[::2])
     curves = [[(line["epoch"], line[field]) for line in run.log if field in line]
@@ -469,11 +470,11 @@ def draw_balance(run, layer):
 
 
 def draw_pictures(run, m):
-    """Pictures: the answer, and every patch tinted by its expert
+    """Pictures, and how the model answered
 
-    First the square that the model sees, then one picture per MoE layer. Look for experts that keep
-    to the object, to its outline, to the background, or to a place whatever the image shows.
-    (Paper, Figure 6.)
+    First the square that the model sees, then one picture per MoE layer, every patch tinted by its
+    expert. Look for experts that keep to the object, to its outline, to the background, or to a
+    place whatever the image shows. (Paper, Figure 6.)
     """
     data, index = run.data, run.images[m]
     image, label, _ = data[index]
@@ -587,15 +588,16 @@ MEASURES = {"block": "{block}", "grid": "{grid[0]}x{grid[1]}",
             "load, CV": "{coefficient_of_variation:.2f}"}
 MEANINGS = """Experts per image: different ones that an image uses, mean. Load, CV: standard
 deviation of the experts' shares over their mean. Router, bits: mean entropy of its probabilities, 0
-if it is always sure, log2 E if it never is. Below: what the expert of a patch tells about the class
-of its image and so on, from 0, nothing, to 1, everything (normalised mutual information), and in
-brackets by chance. Shape, texture, colour, part: among the patches of the object."""
+if it is always sure, log2 E if it never is. Below: normalised mutual information of a patch's
+expert and its class and so on, 0 if neither tells about the other, 1 if one decides the other, and
+in brackets by chance. Shape, texture, colour, part: among the patches of the object."""
 ABOUT = """A patch counts for its first choice. After Videau et al., “Mixture of Experts for Image
 Classification: What’s the Sweet Spot?” (2025), section 5.6."""
 OTHER_ROUTERS = {  # what counts as a patch's choice where tokens do not choose, see moe.py
-    "expert_choice": "Experts choose: a patch counts for the one with the largest gate of those "
-                     "that took it, or if none did for its most probable expert.",
-    "soft": "In a Soft MoE a patch counts for the expert with the largest share in its answer."}
+    "expert_choice": "Experts choose, equally many patches each. A patch counts for that with the "
+                     "largest gate of those that took it, or if none did for the most probable.",
+    "soft": "In a Soft MoE a patch counts for the expert with the largest share in its answer; all "
+            "experts work equally much."}
 
 
 def overview(run):
@@ -615,7 +617,7 @@ def report_html(run, data):
     options = " ".join(f"{key}={value}" for key, value in run.config.items())
     page = f"<h1>{title}</h1><p>{escape(f'{run.path}: {options}. Images of {data}.')}"
     if run.data.classes:
-        page += f" Top-1: {run.top1:.2f}% of {len(run.images)}."
+        page += f" Top-1: {run.top1:.2f}% of {len(run.images)}. Data: {run.data.note}."
     if run.layers:
         page += f" Routed experts do {run.routed:.0%} of the multiply-adds. {ABOUT}"
         page += f" {OTHER_ROUTERS.get(run.config.get('router'), '')}<p class=legend>experts: "
@@ -670,9 +672,10 @@ def routing_csv(run):
 def write_files(folder, run, data):
     """Write report.html, summary.json and routing.csv, each whole or not at all."""
     files = {"report.html": report_html(run, data)}
+    Path(folder, "routing.csv").unlink(missing_ok=True)  # perhaps of other data
     summary = dict(checkpoint=run.path, model=run.config, data=data, images=len(run.images))
     if run.data.classes:
-        summary |= dict(top1=run.top1, routed_share=run.routed)
+        summary |= dict(top1=run.top1, protocol=run.data.note, routed_share=run.routed)
     summary["layers"] = [dict(layer=i) | layer.numbers for i, layer in enumerate(run.layers)]
     files["summary.json"] = json.dumps(summary, allow_nan=False)
     if run.layers and run.data.classes:
@@ -698,7 +701,7 @@ def print_run(run):
         return
     for name, *cells in overview(run):
         print(f"{name:<18}", *map("{:>12}".format, cells))
-    print("class and below: what the expert tells about it, and in brackets by chance")
+    print("class and below: 1 if one of it and the expert decides the other; in brackets by chance")
 
 
 # ---------------------------------------------------------------- command line
@@ -712,7 +715,7 @@ def parse_args(argv=None):
     flag("--split", choices=("train", "val", "all"), help="(default: all; val if trained on it)")
     flag("--out", required=True, help="folder for the results")
     flag("--max-images", type=positive, help="evenly spread over the data (default: all)")
-    flag("--examples", type=number("[0, inf)", int), default=8, help="images to show (default: 8)")
+    flag("--examples", type=number("[0, inf)", int), help="images to show (default: 8; own: 50)")
     flag("--batch-size", type=positive, default=128, help="images at once (default: 128)")
     flag("--workers", type=number("[0, inf)", int), help="processes that load images")
     return parser.parse_args(argv)

@@ -426,7 +426,7 @@ class SoftMoE(nn.Module):
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
-    """Return the layer that router names: x (B, N, ..., D) -> y, Routing. options: others of MoE."""
+    """Return the layer named by router: x (B, N, ..., D) -> y, Routing. options: more of MoE."""
     if not 1 <= k <= num_experts:
         raise ValueError(f"k = {k}: expected 1 to {num_experts}, the number of experts")
     if router == "expert_choice":
