@@ -90,8 +90,7 @@ def compare(T, dim, hidden, num_experts, k, device, rounds):
     candidates = {
         "dense": (lambda x: (dense(x), 0), rows),
         "loop": (sparse(layer.experts.loop), tokens),
-        "grouped_mm": (sparse(layer.experts.grouped), tokens),
-    }
+        "grouped_mm": (sparse(layer.experts.grouped), tokens)}
     return take_turns(candidates, [layer, dense], device, rounds)
 
 

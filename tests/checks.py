@@ -20,11 +20,6 @@ def says(error, *words):
         assert found, f"{word!r} is missing in the message: {error.value}"
 
 
-def on_meta(*shape, dtype=torch.float32):
-    """A tensor without data: a function that forgets the device of its input fails with it."""
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 @contextlib.contextmanager
 def autocast_on_meta():
     """Let torch.autocast accept the device "meta", which it does not know. It does nothing."""

@@ -100,118 +100,80 @@ CONCEPTS = (
             "moe.SoftMoE.__init__ moe.SoftMoE.forward", "top_k capacity experts costs weights",
             "Each expert answers mixtures of tokens: nothing is chosen, all is smooth."),
     # ---- eval.py: from images to a number
-    Concept(
-        "shapes",
-        "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.open_drawn eval.paint "
-        "eval.draw_shapes eval.draw_flags",
-        "",
-        "Pictures whose every factor is known: the same on every machine, and shifted to where "
-        "training never was.",
-    ),
-    Concept(
-        "folders",
-        "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
-        "eval.open_folder eval.subfolder eval.find_images eval.hold_out eval.read_image "
-        "eval.without_metadata eval.decode eval.together eval.download",
-        "shapes",
-        "A million files, odd names, broken images: what is on disk is read, or named.",
-    ),
-    Concept(
-        "counting",
-        "eval.eval_transform eval.normalize eval.per_colour eval.best_dtype "
-        "eval.auto_workers eval.eval_loader eval.predict eval.count "
-        "eval.evaluate eval.image_losses eval.best_classes eval.mistakes eval.shield",
-        "folders",
-        "Each image counts once, at any batch size and any number of processes.",
-    ),
-    Concept(
-        "checkpoints",
-        "eval.build_model eval.read_checkpoint eval.load_checkpoint",
-        "vit",
-        "A checkpoint says how to build its model, and is data: opening it runs nothing.",
-    ),
-    Concept(
-        "classes",
-        "eval.match_classes eval.match_dataset eval.read_real",
-        "folders",
-        "Robustness sets name their classes otherwise: match by name, predict among those found.",
-    ),
-    Concept(
-        "evaluator",
-        "eval.change_routing eval.mute eval.open_parts eval.corruption_errors eval.prepare "
-        "eval.measure eval.print_row eval.parse_args "
-        "eval.main",
-        "checkpoints counting classes costs expert_choice soft",
-        "One table, several checkpoints and test sets; whatever deviates from training is "
-        "printed.",
-    ),
+    Concept("shapes",
+            "eval.TensorImages.__init__ eval.TensorImages.__getitem__ eval.open_drawn eval.paint "
+            "eval.draw_shapes eval.draw_flags", "",
+            "Pictures whose every factor is known: the same on every machine, and shifted to where "
+            "training never was."),
+    Concept("folders",
+            "eval.FolderImages.__init__ eval.FolderImages.path eval.FolderImages.__getitem__ "
+            "eval.open_folder eval.subfolder eval.find_images eval.hold_out eval.read_image "
+            "eval.without_metadata eval.decode eval.together eval.download", "shapes",
+            "A million files, odd names, broken images: what is on disk is read, or named."),
+    Concept("counting",
+            "eval.eval_transform eval.normalize eval.per_colour eval.best_dtype eval.auto_workers "
+            "eval.eval_loader eval.predict eval.count eval.evaluate eval.image_losses "
+            "eval.best_classes eval.mistakes eval.shield", "folders",
+            "Each image counts once, at any batch size and any number of processes."),
+    Concept("checkpoints", "eval.build_model eval.read_checkpoint eval.load_checkpoint", "vit",
+            "A checkpoint says how to build its model, and is data: opening it runs nothing."),
+    Concept("classes",
+            "eval.match_classes eval.match_dataset eval.choose_split eval.read_real", "folders",
+            "Robustness sets name their classes otherwise: match by name, predict among those "
+            "found."),
+    Concept("evaluator",
+            "eval.change_routing eval.mute eval.open_parts eval.corruption_errors eval.prepare "
+            "eval.measure eval.print_row eval.parse_args eval.main",
+            "checkpoints counting classes costs expert_choice soft",
+            "One table, several checkpoints and test sets; whatever deviates from training is "
+            "printed."),
     # ---- train.py: from a recipe to a checkpoint
-    Concept(
-        "recipe",
-        "train.parse_args train.blocks train.recipe_of train.settle",
-        "",
-        "Published hyperparameters, overridden by flags, refused before any work when they cannot "
-        "be.",
-    ),
-    Concept(
-        "optimizer",
-        "train.learning_rate train.update_ema train.layer_group train.parameter_groups "
-        "train.classification_loss train.make_mixer",
-        "building",
-        "Warm up, decay to the end, and do not let weight decay touch biases, norms and "
-        "embeddings.",
-    ),
-    Concept(
-        "batches",
-        "train.seed_draws train.train_transform train.Augmented.__getitem__ train.image_order",
-        "recipe counting",
-        "Every draw depends on seed, epoch and image alone: no generator state, the same at every "
-        "world size.",
-    ),
-    Concept(
-        "training",
-        "train.Run.__init__ train.open_data train.start_from train.claim_and_continue "
-        "train.restore train.save train.train train.next_batch train.check_and_agree "
-        "train.Meter.count train.Meter.summary train.validate train.main eval.watch_signals",
-        "optimizer batches checkpoints costs weights grouped expert_choice soft",
-        "Kill it, continue it, split it over processes: the same weights come out.",
-    ),
+    Concept("recipe", "train.parse_args train.blocks train.recipe_of train.settle", "",
+            "Published hyperparameters, overridden by flags, refused before any work when they "
+            "cannot be."),
+    Concept("optimizer",
+            "train.learning_rate train.update_ema train.layer_group train.parameter_groups "
+            "train.classification_loss train.make_mixer", "building",
+            "Warm up, decay to the end, and do not let weight decay touch biases, norms and "
+            "embeddings."),
+    Concept("batches",
+            "train.seed_draws train.train_transform train.Augmented.__getitem__ train.image_order",
+            "recipe counting",
+            "Every draw depends on seed, epoch and image alone: no generator state, the same at "
+            "every world size."),
+    Concept("training",
+            "train.Run.__init__ train.open_data train.start_from train.claim_and_continue "
+            "train.restore train.save train.train train.next_batch train.check_and_agree "
+            "train.Meter.count train.Meter.summary train.validate train.main eval.watch_signals",
+            "optimizer batches checkpoints costs weights grouped expert_choice soft",
+            "Kill it, continue it, split it over processes: the same weights come out."),
     # ---- inspect_experts.py: what the experts do
-    Concept(
-        "statistics",
-        "inspect_experts.count_patches inspect_experts.entropy "
-        "inspect_experts.mutual_information inspect_experts.similarity "
-        "inspect_experts.cumulative inspect_experts.row_shares inspect_experts.top_classes "
-        "inspect_experts.Layer.patches inspect_experts.store inspect_experts.known_factors "
-        "inspect_experts.describe inspect_experts.surest_patches",
-        "classes",
-        "Count first choices as the images pass; mutual information says what the experts follow, "
-        "chance what is noise.",
-    ),
-    Concept(
-        "report",
-        "inspect_experts.inspect inspect_experts.open_matched inspect_experts.palette "
-        "inspect_experts.picture inspect_experts.panel inspect_experts.swatch "
-        "inspect_experts.tiles inspect_experts.tint inspect_experts.overlay "
-        "inspect_experts.cut_out inspect_experts.heat inspect_experts.bar inspect_experts.plot "
-        "inspect_experts.draw_training inspect_experts.draw_balance "
-        "inspect_experts.draw_pictures inspect_experts.draw_load inspect_experts.draw_where "
-        "inspect_experts.draw_amount inspect_experts.draw_classes "
-        "inspect_experts.draw_similarity inspect_experts.draw_surest inspect_experts.Layer.panel "
-        "inspect_experts.parts_of inspect_experts.overview inspect_experts.report_html "
-        "inspect_experts.routing_csv inspect_experts.write_files inspect_experts.print_run "
-        "inspect_experts.parse_args inspect_experts.main",
-        "statistics counting checkpoints expert_choice soft",
-        "A page that says under each figure how to read it, and files that are whole or not "
-        "there.",
-    ),
+    Concept("statistics",
+            "inspect_experts.count_patches inspect_experts.entropy "
+            "inspect_experts.mutual_information inspect_experts.similarity "
+            "inspect_experts.cumulative inspect_experts.row_shares inspect_experts.top_classes "
+            "inspect_experts.Layer.patches inspect_experts.store inspect_experts.known_factors "
+            "inspect_experts.describe inspect_experts.surest_patches", "classes",
+            "Count first choices as the images pass; mutual information says what the experts "
+            "follow, chance what is noise."),
+    Concept("report",
+            "inspect_experts.inspect inspect_experts.open_matched inspect_experts.palette "
+            "inspect_experts.picture inspect_experts.panel inspect_experts.swatch "
+            "inspect_experts.tiles inspect_experts.tint inspect_experts.overlay "
+            "inspect_experts.cut_out inspect_experts.heat inspect_experts.bar inspect_experts.plot "
+            "inspect_experts.draw_training inspect_experts.draw_balance "
+            "inspect_experts.draw_pictures inspect_experts.draw_load inspect_experts.draw_where "
+            "inspect_experts.draw_amount inspect_experts.draw_classes "
+            "inspect_experts.draw_similarity inspect_experts.draw_surest "
+            "inspect_experts.Layer.panel inspect_experts.parts_of inspect_experts.overview "
+            "inspect_experts.report_html inspect_experts.routing_csv inspect_experts.write_files "
+            "inspect_experts.print_run inspect_experts.parse_args inspect_experts.main",
+            "statistics counting checkpoints expert_choice soft",
+            "A page that says under each figure how to read it, and files that are whole or not "
+            "there."),
     # ---- tests/ and README.md
-    Concept(
-        "course",
-        "",
-        "",
-        "A test that no mistake can fail teaches nothing; a command that fails teaches less.",
-    ),
+    Concept("course", "", "",
+            "A test that no mistake can fail teaches nothing; a command that fails teaches less."),
 )
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 

@@ -66,7 +66,6 @@ def no_gpu(request, monkeypatch):
 
 # ---------------------------------------------------------------- tests in the order of concepts
 
-
 def concepts_of(item):
     """Return the names of the concepts that a test is marked with. It should be one."""
     return [mark.name for mark in item.iter_markers() if mark.name in BY_NAME]
@@ -101,7 +100,6 @@ def pytest_collection_finish():
 
 
 # ---------------------------------------------------------------- results: one line per concept
-
 
 class Result(NamedTuple):
     concept: str

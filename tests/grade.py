@@ -46,7 +46,6 @@ LIMIT = 120  # seconds for one concept's tests
 
 # ---------------------------------------------------------------- from a submission to a copy
 
-
 def read_concepts(assignment):
     """Return the names of the concepts that an assignment's handout asks for."""
     handout = assignment / "ASSIGNMENT.md"
@@ -102,7 +101,6 @@ def write_copy(folder, concept, sources):
 
 
 # ---------------------------------------------------------------- run the tests of a copy
-
 
 def run_tests(folder, concept, limit):
     """Run a concept's quick tests in a copy. Return {test: what conftest.py wrote about it}.
@@ -176,7 +174,6 @@ def grade_concept(sources, limit, concept, ours):
 
 
 # ---------------------------------------------------------------- all submissions
-
 
 def name_of(submission):
     """Return the name of a submission's folder or file, however its path is typed."""

@@ -135,7 +135,6 @@ Our tests are used, perhaps with some you have not seen.
 
 # ---------------------------------------------------------------- the handout
 
-
 def source_of(file):
     """Return the source of a program of this project, such as "moe"."""
     return (ROOT / f"{file}.py").read_text(encoding="utf-8")
@@ -189,7 +188,6 @@ def write_handout(names):
 
 
 # ---------------------------------------------------------------- the copy
-
 
 def copy_project(out):
     """Copy what a student gets, still complete.
@@ -246,7 +244,6 @@ def make(out, names):
 
 # ---------------------------------------------------------------- the tests of a project
 
-
 def files_with_tests(concepts, folder=ROOT):
     """Return the test files of a project that have tests of these concepts: less to load."""
     mark = re.compile(rf"mark\.({'|'.join(concepts)})\b")
@@ -261,7 +258,6 @@ def read_results(file):
 
 
 # ---------------------------------------------------------------- command line
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(

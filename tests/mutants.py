@@ -149,8 +149,8 @@ eval.match_classes
         {name: i for i, name in enumerate(names)}  # sorted 0, 1, 10
 eval.match_dataset
     found.unique(return_inverse=True) -> (found, found.argsort())  # a class in two columns
-eval.prepare
-    'val' if trained_on else 'all' -> 'all'  # what was trained on counts, too
+eval.choose_split
+    'val' if same else 'all' -> 'all'  # what was trained on counts, too
 train.settle
     config.base_lr * fitting / config.base_batch -> config.base_lr
 train.recipe_of

@@ -106,8 +106,7 @@ SMALL = {  # title: {line: (what its runs' names begin with, colour)}
     "How many pictures?": {"64,000": ("", BLUE), "16,000": ("16000-", ORANGE),
                            "4,000": ("4000-", GREEN)},
     "How wide a model?": {"width 128": ("micro-", ORANGE), "width 64": ("", BLUE),
-                          "width 32": ("pico-", GREEN)},
-}
+                          "width 32": ("pico-", GREEN)}}
 
 
 def small_panel(study, title, left):

@@ -32,7 +32,6 @@ z = 1
 
 # ---------------------------------------------------------------- blanks
 
-
 def test_a_blank_keeps_everything_but_the_body():
     """Decorator, signature, docstring and what is around stay. Comments of the body go."""
     raises = 'raise NotImplementedError("roots: write f")'
@@ -67,8 +66,7 @@ def f(x: print(1), k=print(2)) -> print(3):
     ("def g(probs, k): return 1", "there is no top_k_gates"),
     ("class top_k_gates: pass", "top_k_gates is not a function"),
     ("async def top_k_gates(probs, k): return 1", "top_k_gates is not a function"),
-    ("def top_k_gates(probs, k): nonlocal x", "nonlocal"),
-])
+    ("def top_k_gates(probs, k): nonlocal x", "nonlocal")])
 def test_a_body_that_cannot_be_taken_leaves_a_blank(theirs, words, tmp_path):
     """There is a note, and the other functions are graded all the same."""
     [note] = grade.write_copy(tmp_path, "top_k", {"moe": theirs})
@@ -86,7 +84,6 @@ def test_all_our_bodies_can_be_taken():
 
 
 # ---------------------------------------------------------------- what a student gets
-
 
 @pytest.mark.parametrize("file, path", FUNCTIONS)
 def test_a_docstring_is_a_handout(file, path):
@@ -164,8 +161,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path, monkeypatch):
     (["new", "top_q"], "unknown concept 'top_q': expected one of router, top_k"),
     (["new", "course"], "unknown concept 'course'"),
     (["top_k", "combine"], "top_k is a concept: the folder to write comes first"),
-    ([str(ROOT / "homework"), "top_k"], "is inside the project"),
-])
+    ([str(ROOT / "homework"), "top_k"], "is inside the project")])
 def test_an_impossible_assignment_writes_nothing(arguments, expected, tmp_path, monkeypatch):
     """A folder that exists, a concept that does not: refused before anything is copied."""
     monkeypatch.chdir(tmp_path)
@@ -175,7 +171,6 @@ def test_an_impossible_assignment_writes_nothing(arguments, expected, tmp_path, 
 
 
 # ---------------------------------------------------------------- grading
-
 
 @pytest.mark.parametrize("encoding, first", [("utf-8-sig", ""), ("latin-1", "# coding: latin-1\n")])
 def test_a_submission_is_read_as_python_reads_it(encoding, first, tmp_path):
@@ -225,7 +220,7 @@ def test_an_honest_mistake_and_a_loop_over_tokens(tmp_path):
     right, edges = map(int, row["edges"].split(" of "))
     assert tests - passed == edges - right == 1 and passed > 10
     assert "capacity: test_ties_go_to_the_earlier_token: " in row["note"]
-    assert "top_k: test_top_k_in_one_go: " in row["note"]
+    assert "top_k: test_all_tokens_at_once_on_the_device_of_the_input[top_k]: " in row["note"]
 
 
 @pytest.mark.slow
@@ -291,8 +286,7 @@ def test_after_ctrl_c_the_same_command_does_the_rest(instant, capsys):
     ("alice --against bob", "no ASSIGNMENT.md in .*bob"),
     ("alice --against carol", "has no concept of tests/concepts.py as a heading"),
     ("alice/moe.py --against late", "is one file, but the assignment is in several"),
-    ("alice --table other.csv", "other.csv has other columns"),
-])
+    ("alice --table other.csv", "other.csv has other columns")])
 def test_what_cannot_be_graded_is_refused(arguments, expected, instant):
     """In one line, before any test runs."""
     Path("carol/ASSIGNMENT.md").write_text("## carol\n")
@@ -304,7 +298,6 @@ def test_what_cannot_be_graded_is_refused(arguments, expected, instant):
 
 # ---------------------------------------------------------------- rules that a course may change
 
-
 @pytest.mark.slow
 def test_changed_rules_change_all_that_follows(tmp_path):
     """Both changes of rules.py, in constants and functions: all quick tests of them pass."""
@@ -314,8 +307,7 @@ def test_changed_rules_change_all_that_follows(tmp_path):
         ("tests/rules.py", "LATER_TOKEN_FIRST = False", "LATER_TOKEN_FIRST = True"),
         ("moe.py", "math.ceil(round(", "math.floor(round("),
         ("moe.py", "priority.argsort(descending=True, stable=True)",
-         "priority.argsort(stable=True).flip(0)"),
-    ]
+         "priority.argsort(stable=True).flip(0)")]
     for file, old, new in changes:
         text = (tmp_path / file).read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{old} in {file}: make_assignment.py names it"

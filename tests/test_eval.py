@@ -37,7 +37,6 @@ CONFIG = dict(model="vit_nano", num_classes=3, depth=2, dim=16, moe_layers=[1])
 
 # ---------------------------------------------------------------- shapes: the embedded data
 
-
 @pytest.mark.shapes
 @pytest.mark.parametrize("name, expected", [
     ("shapes", "8347a917a37522c1"), ("flags", "cbf0003f0459d139")])
@@ -55,8 +54,7 @@ def test_labels_are_what_one_sees():
         "cross-stripes", "cross-dots", "cross-stripes", "circle-plain",
         "cross-plain", "triangle-stripes", "circle-dots", "square-plain",
         "square-dots", "circle-stripes", "square-dots", "square-plain",
-        "circle-plain", "square-plain", "circle-checks", "cross-plain",
-    ]
+        "circle-plain", "square-plain", "circle-checks", "cross-plain"]
     assert_close(data.labels, 4 * data.factors["shape"] + data.factors["texture"])
 
 
@@ -148,7 +146,6 @@ def test_a_wrong_number_of_pictures(spec):
 
 # ---------------------------------------------------------------- flags
 
-
 @pytest.mark.shapes
 def test_each_country_has_49_flags_and_each_flag_one_country():
     """Of 14 x 14 x 14 flags, 56 countries have 49 each, and no stripe tells the country."""
@@ -180,7 +177,6 @@ def test_a_flag_is_three_stripes_around_its_centre():
 
 
 # ---------------------------------------------------------------- reading image files
-
 
 # of four fields of 16 x 16
 COLOURS = ((200, 60, 20), (20, 180, 60), (40, 40, 220), (250, 250, 130))
@@ -222,8 +218,7 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
     ("rgb.bmp", "RGB", COLOURS),
     ("palette.gif", "P", None),
     ("rgb.webp", "RGB", None),
-    ("rgb.tif", "RGB", COLOURS),
-])
+    ("rgb.tif", "RGB", COLOURS)])
 @pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
     """A file of any mode and format is read as (3, H, W) uint8 RGB, by either decoder."""
@@ -251,8 +246,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, m
     (5, [0, 2, 1, 3]),
     (6, [2, 0, 3, 1]),
     (7, [3, 1, 2, 0]),
-    (8, [1, 3, 0, 2]),
-])
+    (8, [1, 3, 0, 2])])
 def test_pictures_are_turned_as_a_viewer_does(tmp_path, kind, orientation, corners):
     """EXIF's orientation turns or mirrors the picture: 6 is that of a phone held upright."""
     exif = Image.Exif()
@@ -329,7 +323,6 @@ def test_damaged_files_are_read_or_reported(tmp_path, kind):
 
 # ---------------------------------------------------------------- folders
 
-
 def make_folder(root, files):
     """Write small images, file i of grey level i, and return the folder for open_dataset()."""
     for level, name in enumerate(files):
@@ -394,8 +387,7 @@ def test_a_class_may_be_called_train(tmp_path, capsys):
     (None, [None, None], None),
     (ValueError("no data"), ["no data", None], "^no data$"),
     (OSError("full"), [None, "full"], "^process 1: full$"),
-    (OSError(), [None, "OSError()"], "^process 1: OSError"),
-])
+    (OSError(), [None, "OSError()"], "^process 1: OSError")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_ends_all(raised, errors, met, rank, monkeypatch):
     """Rank 0 raises it and names the process, even if it has no words; the others end with 2."""
@@ -572,8 +564,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     # white is 65535 = 255 * 257; 257 becomes 1, 32768 / 257 = 127.502 becomes 128
     ("16.png", "uint16", [0, 257, 32768, 65535], [0, 1, 128, 255]),
     ("32.tif", "int32", [0, 65535, 65700], None),  # 65700 / 257 = 255.6
-    ("float.tif", "float32", [0, 0.5, 1], None),
-])
+    ("float.tif", "float32", [0, 0.5, 1], None)])
 def test_deep_grey_is_scaled_to_eight_bits(tmp_path, name, kind, values, expected):
     """Of 16 bits 65535 is white. Values of no known range are unreadable, and not cut off."""
     Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / name)
@@ -626,7 +617,6 @@ def test_damaged_metadata_do_not_hide_a_picture(name, data, tmp_path):
 
 
 # ---------------------------------------------------------------- from pixels to the model
-
 
 @pytest.mark.counting
 @pytest.mark.parametrize("image_size, crop_ratio, height, width, rows, columns", [
@@ -689,7 +679,6 @@ def test_loading_needs_processes_only_for_files(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- counting
-
 
 class Known(nn.Module):
     """Return row i of a table of logits for an image of grey level i."""
@@ -886,8 +875,7 @@ def test_each_image_counts_once_in_the_order_of_the_data(world, monkeypatch):
 @pytest.mark.parametrize("loss, probs, losses", [
     ("softmax", [3 / 6, 2 / 6, 1 / 6], math.log(6)),
     # each for itself, e^x / (e^x + 1); the loss of "a, not b, not c" is -ln 1/2 - ln 1/4 - ln 1/3
-    ("sigmoid", [3 / 4, 2 / 3, 1 / 2], math.log(24)),
-])
+    ("sigmoid", [3 / 4, 2 / 3, 1 / 2], math.log(24))])
 def test_the_best_classes_by_hand(loss, probs, losses):
     """Logits 0, ln 3 and ln 2 of a, b and c, of which a is right: b is best, and a last."""
     found = predicted(torch.tensor([[0.0, math.log(3), math.log(2)]]), loader_of([0]), loss=loss)
@@ -898,7 +886,6 @@ def test_the_best_classes_by_hand(loss, probs, losses):
 
 
 # ---------------------------------------------------------------- models and checkpoints
-
 
 @pytest.mark.checkpoints
 def test_a_model_is_built_from_its_name_and_options():
@@ -992,8 +979,7 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, reason):
     (dict(config=CONFIG | {"dim": 32}), "Error.* size mismatch"),
     (dict(config=CONFIG | {"depth": 3}), "Error.* Missing key"),
     (dict(config=CONFIG | {"size": 1}), ".*unexpected keyword argument 'size'"),
-    (dict(classes=["a", "b"]), "'num_classes is not 2'"),
-])
+    (dict(classes=["a", "b"]), "'num_classes is not 2'")])
 def test_a_config_that_does_not_fit_its_weights(tmp_path, changes, reason):
     """Where config, classes and weights contradict each other one line names the file and why."""
     write_checkpoint(path := tmp_path / "last.pt", **changes)
@@ -1026,7 +1012,6 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 # ---------------------------------------------------------------- the command line
 
-
 def run(monkeypatch, *arguments):
     """The whole program, as `python eval.py <arguments>` would run it."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
@@ -1037,8 +1022,7 @@ def run(monkeypatch, *arguments):
 @pytest.mark.parametrize("flag, interval, right, wrong", [
     ("--batch-size", "int in [1, inf)", [1, 7], ["0", "-1", "1.5", "inf", "nan", "many", ""]),
     ("--workers", "int in [0, inf)", [0, 1], ["-1"]),
-    ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"]),
-])
+    ("--capacity-factor", "float in (0, inf)", [0.001, 5.0], ["0", "-1", "inf", "nan"])])
 def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
     """[ and ] include an end of an interval, ( and ) exclude it; other numbers are refused."""
     flags = ["best.pt", "--data", "shapes", flag]
@@ -1136,7 +1120,6 @@ def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- signals
-
 
 @pytest.mark.training
 def test_a_second_signal_ends_the_process(monkeypatch):

@@ -174,7 +174,10 @@ def test_the_first_choice_and_the_entropy_of_each_token_are_stored(batch):
     # A ViT's class token, the first of an image, counts here and nowhere else.
     ("class_token_share", [0, 0.5, 0.5], [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),
     ("router_entropy_bits", 1.0, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),  # as layer_of() says
-    ("experts_per_image", 1, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2))])
+    ("experts_per_image", 1, [[2, 0, 0], [1, 0, 0]], 3, (1, 1, 2)),
+    # Image 0 sends one patch to each, image 1 both to expert 1: 2 min(1, 1) / (1 + 3).
+    ("similarity", [[1, 0.5], [0.5, 1]], [[0, 0, 1], [0, 1, 1]], 2, (1, 1, 2)),
+    ("patches_per_image_cdf", [[1, 1], [0.5, 1]], [[0, 0, 1], [0, 1, 1]], 2, (1, 1, 2))])
 def test_numbers_of_a_layer_by_hand(name, value, choices, E, grid):
     """What the choices of all images' patches, row by row, have as this number."""
     assert_close(numbers_of(choices, E, grid)[name], value, check_dtype=False)
@@ -215,30 +218,6 @@ def test_the_surest_patches_by_hand():
     assert surest_patches(layer, 0, limit=2) == [(2, 0), (0, 0)]
     assert surest_patches(layer, 1) == [(2, 1), (1, 0)]
     assert surest_patches(layer, 2) == []
-
-
-@pytest.mark.statistics
-def test_a_layer_by_plain_loops():
-    """Random choices, a class token, an unused expert: the numbers are what loops find."""
-    M, N, E, names = 11, 6, 5, "abcd"
-    choices = torch.randint(0, E - 1, (M, 1 + N)).tolist()  # never expert E - 1
-    labels = torch.randint(0, 3, (M,)).tolist()  # never class d
-    numbers = numbers_of(choices, E, (1, 2, 3), labels, names)
-    used = [[image[1:].count(e) for image in choices] for e in range(E)]  # patches, per expert
-    assert numbers["experts_per_image"] == sum(c > 0 for patches in used for c in patches) / M
-    for i in range(E):
-        classes = [names[labels[m]] for m in range(M) for _ in range(used[i][m])]
-        shares = {name: classes.count(name) / len(classes) for name in set(classes)}
-        assert dict(numbers["top_classes"][i]) == shares
-        assert numbers["share"][i] == len(classes) / (M * N)
-    for i in range(E - 1):
-        at_most_two = sum(0 < c <= 2 for c in used[i]) / sum(c > 0 for c in used[i])
-        assert numbers["patches_per_image_cdf"][i][2 - 1] == pytest.approx(at_most_two)
-        for j in range(E):  # the paper's formula
-            pairs = list(zip(used[i], used[j]))
-            both = sum(a + b - abs(a - b) for a, b in pairs if a > 0 and b > 0)
-            either = sum(a + b for a, b in pairs if a > 0 or b > 0)
-            assert numbers["similarity"][i][j] == pytest.approx(both / either)
 
 
 @pytest.mark.statistics
@@ -603,7 +582,7 @@ def test_surest_patches_are_cut_out_of_their_images():
     run = run_of(2, data, layer, images=[0, 2, 1])
     page = Page(draw_surest(run, run.layers[0]))
     [strip] = page.pictures()
-    assert strip.size == (36, 12)  # cut-outs of 12 x 12, see test_cut_outs_stay_inside
+    assert strip.size == (36, 12)  # cut-outs of 12 x 12, see test_cut_outs_by_hand
     assert [strip.getpixel((x, 0))[0] for x in (0, 12, 24)] == [30, 20, 10]
     assert page.text == "block 1 0: bee 67%, ant 33% 1: never chosen"
 
@@ -631,18 +610,11 @@ def test_the_report_has_a_panel_per_layer_and_picture(E, classes):
     run = run_of(E, data, first, second, log=[log], shown={0: [["class 0", 0.5]]})
     page = Page(report_html(run, "spec"))
     assert headings(page) == ALL and len(page.all("span")) == E, "a legend"
+    said = " ".join(page.text.split())
+    for draw in FIGURES:  # its docstring is heading and caption
+        assert all(" ".join(part.split()) in said for part in draw.__doc__.split("\n", 1))
     # Per layer: balance, load, map, amounts, classes, similarity, surest. Three of training.
     assert len(page.all("figure")) == 2 * 7 + 3 + 1
-
-
-@pytest.mark.report
-def test_the_caption_of_a_figure_is_its_docstring():
-    """The report says above each figure what its function's docstring says."""
-    page = Page(report_html(two_layers(), "spec"))
-    said = " ".join(page.text.split())
-    for draw in FIGURES:
-        heading, caption = draw.__doc__.split("\n", 1)
-        assert heading in page.texts("h2") and " ".join(caption.split()) in said
 
 
 @pytest.mark.report
@@ -719,7 +691,7 @@ def test_summary_is_json_without_nan(tmp_path):
     summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert summary.pop("layers") == [dict(layer=0) | run.layers[0].numbers]
     assert summary == dict(checkpoint="a.pt", model=dict(model="by_hand"), data="spec", images=1,
-                           top1=50.0, routed_share=0.4)
+                           top1=50.0, protocol="1 images, 2 of 2 classes", routed_share=0.4)
 
 
 @pytest.mark.report
@@ -790,7 +762,9 @@ def test_one_command_writes_everything(checkpoint, options, blocks, grids):
 @pytest.mark.report
 def test_what_is_printed(checkpoint, capsys):
     """First the accuracy and the share of the experts, then the page's table."""
-    summary, page = run_main(checkpoint("a.pt", moe_layers="last2"), "--data", "shapes")
+    path = checkpoint("a.pt", args=dict(data="shapes"), moe_layers="last2")
+    summary, page = run_main(path, "--data", "shapes")
+    assert summary["protocol"] == "100 images, 16 of 16 classes, those held out from its training"
     written, first, *rows, last = capsys.readouterr().out.splitlines()
     assert written == "written to out/: report.html, routing.csv, summary.json"
     assert first.startswith(f"a.pt: top-1 {summary['top1']:.2f}% of 100 images; "
@@ -815,17 +789,6 @@ def test_the_routed_share_by_hand(checkpoint, k):
     routers = 2 * T * D * 4
     total = 16 * 192 * D + 4 * attention + 2 * mlp + routers + 2 * k * mlp + D * 16
     assert summary["routed_share"] == 2 * k * mlp / total
-
-
-@pytest.mark.report
-def test_what_the_model_was_trained_on_is_left_out(checkpoint):
-    """Of a flat folder that a checkpoint was trained on only the held-out fifth is inspected."""
-    files = [f"circle-plain/{i}.png" for i in range(5)]
-    save_pictures(*(f"images/{file}" for file in files), *(f"other/{file}" for file in files))
-    path = checkpoint("a.pt", args=dict(data="images"), moe_layers="last2")
-    asked = [("./images/", []), ("images", ["--split", "all"]), ("other", [])]
-    found = [run_main(path, "--data", data, *flags)[0]["images"] for data, flags in asked]
-    assert found == [1, 5, 5]
 
 
 @pytest.mark.report

@@ -63,7 +63,6 @@ def with_random_weights(module, std=0.2):
 
 # ---------------------------------------------------------------- placement: the blocks with a MoE
 
-
 @pytest.mark.placement
 @pytest.mark.parametrize("name, depth, expected", [
     ("none", 12, []),
@@ -71,7 +70,7 @@ def with_random_weights(module, std=0.2):
     ("last2", 12, [9, 11]),
     ("last3", 24, [19, 21, 23]),
     ("every2", 5, [1, 3]),
-])
+    ([5, 0, 11, 5], 12, [0, 5, 11])])
 def test_placements_in_a_vit(name, depth, expected):
     """The sparse blocks of a ViT are the odd ones, counted from 0, or the last 2 or 3 of these."""
     assert vit.place_moe(name, depth) == expected, (
@@ -89,18 +88,12 @@ def test_placements_in_a_vit(name, depth, expected):
     ("last3", (3, 3, 9, 3), [10, 14, 17]),  # 10 = 6 + 4, the middle of 6..14
     ("stage", (3, 3, 9, 3), [2, 5, 14, 17]),
     ("last3", (2, 5, 2), [4, 6, 8]),  # three stages, blocks 0-1, 2-6 and 7-8
+    ([5, 0, 11, 5], (3, 3, 9, 3), [0, 5, 11]),  # in any order and twice
 ])
 def test_placements_in_a_convnext(name, depths, expected):
     """With stages, "odd" and "last" are counted inside each. With one they are as in a ViT."""
     assert convnext.place_moe(name, depths) == expected, (
         "odd within the whole network, or within its stage?")
-
-
-@pytest.mark.placement
-@pytest.mark.parametrize("place, sizes", [(vit.place_moe, 12), (convnext.place_moe, (3, 3, 9, 3))])
-def test_a_placement_may_be_a_list_of_blocks(place, sizes):
-    """Blocks may be named one by one, in any order and twice, and come out ascending and once."""
-    assert place([5, 0, 11, 5], sizes) == [0, 5, 11]
 
 
 @pytest.mark.placement
@@ -126,8 +119,7 @@ def test_an_impossible_placement_says_what_is_possible(place, sizes, moe_layers,
     (partial(vit_s, moe_layers="last2"), [(1, 14, 14)] * 2),
     # 224 / 4, halved
     (partial(convnext_t, moe_layers="stage"), [(0, 56, 56), (0, 28, 28), (0, 14, 14), (0, 7, 7)]),
-    (partial(convnext_iso_s, moe_layers="last2"), [(0, 14, 14)] * 2),
-])
+    (partial(convnext_iso_s, moe_layers="last2"), [(0, 14, 14)] * 2)])
 def test_grids_say_how_the_tokens_lie_in_the_image(model, grids):
     """grids has (class tokens, rows, columns) of each sparse block, at its stage's resolution."""
     with torch.device("meta"):
@@ -144,8 +136,7 @@ WE_COUNT = {
     "ConvNeXt-B-8 iso": (153.2, 87.1),
     "ViT-S-8 last2": (38.6, 24.4),  # exact top-2 gives ours
     "ViT-S-8 every2": (71.7, 29.2),
-    "ViT-B-8 every2": (284.9, 114.9),
-}
+    "ViT-B-8 every2": (284.9, 114.9)}
 SIZES = [(preset, options, *WE_COUNT.get(name, (total, active)))
          for name, preset, options, total, active, *_ in vit.TABLE + convnext.TABLE]
 # Not in Table 1: timm's counts. V-MoE-S/32 by hand: 8 attentions of 1.05, 6 + 2 * 8 MLPs of 2.10
@@ -231,7 +222,6 @@ def test_the_printed_table_holds_what_it_says(capsys):
 
 # ---------------------------------------------------------------- options
 
-
 @pytest.mark.building
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_every_preset_passes_its_options_on(preset):
@@ -299,7 +289,6 @@ def test_a_convnext_classifies_images_of_other_sizes():
 
 # ---------------------------------------------------------------- the published dense models
 
-
 @pytest.mark.vit
 def test_a_dense_vit_block_is_torchs_encoder_layer():
     """A block computes what nn.TransformerEncoderLayer with norm_first=True does."""
@@ -308,8 +297,7 @@ def test_a_dense_vit_block_is_torchs_encoder_layer():
     theirs = nn.TransformerEncoderLayer(16, 4, 48, dropout=0.0, **like_ours).double().eval()
     names = {
         "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
-        "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2.",
-    }
+        "linear1.": "mlp.0.", "linear2.": "mlp.2.", "norm1.": "norm1.", "norm2.": "norm2."}
     state = ours.state_dict()
     theirs.load_state_dict({
         a + kind: state[b + kind] for a, b in names.items() for kind in ("weight", "bias")})
@@ -413,7 +401,6 @@ def test_an_isotropic_convnext_by_hand():
 
 
 # ---------------------------------------------------------------- blocks, sparse and dense
-
 
 @pytest.mark.vit
 def test_a_sparse_vit_block_has_the_moe_in_place_of_the_mlp():
@@ -535,7 +522,6 @@ def test_drop_path_keeps_the_mean(name):
 
 # ---------------------------------------------------------------- the whole model
 
-
 @both
 def test_one_routing_per_sparse_block_in_order(small):
     """return_routing=True adds a list with the Routing of each MoE layer, from input to output."""
@@ -618,13 +604,11 @@ def test_token_and_positions_of_a_vit_start_apart():
 
 # ---------------------------------------------------------------- compile, upcycle
 
-
 @pytest.mark.grouped
 @pytest.mark.slow
 @pytest.mark.parametrize("model, dtype", [
     (partial(ViT, patch_size=4, dim=16, depth=2, heads=2), torch.bfloat16),
-    (partial(ConvNeXt, depths=(2,), widths=(16,)), torch.float32),
-], ids=["vit", "convnext"])
+    (partial(ConvNeXt, depths=(2,), widths=(16,)), torch.float32)], ids=["vit", "convnext"])
 def test_a_compiled_model_is_the_same_model(model, dtype):
     """torch.compile of a sparse model: the same loss, in training and in evaluation.
 

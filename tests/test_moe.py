@@ -98,7 +98,6 @@ def test_the_worked_example_by_position():
 
 # ---------------------------------------------------------------- top_k_gates
 
-
 @pytest.mark.top_k
 def test_the_most_probable_experts_best_first():
     """Each token gets its k largest probabilities and their experts, in descending order."""
@@ -127,16 +126,7 @@ def test_the_gradient_goes_to_the_chosen_probabilities():
     close(probs.grad, [[0.0, 1.0, 2.0], [3.0, 0.0, 4.0]])
 
 
-@pytest.mark.edge
-@pytest.mark.top_k
-def test_top_k_in_one_go():
-    """It chooses for all tokens at once, and on the device of probs."""
-    has_no_loop_over_tokens(lambda probs: top_k_gates(probs, 2), lambda T: [torch.rand(T, 4)])
-    assert all(part.is_meta for part in top_k_gates(torch.rand(6, 4, device="meta"), 2))
-
-
 # ---------------------------------------------------------------- expert_capacity and assign_slots
-
 
 @pytest.mark.capacity
 @pytest.mark.parametrize("num_tokens, k, num_experts, factor, slots", [
@@ -195,7 +185,6 @@ def test_slots_against_a_loop(capacity, prioritised):
 
 
 # ---------------------------------------------------------------- the balance losses
-
 
 @pytest.mark.balance
 def test_importance_by_hand():
@@ -267,7 +256,6 @@ def test_load_gradcheck():
 
 
 # ---------------------------------------------------------------- dispatch and combine
-
 
 @pytest.mark.dispatch
 def test_place_rows_by_hand():
@@ -370,7 +358,6 @@ def test_there_and_back_again_against_a_loop():
 
 
 # ---------------------------------------------------------------- Experts
-
 
 PATHS = [  # the two ways to run the experts
     pytest.param("loop", marks=pytest.mark.experts),
@@ -540,7 +527,6 @@ def test_torch_export_in_bfloat16():
 
 # ---------------------------------------------------------------- Router
 
-
 @pytest.mark.router
 @pytest.mark.parametrize("kind, score", [
     ("linear", lambda r, x, e: r.codes[e] @ x),  # no bias
@@ -623,7 +609,6 @@ def test_unknown_router_lists_the_known_ones():
 
 
 # ---------------------------------------------------------------- MoE: the whole layer
-
 
 @pytest.mark.layer
 @pytest.mark.parametrize("router", ROUTERS)
@@ -756,7 +741,6 @@ def test_impossible_options_are_refused(wrong, named):
 
 # ---------------------------------------------------------------- all tokens at once, on any device
 
-
 def scored_by(kind):
     return lambda x, probs, experts: Router(6, 4, kind).to(x.device)(x)
 
@@ -775,6 +759,7 @@ def layer_of(router, training=True, **options):
 
 IN_ONE_GO = [  # of x (T, 6), p (T, 4) and experts e (T, 2)
     *[("router", scored_by(kind)) for kind in ROUTERS],
+    ("top_k", lambda x, p, e: top_k_gates(p, 2)),
     ("balance", lambda x, p, e: importance_loss(p)),
     ("balance", lambda x, p, e: load_loss(p, p, 2, 0.0)),
     ("balance", lambda x, p, e: load_loss(p, p, 2, 0.25)),
@@ -809,7 +794,6 @@ def test_all_tokens_at_once_on_the_device_of_the_input(function):
 
 
 # ---------------------------------------------------------------- around the layer
-
 
 @pytest.mark.costs
 @pytest.mark.parametrize("E, k, total, active", [

@@ -49,7 +49,6 @@ def assert_same_bits(found, expected):
 
 # ---------------------------------------------------------------- killed and continued
 
-
 LONG = (
     "--data shapes:80 --model vit_nano --batch-size 8 --epochs 6 --ema 0.9 "
     "--mixup 0.2 --cutmix 1 --erasing 0.5 --crop-scale 0.5 --flip 1 --drop-path 0.2 "
@@ -118,8 +117,7 @@ def programs(folder, flags, data):
 
 @pytest.mark.parametrize("second, expected", [
     ("nowhere", "error: process 1: no folder 'nowhere'"),
-    ("shapes:96", "error: process 1: shapes:96 or r/last.pt is not what process 0 has"),
-])
+    ("shapes:96", "error: process 1: shapes:96 or r/last.pt is not what process 0 has")])
 def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
     """Process 1 lacks the data, or has others: both end with status 2, and one line says why."""
     flags = "--model vit_nano --batch-size 8 --epochs 1 --workers 0 --out r".split()
@@ -129,7 +127,6 @@ def test_what_is_wrong_in_one_process_is_told_once(second, expected, tmp_path):
 
 
 # ---------------------------------------------------------------- two processes against one
-
 
 def test_two_processes_are_two_passes_of_one(tmp_path):
     """With --accumulate 2 one process ends like two, bit for bit: draws belong to shares.

@@ -3,8 +3,6 @@
 So do the pages in .github, to which it leads.
 """
 
-import collections
-import functools
 import json
 import os
 import re
@@ -30,8 +28,7 @@ from make_assignment import ROOT
 
 pytestmark = [
     pytest.mark.course,
-    pytest.mark.skipif(not shutil.which("bash"), reason="bash reads the README's commands"),
-]
+    pytest.mark.skipif(not shutil.which("bash"), reason="bash reads the README's commands")]
 
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / ".github").glob("*.md"))}
@@ -172,8 +169,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         "inspect_experts.py nowhere.pt --data shapes --out out":
             "error: nowhere.pt is not a checkpoint",
         "tests/make_assignment.py out no_such_concept": "error: unknown concept",
-        "tests/grade.py nobody --against nowhere": "error: no ASSIGNMENT.md in ",
-    }
+        "tests/grade.py nobody --against nowhere": "error: no ASSIGNMENT.md in "}
     (tmp_path / "here").mkdir()
     for i, (command, expected) in enumerate(mistakes.items()):
         file, *arguments = command.split()

@@ -21,8 +21,9 @@ import eval as evaluation
 import forked
 from checks import drawn
 from eval import (
-    ALEXNET, CHECKPOINT_KEYS, TensorImages, build_model, change_routing, corruption_errors,
-    eval_loader, eval_transform, match_classes, match_dataset, open_dataset, open_parts, read_real)
+    ALEXNET, CHECKPOINT_KEYS, TensorImages, build_model, change_routing, choose_split,
+    corruption_errors, eval_loader, eval_transform, match_classes, match_dataset, open_dataset,
+    open_parts, read_real)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,6 @@ def run(monkeypatch, folder, *arguments):
 
 # ---------------------------------------------------------------- whose class is which
 
-
 NUMBERS = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
 
 
@@ -106,26 +106,6 @@ def test_unknown_classes_are_named(names, expected):
                                 f"({examples}, ...; not n00, ...)")
 
 
-@pytest.mark.evaluator
-def test_a_subset_of_the_classes_restricts_the_logits(always, tmp_path, monkeypatch, capsys):
-    """On 6 of 12 classes the prediction is made among the 6, as for ImageNet-A."""
-    # Classes 1, 3, 5, 8, 9, 11, which the model ranks 5, 1, 3, 8, 9, 11. Images: 1 of 1, 2 of 3, 3
-    # of 5, 1 each of the others: 9. Of 6 it says 5: 3 right; the best five are all but 11: 8.
-    # Without the restriction: 0, and 5 only, 3.
-    counts = {"01": 1, "03": 2, "05": 3, "08": 1, "09": 1, "11": 1}
-    files = [f"n{name}/{i}.png" for name, count in counts.items() for i in range(count)]
-    data = make_folder(tmp_path / "a", files)
-    [row] = run(monkeypatch, tmp_path, always, "--data", data)
-    result = row["data"][data]
-    assert (result["images"], result["correct1"], result["correct5"]) == (9, 3, 8)
-    # logits of 5, 1, 3, 8, 9, 11 by their places in BEST_FIRST: 8, 7, 6, 3, 2, 1
-    logits = {"05": 8, "01": 7, "03": 6, "08": 3, "09": 2, "11": 1}
-    normalizer = math.log(sum(map(math.exp, logits.values())))
-    loss = sum(normalizer - logits[name[1:3]] for name in files) / 9
-    assert result["loss"] == pytest.approx(loss, rel=1e-6)
-    assert "9 images, 6 of 12 classes, logits restricted\n" in capsys.readouterr().out
-
-
 @pytest.mark.classes
 @pytest.mark.parametrize("names, columns, labels", [
     (["0", "1", "10", "11", "2"], [0, 1, 2, 10, 11], [0, 1, 3, 4, 2]),
@@ -139,6 +119,20 @@ def test_labels_are_places_among_the_columns(names, columns, labels):
     assert matched.columns == columns and matched.labels.flatten().tolist() == labels
     assert matched.names == [CLASSES[column] for column in columns]
     assert data.labels.tolist() == list(range(len(names))), "the data set itself stays"
+
+
+@pytest.mark.classes
+def test_the_split_chooses_itself(tmp_path):
+    """Of a flat folder all images count, or the held-out fifth if the checkpoint was trained on it.
+
+    What is asked for goes before.
+    """
+    data = make_folder(tmp_path / "d", [f"n0{c}/{i}.png" for c in (2, 3) for i in range(10)])
+    for trained_on, asked, images in (
+            ("", None, 20), (f"{data}/", None, 4), (data, "all", 20), ("", "train", 16)):
+        split, told = choose_split(data, trained_on, asked)
+        assert len(open_dataset(data, split)) == images
+        assert told == (", those held out from its training" if images == 4 else "")
 
 
 @pytest.mark.counting
@@ -156,15 +150,13 @@ def test_images_in_memory_come_in_whole_batches(size):
 
 # ---------------------------------------------------------------- several right answers: ReaL
 
-
 # The files of three classes, whose order in the folders is not that of their numbers.
 VALIDATION = [
     "n07/ILSVRC2012_val_00000001.png",
     "n00/ILSVRC2012_val_00000002.png",
     "n02/ILSVRC2012_val_00000003.png",
     "n00/ILSVRC2012_val_00000004_n00.png",
-    "n02/ILSVRC2012_val_00000005.png",
-]
+    "n02/ILSVRC2012_val_00000005.png"]
 
 
 @pytest.mark.classes
@@ -200,8 +192,7 @@ def test_images_without_a_real_label_do_not_count(always, tmp_path, monkeypatch,
     ("[1, 2, 3, 4, 5]", ""),
     ("7", ""),
     ("[[1], ", "Expecting value"),
-    (None, ".*No such file"),
-])
+    (None, ".*No such file")])
 def test_a_wrong_real_file(tmp_path, text, expected):
     """A ReaL file that does not fit is one line that says why."""
     data = open_dataset(make_folder(tmp_path / "val5", VALIDATION), "all")
@@ -213,7 +204,6 @@ def test_a_wrong_real_file(tmp_path, text, expected):
 
 
 # ---------------------------------------------------------------- ImageNet-C
-
 
 def make_corruptions(root, files):
     """Write ImageNet-C's folders. files(corruption, severity): the names, in n02 and n03."""
@@ -318,7 +308,6 @@ def test_corruptions_have_the_same_classes(tmp_path):
 
 # ---------------------------------------------------------------- shapes that training never shows
 
-
 @pytest.mark.shapes
 @pytest.mark.parametrize("name", ["shapes", "flags"])
 def test_shifted_pictures_by_hand(name):
@@ -341,7 +330,6 @@ def test_shifted_pictures_by_hand(name):
 
 
 # ---------------------------------------------------------------- what a router may do otherwise
-
 
 def sparse_model():
     """A random sparse model, 2 of 4 experts in one layer, with a router that has opinions."""
@@ -427,7 +415,6 @@ def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys
 
 # ---------------------------------------------------------------- mistakes, and own pictures
 
-
 def make_noise(root, files):
     """Write images of 32 x 32 random pixels, and return {file: pixels (3, 32, 32)}."""
     made = {}
@@ -440,7 +427,10 @@ def make_noise(root, files):
 
 @pytest.mark.evaluator
 def test_mistakes_are_printed_and_written(always, tmp_path, monkeypatch, capsys):
-    """The model always says n02. Of a data set without a mistake nothing is printed."""
+    """The model always says n02. Of a data set without a mistake nothing is printed.
+
+    That was trained on, and only one of its five images was held out.
+    """
     wrong = make_folder(tmp_path / "wrong", ["n02/0.png", "n03/1.png"])
     [row] = run(monkeypatch, tmp_path, always, "--data", wrong)
     out = capsys.readouterr().out
@@ -448,21 +438,11 @@ def test_mistakes_are_printed_and_written(always, tmp_path, monkeypatch, capsys)
     assert "    most frequent mistakes: n03 -> n02 (1)\n" in out
     assert row["data"][wrong]["confusions"] == [["n03", "n02", 1]]
     assert row["data"][wrong]["per_class"]["n02"] == dict(top1=100.0, images=1)
-    run(monkeypatch, tmp_path, always, "--data", make_folder(tmp_path / "right", ["n02/0.png"]))
+    right = make_folder(tmp_path / "right", [f"n02/{i}.png" for i in range(5)])
+    torch.save(torch.load(always) | dict(args=dict(data=right)), always)
+    [row] = run(monkeypatch, tmp_path, always, "--data", right)
+    assert row["data"][right]["protocol"].startswith("1 images")
     assert "lowest" not in capsys.readouterr().out
-
-
-@pytest.mark.evaluator
-def test_the_split_chooses_itself(always, tmp_path, monkeypatch):
-    """Of a flat folder all images count, or the held-out fifth if the checkpoint was trained on it;
-    --split goes before."""
-    data = make_folder(tmp_path / "d", [f"n0{c}/{i}.png" for c in (2, 3) for i in range(10)])
-    path = write_checkpoint(tmp_path / "own.pt", build_model(CONFIG), args=dict(data=data))
-    for checkpoint, flags, images in ((always, (), 20), (path, (), 4),
-                                      (path, ("--split", "all"), 20),
-                                      (always, ("--split", "train"), 16)):
-        [row] = run(monkeypatch, tmp_path, checkpoint, "--data", data, *flags)
-        assert row["data"][data]["images"] == images
 
 
 @pytest.mark.evaluator
@@ -535,14 +515,12 @@ def test_head_ends_the_output_in_silence(always, tmp_path):
 
 # ---------------------------------------------------------------- speed, options, processes
 
-
 @pytest.mark.evaluator
 @pytest.mark.parametrize("flags, expected", [
     ("--data shapes --data shapes-blur --real real.json", "--real scores one --data"),
     ("--data {folder} --real real.json", "--real scores ImageNet's .* not pictures without cl"),
     ("--data shapes --json no/such/out.json", "--json no/such/out.json cannot be written"),
-    ("--data shapes --json /", "--json / cannot be written"),
-])
+    ("--data shapes --json /", "--json / cannot be written")])
 def test_options_that_cannot_be(always, tmp_path, monkeypatch, flags, expected):
     """An option that cannot be is found before anything is computed, in one line."""
     flags = flags.format(folder=make_folder(tmp_path / "own", ["x.png"]))

@@ -178,8 +178,7 @@ def test_equal_time(size, steps):
 @pytest.mark.parametrize("options, more", [
     (dict(num_experts=32, k=1), 2), (dict(num_experts=8, k=1, router="expert_choice"), 13),
     (dict(num_experts=8, k=1, router="soft"), 17), (dict(num_experts=8, k=2), 31),
-    (dict(num_experts=1, k=1, expert_ratio=32), 211),
-], ids=str)
+    (dict(num_experts=1, k=1, expert_ratio=32), 211)], ids=str)
 def test_what_experts_cost_in_the_study(options, more):
     """study.md says how many % more multiply-adds than without experts."""
     dense = evaluation.count_flops(vit_nano(56), 32)

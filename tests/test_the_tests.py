@@ -30,7 +30,6 @@ FILES = ("moe", "vit", "convnext", "eval", "train", "inspect_experts")  # by the
 
 # ---------------------------------------------------------------- the tables
 
-
 def test_teaching_order_needs_nothing_that_comes_later():
     """Each concept needs only concepts above it. Each function belongs to one concept only."""
     above, functions = [], []
@@ -62,7 +61,6 @@ def test_replace_by_hand():
 
 
 # ---------------------------------------------------------------- the project, changed
-
 
 def run_changed(sources, concepts, folder, flags):
     """Run the quick tests of concepts with other sources of some files: {file: source}.
@@ -172,7 +170,6 @@ def test_without_a_concept_its_tests_do_not_pass(unwritten, outcomes):
 
 # ---------------------------------------------------------------- what pytest prints
 
-
 def run_suite(folder, tests, *flags):
     """Run pytest on a test file in an empty project with our conftest.py. Return the process.
 
@@ -205,8 +202,7 @@ SUITE = dict(
                   "capacity 1/2 edges left", "layer 1/2 waits for router"]),
     ("-x", ["router 0/1 of 2 not written yet"]),
     ("-k test_b", ["layer 1/1 of 2 so far"]),
-    ("tests/test_it.py::test_g", ["top_k 1/1 so far"]),
-])
+    ("tests/test_it.py::test_g", ["top_k 1/1 so far"])])
 def test_the_summary_by_hand(flags, expected, tmp_path):
     """A line per concept: tests passed and run, of how many, and what that says.
 

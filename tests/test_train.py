@@ -97,7 +97,6 @@ def fail(*_, **__):
 
 # ---------------------------------------------------------------- configuration
 
-
 @pytest.mark.training
 @pytest.mark.parametrize("flags, expected", [
     ("--moe-layers every3", "expected one of none, every2, last2, last3"),
@@ -122,8 +121,7 @@ def test_a_wrong_flag_is_one_line_before_anything_is_done(flags, expected, tmp_p
 @pytest.mark.recipe
 @pytest.mark.parametrize("flag", [
     "--epochs 0", "--lr nan", "--lr -1", "--ema 1", "--k 1.5", "--crop-scale 0", "--randaug 20",
-    "--capacity-factor inf", "--moe-layers 1-3", "--model resnet", "--decay step",
-])
+    "--capacity-factor inf", "--moe-layers 1-3", "--model resnet", "--decay step"])
 def test_a_number_out_of_range_is_refused(flag, capsys):
     """The last line names the flag and the value, and the exit status is 2."""
     with pytest.raises(SystemExit) as stop:
@@ -139,8 +137,7 @@ def test_a_number_out_of_range_is_refused(flag, capsys):
     ("--layer-decay 0.8", 1, "--layer-decay is for convnext_t, convnext_s, convnext_b only"),
     ("--epochs 5 --warmup-epochs 6", 1, "--warmup-epochs 6: expected fewer than the 5 epochs"),
     # 32 images are no multiple of 3 processes x 2 passes; 30 are
-    ("--batch-size 32 --accumulate 2", 3, "--batch-size 32: expected a multiple of 6 = 3 .* x 2 "),
-])
+    ("--batch-size 32 --accumulate 2", 3, "--batch-size 32: expected a multiple of 6 = 3 .* x 2 ")])
 def test_options_that_do_not_go_together(flags, world, expected):
     """Nobody freezes a random backbone, or shares a batch unequally: the message says what to do.
 
@@ -257,7 +254,6 @@ def test_train_and_val_must_have_the_same_classes(tmp_path):
 
 # ---------------------------------------------------------------- optimisation
 
-
 @pytest.mark.optimizer
 def test_learning_rate_by_hand():
     """Warmup of 2 of 10 steps to the peak 1.0, then half a cosine or a line to 0.1 at the last."""
@@ -285,8 +281,7 @@ YES, NO = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
     ("sigmoid", [0.5, 0.5], 0.0, 0.5 * YES + 0.5 * NO + math.log(2)),  # mixed
     ("sigmoid", 0, 0.2, 0.9 * YES + 0.1 * NO + math.log(2)),  # 1, 0 become 0.9, 0.1 of 2 classes
     ("softmax", 0, 0.0, YES),  # of two classes, softmax is the sigmoid of the difference
-    ("softmax", 0, 0.2, 0.9 * YES + 0.1 * NO),
-])
+    ("softmax", 0, 0.2, 0.9 * YES + 0.1 * NO)])
 def test_losses_by_hand(loss, target, smoothing, expected):
     """Logits 2 and 0 of two images alike: the mean over the images, not their sum."""
     config = SimpleNamespace(loss=loss, label_smoothing=smoothing)
@@ -310,8 +305,7 @@ def test_the_layers_of_layer_wise_decay_by_hand():
         "downsample.0": 2, "stages.1": 2,
         "downsample.1": 3,  # and three blocks of 27 in each group: 3, 3, 3, 4, 4, 4, ..., 11
         "downsample.2": 12, "stages.3": 12,
-        "norm": 13, "head": 13,
-    }
+        "norm": 13, "head": 13}
     expected |= {f"stages.2.{block}": 3 + block // 3 for block in range(27)}
     assert set(scale) == set(names.values()), "every parameter must be in exactly one group"
     for name in scale:
@@ -347,8 +341,7 @@ def test_what_decays_and_what_does_not():
         "blocks.1.mlp.router.log_scale": 0.0,
         "pos_embed": 0.0,
         "class_token": 0.0,
-        "blocks.0.norm1.weight": 0.0,
-    }
+        "blocks.0.norm1.weight": 0.0}
     assert {name: rate[name] for name in expected} == expected
 
 
@@ -379,7 +372,6 @@ def test_averaged_weights_by_hand():
 
 
 # ---------------------------------------------------------------- the order of the images
-
 
 def order(rank, world, accumulate=1, epoch=0):
     """The images of a process, [step][pass]: 22 images in steps of 8."""
@@ -479,7 +471,6 @@ def test_flips_and_erasing_have_their_probability(option, value, probability):
 
 
 # ---------------------------------------------------------------- whole runs
-
 
 @pytest.mark.training
 def test_each_share_of_a_step_draws_its_own_mixing():
@@ -628,7 +619,6 @@ def test_a_save_is_due_every_so_many_minutes(minutes_ago, due):
 
 # ---------------------------------------------------------------- continued, or refused
 
-
 @pytest.mark.training
 def test_what_may_change_when_a_run_is_continued(capsys):
     """The options that the README advises to change, and the path of the same images."""
@@ -650,8 +640,7 @@ def test_what_may_change_when_a_run_is_continued(capsys):
     ("true", "--experts 8", "experts 4 there, 8 now"),
     ("true", "--seed 1", "seed 0 there, 1 now"),
     ("mv d/cat d/emu", "", "only one of them has the classes cat, emu"),
-    ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "", "train images 16 there, 14 now"),
-])
+    ("rm d/dog/0.png d/dog/1.png d/dog/2.png", "", "train images 16 there, 14 now")])
 def test_a_run_is_not_continued_as_another(change, flags, expected):
     """Other options, classes or numbers of images are named, and the run is left alone. (Of 20
     images 4 validate.)"""
@@ -675,7 +664,6 @@ def test_a_best_checkpoint_without_a_last_one_is_not_overwritten():
 
 
 # ---------------------------------------------------------------- nothing is lost
-
 
 @pytest.mark.training
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch):
@@ -741,8 +729,7 @@ def steep(logits, *_):
 @pytest.mark.training
 @pytest.mark.parametrize("loss, expected", [
     (lambda logits, *_: logits.sum() * math.nan, r"step 0: .* \[nan, .* smaller --lr"),
-    (steep, r"step 0: .* \[1.0, .* norm of the gradient nan"),
-])
+    (steep, r"step 0: .* \[1.0, .* norm of the gradient nan")])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, expected, monkeypatch):
     """Noticed before it reaches the weights: the message names step, numbers and what to try."""
     monkeypatch.setattr(train, "classification_loss", loss)
@@ -794,7 +781,6 @@ def test_torchrun_with_two_processes(tmp_path):
 
 
 # ---------------------------------------------------------------- starting from other weights
-
 
 @pytest.mark.training
 def test_a_dense_checkpoint_starts_a_sparse_run():
