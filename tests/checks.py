@@ -1,10 +1,12 @@
 """Checks that several test files share."""
 
 import contextlib
+import os
 import re
 from unittest import mock
 
 import torch
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import eval as evaluation
@@ -57,6 +59,50 @@ def has_no_loop_over_tokens(function, inputs):
     assert counts[0] == counts[1], (
         f"{counts[0]} operations for 10 tokens, {counts[1]} for 40: a Python loop over tokens?"
     )
+
+
+def make_folder(root, files):
+    """Write images of 36 x 32 pixels, file i of grey level i, and return the folder, a str."""
+    for level, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (36, 32), (level, level, level)).save(root / name)
+    return str(root)
+
+
+def save_checkpoint(path, config, classes, model=None, /, **changes):
+    """Save a checkpoint as train.py does, of an untrained model unless one is given; return path."""
+    weights = (model or evaluation.build_model(config)).state_dict()
+    checkpoint = dict(config=config, classes=classes, model=weights, ema=None, image_size=32)
+    checkpoint |= dict(crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, optimizer={}, args={})
+    checkpoint |= dict(epoch=1, step=1, best=0.0)
+    assert set(checkpoint) == evaluation.CHECKPOINT_KEYS
+    torch.save(checkpoint | changes, path)
+    return str(path)
+
+
+class Burglar:
+    """Unpickled the old way, it would create the folder it was given."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def same_runs(*folders):
+    """Assert that two runs ended with the same bits: weights, averages, optimizer and log.
+
+    But for training losses: after an interruption these count since then.
+    """
+    runs = [torch.load(f"{folder}/last.pt", weights_only=True) for folder in folders]
+    for run in runs:
+        run["optimizer"] = run["optimizer"]["state"]
+    for part in ("model", "ema", "optimizer"):
+        torch.testing.assert_close(*(run[part] for run in runs), rtol=0, atol=0)
+    for line, other in zip(*(run["log"] for run in runs), strict=True):
+        for name in ("epoch", "step", "lr", "val_loss", "top1", "ema_val_loss", "ema_top1"):
+            assert line[name] == other[name], name
 
 
 def drawn(name, count, split="train", transform=None):

@@ -26,11 +26,11 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import vit
-from checks import drawn
+from checks import Burglar, drawn, make_folder, save_checkpoint
 from eval import (
-    CHECKPOINT_KEYS, FLAG_PALETTE, PALETTE, TensorImages, auto_workers, best_classes,
-    best_dtype, build_model, count, eval_loader, eval_transform, evaluate, hold_out, image_losses,
-    load_checkpoint, mistakes, normalize, open_dataset, predict, read_image)
+    FLAG_PALETTE, PALETTE, TensorImages, auto_workers, best_classes, best_dtype, build_model, count,
+    eval_loader, eval_transform, evaluate, hold_out, image_losses, load_checkpoint, mistakes,
+    normalize, open_dataset, predict, read_image)
 
 CPU = torch.device("cpu")
 CONFIG = dict(model="vit_nano", num_classes=3, depth=2, dim=16, moe_layers=[1])
@@ -322,14 +322,6 @@ def test_damaged_files_are_read_or_reported(tmp_path, kind):
 
 
 # ---------------------------------------------------------------- folders
-
-def make_folder(root, files):
-    """Write small images, file i of grey level i, and return the folder for open_dataset()."""
-    for level, name in enumerate(files):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (6, 5), (level, level, level)).save(root / name)
-    return str(root)
-
 
 def names(dataset):
     """The class folder and the name of every item's file."""
@@ -897,15 +889,6 @@ def test_a_model_is_built_from_its_name_and_options():
     assert isinstance(build_model(CONFIG), vit.ViT) and len(build_model(CONFIG).blocks) == 2
 
 
-def checkpoint_of(config, weights, averaged=None, **changes):
-    """A checkpoint as train.py writes it, for a model of three classes and images in 0..1."""
-    checkpoint = dict(config=config, classes=["a", "b", "c"], model=weights, ema=averaged)
-    checkpoint |= dict(image_size=32, crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
-    checkpoint |= dict(optimizer={}, epoch=1, step=1, best=0.0, args={})
-    assert set(checkpoint) == CHECKPOINT_KEYS
-    return checkpoint | changes
-
-
 @pytest.fixture
 def saved_model(tmp_path):
     """Return a model that says "b" and a folder: both.pt also has averaged weights, for "c"."""
@@ -914,9 +897,8 @@ def saved_model(tmp_path):
     model.head.bias.data = torch.tensor([0.0, 5.0, 0.0])
     averaged = {name: weight.clone() for name, weight in model.state_dict().items()}
     averaged["head.bias"] = torch.tensor([0.0, 0.0, 5.0])
-    torch.save(checkpoint_of(CONFIG, model.state_dict(), averaged), tmp_path / "both.pt")
-    # not another seed
-    torch.save(checkpoint_of(CONFIG, model.state_dict(), args=dict(ema=0)), tmp_path / "plain.pt")
+    save_checkpoint(tmp_path / "both.pt", CONFIG, [*"abc"], model, ema=averaged)
+    save_checkpoint(tmp_path / "plain.pt", CONFIG, [*"abc"], model, args=dict(ema=0))
     return model, tmp_path
 
 
@@ -924,9 +906,8 @@ def saved_model(tmp_path):
 def test_a_checkpoint_comes_back(tmp_path):
     """load_checkpoint() gives the same model in evaluation mode, and the stored dict."""
     model = build_model(CONFIG).eval()
-    checkpoint = checkpoint_of(CONFIG, model.state_dict(), epoch=7)
-    torch.save(checkpoint, tmp_path / "last.pt")
-    loaded, stored = load_checkpoint(str(tmp_path / "last.pt"), CPU)
+    path = save_checkpoint(tmp_path / "last.pt", CONFIG, [*"abc"], model, epoch=7)
+    loaded, stored = load_checkpoint(path, CPU)
     images = torch.rand(2, 3, 32, 32)
     assert_close(loaded(images), model(images))
     assert not loaded.training and stored["epoch"] == 7 and stored["classes"] == ["a", "b", "c"]
@@ -942,15 +923,9 @@ def test_averaged_weights_are_preferred(saved_model):
         assert model(torch.rand(1, 3, 32, 32)).argmax() == says, (name, raw)
 
 
-def write_checkpoint(path, config=CONFIG, **changes):
-    """A checkpoint with something wrong."""
-    model = build_model(CONFIG)
-    torch.save(checkpoint_of(config, model.state_dict(), **changes), path)
-
-
 def cut_off(path):
     """A checkpoint of which the end is missing, as after a full disk."""
-    write_checkpoint(path)
+    save_checkpoint(path, CONFIG, [*"abc"])
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -982,30 +957,20 @@ def test_what_is_not_a_checkpoint_is_one_line(tmp_path, make, reason):
     (dict(classes=["a", "b"]), "'num_classes is not 2'")])
 def test_a_config_that_does_not_fit_its_weights(tmp_path, changes, reason):
     """Where config, classes and weights contradict each other one line names the file and why."""
-    write_checkpoint(path := tmp_path / "last.pt", **changes)
+    path = save_checkpoint(tmp_path / "last.pt", CONFIG, [*"abc"], **changes)
     expected = f"^config and weights in {path} do not fit: {reason}"
     with pytest.raises(ValueError, match=expected) as error:
-        load_checkpoint(str(path), CPU)
+        load_checkpoint(path, CPU)
     assert "\n" not in str(error.value)
-
-
-class Burglar:
-    """Unpickled the old way, it would create the file it was given."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.checkpoints
 def test_a_checkpoint_cannot_run_code(tmp_path):
     """A file that would execute something when opened is refused, and nothing is executed."""
     proof = str(tmp_path / "was here")
-    write_checkpoint(tmp_path / "evil.pt", args=Burglar(proof))
+    path = save_checkpoint(tmp_path / "evil.pt", CONFIG, [*"abc"], args=Burglar(proof))
     with pytest.raises(ValueError, match="evil.pt is not a checkpoint") as error:
-        load_checkpoint(str(tmp_path / "evil.pt"), CPU)
+        load_checkpoint(path, CPU)
     assert "\n" not in str(error.value)
     assert not os.path.exists(proof), "opened without weights_only=True"
 
@@ -1103,14 +1068,14 @@ def test_the_command_prints_results_and_writes_json(saved_model, monkeypatch, ca
 def test_the_checkpoint_says_how_to_prepare_images(tmp_path, monkeypatch):
     """Image size, crop, mean and deviation are those of the checkpoint."""
     model, mean, std = build_model(CONFIG).eval(), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    checkpoint = checkpoint_of(CONFIG, model.state_dict(), crop_ratio=0.5, mean=mean, std=std)
-    torch.save(checkpoint, tmp_path / "best.pt")
+    path = save_checkpoint(
+        tmp_path / "best.pt", CONFIG, [*"abc"], model, crop_ratio=0.5, mean=mean, std=std)
     pixels = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
     data = make_folder(tmp_path / "data", ["a/0.png", "b/0.png", "c/0.png"])
     for name in "abc":  # three classes, one image
         v2.functional.to_pil_image(pixels).save(tmp_path / "data" / name / "0.png")
     flags = ["--data", data, "--workers", 0, "--json", tmp_path / "out.json"]
-    run(monkeypatch, tmp_path / "best.pt", *flags)
+    run(monkeypatch, path, *flags)
     # 32 / 0.5 = 64 is the short side already; the centre of 64 x 80 begins at row 16, column 24
     centre = pixels[:, 16:48, 24:56].float() / 255
     x = torch.stack([(centre[i] - mean[i]) / std[i] for i in range(3)])

@@ -22,9 +22,9 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import pil_to_tensor
 
 import inspect_experts
-from checks import drawn
-from eval import (DRAWN, MEAN, STD, TensorImages, build_model, eval_transform, load_checkpoint,
-                  match_dataset, normalize, read_image)
+from checks import drawn, save_checkpoint
+from eval import (DRAWN, MEAN, STD, TensorImages, eval_transform, load_checkpoint, match_dataset,
+                  normalize, read_image)
 from inspect_experts import (
     BLUE, FIGURES, Layer, Run, count_patches, cumulative, cut_out, describe, draw_amount,
     draw_balance, draw_classes, draw_load, draw_pictures, draw_similarity, draw_surest,
@@ -718,11 +718,8 @@ def checkpoint(tmp_path, monkeypatch):
 
     def save(name, log=(), args=(), **options):
         config = dict(model="convnext_nano", num_classes=16, num_experts=4) | options
-        model = build_model(config).state_dict()
-        usual = dict(image_size=32, crop_ratio=0.5, mean=MEAN, std=STD, ema={}, optimizer={},
-                     epoch=1, step=1, best=0.0, args=dict(args), log=list(log))
-        torch.save(usual | dict(config=config, classes=DRAWN["shapes"][1], model=model), name)
-        return name
+        return save_checkpoint(name, config, DRAWN["shapes"][1], crop_ratio=0.5, mean=MEAN, std=STD,
+                               args=dict(args), log=list(log))
     return save
 
 

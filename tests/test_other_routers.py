@@ -11,6 +11,7 @@ from torch import nn
 import eval as evaluation
 import inspect_experts
 import train
+from checks import save_checkpoint
 from convnext import convnext_nano
 from eval import change_routing, count_flops, load_checkpoint
 from moe import MLP, ExpertChoice, SoftMoE, count_parameters, make_moe
@@ -228,17 +229,13 @@ def test_flags_for_tokens_that_choose_are_refused(router):
 
 @pytest.mark.report
 @pytest.mark.parametrize("router, words", [
-    ("expert_choice", "the one with the largest gate of those that took it"),
+    ("expert_choice", "that with the largest gate of those that took it"),
     ("soft", "the expert with the largest share in its answer")])
 def test_a_report_says_what_counts_as_a_choice(router, words, tmp_path, monkeypatch):
     """The report of such a model ends with a sentence on what a patch counts for."""
     config = dict(model="vit_nano", num_classes=16, moe_layers="last2", router=router)
-    checkpoint = dict.fromkeys(evaluation.CHECKPOINT_KEYS) | dict(
-        config=config, model=evaluation.build_model(config).state_dict(), args={},
-        classes=evaluation.DRAWN["shapes"][1], image_size=32, crop_ratio=1.0,
-        mean=evaluation.MEAN, std=evaluation.STD)
-    torch.save(checkpoint, tmp_path / "r.pt")
+    path = save_checkpoint(tmp_path / "r.pt", config, evaluation.DRAWN["shapes"][1])
     monkeypatch.setattr(evaluation, "VAL_IMAGES", 40)
-    flags = [str(tmp_path / "r.pt"), "--data", "shapes", "--out", str(tmp_path / "report")]
+    flags = [path, "--data", "shapes", "--out", str(tmp_path / "report")]
     inspect_experts.main(inspect_experts.parse_args(flags))
     assert words in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ torchrun does two things: it starts the processes, and tells each its rank by en
 Here forked.py does both. test_train.py has a run under torchrun itself.
 """
 
-import json
 import math
 import os
 import signal
@@ -17,6 +16,7 @@ import torch
 import eval as evaluation
 import forked
 import train
+from checks import same_runs
 from forked import finish, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,16 +35,6 @@ def train_in(folder, *flags):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def read_log(run):
-    """Return the lines of a run's log, dicts."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_bits(found, expected):
-    """Compare nested dicts of tensors."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- killed and continued
@@ -98,15 +88,7 @@ def test_killed_and_continued_a_run_ends_like_a_whole_one(world, workers, tmp_pa
     assert load(last)["step"] < 60
 
     assert finish(start(train_in, tmp_path, *broken, world=world)) == [0] * world
-    expected, continued = load(tmp_path / "whole" / "last.pt"), load(last)
-    for part in ("model", "ema"):
-        assert_same_bits(continued[part], expected[part])
-    assert_same_bits(continued["optimizer"]["state"], expected["optimizer"]["state"])
-    assert expected["best"]["epoch"] == continued["best"]["epoch"]
-    logs = read_log(tmp_path / "whole"), read_log(tmp_path / "broken")
-    for line, other in zip(*logs, strict=True):
-        for field in ("epoch", "step", "lr", "val_loss", "top1", "ema_val_loss", "ema_top1"):
-            assert line[field] == other[field], field  # training losses: since the interruption
+    same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
 def programs(folder, flags, data):
@@ -145,8 +127,8 @@ def test_two_processes_are_two_passes_of_one(tmp_path):
         assert finish(processes) == [0] * world
     one, two = (load(tmp_path / f"world{world}" / "last.pt") for world in (1, 2))
     for part in ("model", "ema"):
-        assert_same_bits(two[part], one[part])
-    for line, other in zip(read_log(tmp_path / "world1"), read_log(tmp_path / "world2")):
+        torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
+    for line, other in zip(one["log"], two["log"], strict=True):
         assert line["load"] == other["load"] and line["dropped"] == other["dropped"] > 0
         for field in ("train_loss", "balance_loss", "val_loss", "ema_val_loss", "top1"):
             assert math.isclose(line[field], other[field], abs_tol=1e-5), field

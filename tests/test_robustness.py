@@ -19,9 +19,9 @@ from torchvision.transforms import v2
 
 import eval as evaluation
 import forked
-from checks import drawn
+from checks import drawn, make_folder, save_checkpoint
 from eval import (
-    ALEXNET, CHECKPOINT_KEYS, TensorImages, build_model, change_routing, choose_split,
+    ALEXNET, TensorImages, build_model, change_routing, choose_split,
     corruption_errors, eval_loader, eval_transform, match_classes, match_dataset, open_dataset,
     open_parts, read_real)
 
@@ -34,25 +34,6 @@ CONFIG = dict(model="vit_nano", num_classes=12, depth=2, dim=16, moe_layers=[1],
 BEST_FIRST = [2, 10, 0, 7, 5, 1, 3, 4, 6, 8, 9, 11]
 
 
-def make_folder(root, files):
-    """Write images of 36 x 32 pixels. files: {"folder/name.png": grey level} or a list."""
-    for name in files:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        level = files[name] if isinstance(files, dict) else 0
-        Image.new("RGB", (36, 32), (level, level, level)).save(root / name)
-    return str(root)
-
-
-def write_checkpoint(path, model, **changes):
-    """A checkpoint as train.py writes it; the model sees pixels in 0..1."""
-    checkpoint = dict(config=CONFIG, classes=CLASSES, model=model.state_dict(), ema=None)
-    checkpoint |= dict(image_size=32, crop_ratio=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
-    checkpoint |= dict(optimizer={}, epoch=1, step=1, best=0.0, args={})
-    assert set(checkpoint) == CHECKPOINT_KEYS
-    torch.save(checkpoint | changes, path)
-    return str(path)
-
-
 @pytest.fixture
 def always(tmp_path):
     """Return a checkpoint with the same logits for every image: 12 for class 2, 11 for 10, ..."""
@@ -60,7 +41,7 @@ def always(tmp_path):
     nn.init.zeros_(model.head.weight)
     for logit, column in zip(range(12, 0, -1), BEST_FIRST):
         model.head.bias.data[column] = logit
-    return write_checkpoint(tmp_path / "always.pt", model)
+    return save_checkpoint(tmp_path / "always.pt", CONFIG, CLASSES, model, crop_ratio=0.5)
 
 
 def run(monkeypatch, folder, *arguments):
@@ -451,7 +432,7 @@ def test_own_pictures_against_a_loop(tmp_path, monkeypatch, capsys, loss):
     """Of each picture the five best of twelve classes, in % on its line, and in the JSON."""
     model = sparse_model()
     nn.init.normal_(model.head.weight)
-    path = write_checkpoint(tmp_path / "o.pt", model, crop_ratio=1.0, args=dict(loss=loss))
+    path = save_checkpoint(tmp_path / "o.pt", CONFIG, CLASSES, model, args=dict(loss=loss))
     made = make_noise(tmp_path / "d", ["b.png", "c.png", "a.png"])
     [row] = run(monkeypatch, tmp_path, path, "--data", tmp_path / "d", "--batch-size", 2)
     lines = capsys.readouterr().out.splitlines()[-3:]
@@ -490,7 +471,7 @@ def test_a_model_that_computes_nonsense(tmp_path, monkeypatch, files):
     """Logits that are not numbers have no accuracy and no best classes: topk would make them up."""
     model = build_model(CONFIG)
     model.head.bias.data[3] = math.nan
-    path = write_checkpoint(tmp_path / "nan.pt", model)
+    path = save_checkpoint(tmp_path / "nan.pt", CONFIG, CLASSES, model)
     data = make_folder(tmp_path / "data", files)
     with pytest.raises(ValueError, match="nan.pt: its logits on .*data are not finite"):
         run(monkeypatch, tmp_path, path, "--data", data)
@@ -553,7 +534,7 @@ def test_two_processes_count_the_same(tmp_path):
     """
     model, draw = sparse_model(), random.Random(1)
     nn.init.normal_(model.head.weight)
-    checkpoint = write_checkpoint(tmp_path / "random.pt", model, crop_ratio=1.0)
+    checkpoint = save_checkpoint(tmp_path / "random.pt", CONFIG, CLASSES, model)
     make_noise(tmp_path / "own", [f"{i}.png" for i in range(5)])
     make_noise(tmp_path / "data", [f"{draw.choice(CLASSES)}/{i}.png" for i in range(23)])
     flags = ["--data", str(tmp_path / "data"), "--data", str(tmp_path / "own")]
