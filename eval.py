@@ -261,8 +261,7 @@ def read_checkpoint(path, mmap=True):
     """
     try:  # weights_only refuses a file that wants to run code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        lacking = CHECKPOINT_KEYS - set(checkpoint)
-        if lacking:
+        if lacking := CHECKPOINT_KEYS - set(checkpoint):
             raise KeyError(f"it lacks {', '.join(sorted(lacking))}")
     except Exception as error:  # of whatever kind: any bytes may be in the file
         raise ValueError(f"{path} is not a checkpoint like runs/<run>/best.pt, or not whole: "
@@ -281,9 +280,9 @@ def open_dataset(spec, split, transform=None):
     Of a folder without val/ "val" is a fifth of each class, "train" the rest and "all" both. Else
     "all" is "val". transform: uint8 (3, H, W) -> uint8 (3, S, S).
     """
-    if re.fullmatch("(shapes|flags)(-noise|-blur)?(:.*)?", spec):
+    if re.fullmatch("(shapes|flags)(-noise|-blur)?(:.*)?", spec) and not os.path.isdir(spec):
         return open_drawn(spec, split, transform)
-    if spec in ("cifar10", "cifar100"):
+    if spec in ("cifar10", "cifar100") and not os.path.isdir(spec):
         kind = getattr(torchvision.datasets, spec.upper())
         read = partial(kind, "data", train=split == "train", download=True)
         cifar = download(read, f"place {kind.filename} in data/ by hand")
@@ -371,7 +370,7 @@ def open_folder(root, split, transform=None):
     train, val = subfolder(root, TRAIN), subfolder(root, VAL)
     flat = not val or split == "train" and not train
     if flat and train:
-        warn(f"no {root}/val: only {train} is read, of which training holds out a fifth")
+        warn(f"no classes in {root}/val: only {train} is read, of which training holds out a fifth")
     root = os.path.normpath((val if split != "train" and val else train) or root)
     files = find_images(root)
     if split == "train" and len(files) < 2:
@@ -407,13 +406,13 @@ def find_images(root):
             classes[name] = images
         elif name and not HIDDEN.search(f"/{name}"):
             others[f"{name}/"] += 1
+    if len(classes) > 1 and "" in classes:
+        others["images in no class folder"] = len(classes.pop(""))
     left_out = ", ".join(f"{kind} ({n})" for kind, n in others.most_common(8))
     if not classes:
         raise ValueError(f"no images in {root} (found: {left_out or 'nothing'}): {HINT}")
     if left_out:
-        warn(f"{root}: left out what is or holds no image: {left_out}")
-    if len(classes) > 1:
-        classes.pop("", None)
+        warn(f"{root}: left out {left_out}")
     return classes
 
 
@@ -738,9 +737,8 @@ def textures(u, v):
     return torch.stack([torch.zeros_like(dots), (column & 1) > 0, (column + row & 1) > 0, dots])
 
 
-# ---- flags: three stripes, each of one of 14 colours. A class is a country. Each of the 2,744
-# flags was assigned at random to one of 56 countries, 49 to each. No rule predicts the country: the
-# flags must be learnt by heart.
+# ---- flags: three stripes in 14 colours. The class is a country: the 2,744 flags were assigned to
+# 56 of them at random, 49 to each. So no rule predicts it, and flags must be learnt by heart.
 
 FLAG_COLOURS = ("F0F0F0 202020 D02030 F07820 F0D020 30A040 105040 40C0D0 2050C0 702080 E080B0 "
                 "805030 98D838 8090B0")
@@ -820,10 +818,7 @@ def match_dataset(dataset, classes, real=None):
 
 
 def choose_split(spec, trained_on, split=None):
-    """Return (the split of a data set to score, words on it for its note).
-
-    Of a flat folder on which the checkpoint was trained it is "val", the fifth that was held out.
-    """
+    """Return (split to score, words on it): the held-out part of what a checkpoint trained on."""
     same = os.path.realpath(trained_on) == os.path.realpath(spec)
     split = split or ("val" if same else "all")
     return split, ", those held out from its training" * (same and split == "val")
@@ -911,8 +906,7 @@ def change_routing(model, k=None, capacity_factor=None, drop_experts=()):
     left = E - max(Counter(i for i, _ in drop_experts).values(), default=0)
     if k > left:
         raise ValueError(f"--k {k}: a MoE layer has {left} experts to choose from")
-    if k != trained:
-        notes.append(f"k = {k} instead of {trained}")
+    notes += [f"k = {k} instead of {trained}"] * (k != trained)
     if capacity_factor:
         notes.append(f"capacity factor {capacity_factor}: a prediction depends on its batch")
     for layer in layers:
@@ -936,7 +930,7 @@ def prepare(path, args):
     row = dict(checkpoint=path, weights="raw" if args.raw or not checkpoint["ema"] else "EMA")
     for name in ("config", "epoch", "image_size", "crop_ratio", "mean", "std", "args"):
         row[name] = checkpoint[name]
-    size, matched = row["image_size"], {}
+    size, crop, matched = row["image_size"], row["crop_ratio"], {}
     row["deviations"] = change_routing(model, args.k, None, args.drop_expert)
     row["params"], row["active"] = count_parameters(model)
     row["multiply_adds"] = flops = count_flops(model, size)
@@ -946,8 +940,7 @@ def prepare(path, args):
         split, held_out = choose_split(spec, row["args"].get("data", ""), args.split)
         for part, dataset in open_parts(spec, split).items():
             data = match_dataset(dataset, checkpoint["classes"], args.real)
-            crop = v2.CenterCrop(size)
-            data.transform = crop if part else eval_transform(size, row["crop_ratio"])
+            data.transform = v2.CenterCrop(size) if part else eval_transform(size, crop)
             if part and min(dataset[data.indices[0]][0].shape[1:]) < size:
                 raise ValueError(f"{spec} is only cropped, but {part} has less than {size} pixels")
             data.note += held_out
@@ -998,8 +991,7 @@ def print_row(row):
         print(f"  {spec}:", told.format(**result))
         if result.get("confusions"):
             worst = sorted(result["per_class"].items(), key=lambda item: item[1]["top1"])[:5]
-            told = [f"{name} {found['top1']:.1f} %" for name, found in worst]
-            print("    lowest top-1:", ", ".join(told))
+            print("    lowest top-1:", ", ".join(f"{name} {n['top1']:.1f} %" for name, n in worst))
             told = ["{} -> {} ({})".format(*mistake) for mistake in result["confusions"][:5]]
             print("    most frequent mistakes:", ", ".join(told))
     for picture in row["pictures"]:

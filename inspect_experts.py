@@ -177,7 +177,10 @@ def inspect(path, args, device):
     config, size = checkpoint["config"], checkpoint["image_size"]
     E = max(getattr(module, "num_experts", 0) for module in model.modules())
     routed = count_flops(model, size, r"experts\.\d+$") / count_flops(model, size)
-    data = open_matched(args, checkpoint)
+    split, held_out = choose_split(args.data, checkpoint["args"].get("data", ""), args.split)
+    dataset = open_dataset(args.data, split, eval_transform(size, checkpoint["crop_ratio"]))
+    data = match_dataset(dataset, checkpoint["classes"])
+    data.note += held_out
     os.makedirs(args.out, exist_ok=True)
     if not os.access(args.out, os.W_OK):
         raise ValueError(f"--out {args.out} cannot be written: choose another folder")
@@ -205,15 +208,6 @@ def inspect(path, args, device):
     answers = best_classes(Predictions(*(field[shown] for field in found)), data.names)
     shown, log = dict(zip(shown, answers)), checkpoint.get("log", [])
     return Run(path, config, log, data, images, shown, top1, routed, layers, palette(E))
-
-
-def open_matched(args, checkpoint):
-    """Open --data as the model of the checkpoint sees it: see match_dataset() of eval.py."""
-    split, held_out = choose_split(args.data, checkpoint["args"].get("data", ""), args.split)
-    transform = eval_transform(checkpoint["image_size"], checkpoint["crop_ratio"])
-    data = match_dataset(open_dataset(args.data, split, transform), checkpoint["classes"])
-    data.note += held_out
-    return data
 
 
 def store(stored, grids, routings):

@@ -222,6 +222,8 @@ def parse_args(argv=None):
     config = parser.parse_args(argv)
     if config.expert_weight_decay is None:
         config.expert_weight_decay = config.weight_decay
+    if os.path.isdir(config.data):
+        config.data = os.path.abspath(config.data)  # eval.py may be started elsewhere
     return config
 
 
@@ -268,8 +270,7 @@ def model_config(config, num_classes):
 def open_data(config):
     """Return (training set, validation set). Raise ValueError if their classes differ."""
     train_set = open_dataset(config.data, "train", train_transform(config))
-    resized = eval_transform(config.image_size, config.crop_ratio)
-    val_set = open_dataset(config.data, "val", resized)
+    val_set = open_dataset(config.data, "val", eval_transform(config.image_size, config.crop_ratio))
     differing = set(train_set.classes) ^ set(val_set.classes)
     if differing:
         raise ValueError(f"train and val of {config.data} have different classes: only one of them "
@@ -717,9 +718,8 @@ def validate(run):
             if not math.isfinite(val["loss"]):
                 raise ValueError("the validation loss is not finite: give a smaller --lr, and copy "
                                  "best.pt, if there is one, to last.pt to continue from there")
-        line[f"{prefix}val_loss"] = val["loss"]
-        for name in ("top1", "top5"):
-            line[f"{prefix}{name}"] = val[name]
+        line |= {f"{prefix}val_loss": val["loss"], f"{prefix}top1": val["top1"],
+                 f"{prefix}top5": val["top5"]}
     return line
 
 

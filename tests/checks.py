@@ -70,7 +70,7 @@ def make_folder(root, files):
 
 
 def save_checkpoint(path, config, classes, model=None, /, **changes):
-    """Save a checkpoint as train.py does, of an untrained model unless one is given; return path."""
+    """Save a checkpoint as train.py does, of an untrained model unless one is given: its path."""
     weights = (model or evaluation.build_model(config)).state_dict()
     checkpoint = dict(config=config, classes=classes, model=weights, ema=None, image_size=32)
     checkpoint |= dict(crop_ratio=1.0, mean=(0.0,) * 3, std=(1.0,) * 3, optimizer={}, args={})

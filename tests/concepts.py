@@ -157,7 +157,7 @@ CONCEPTS = (
             "Count first choices as the images pass; mutual information says what the experts "
             "follow, chance what is noise."),
     Concept("report",
-            "inspect_experts.inspect inspect_experts.open_matched inspect_experts.palette "
+            "inspect_experts.inspect inspect_experts.palette "
             "inspect_experts.picture inspect_experts.panel inspect_experts.swatch "
             "inspect_experts.tiles inspect_experts.tint inspect_experts.overlay "
             "inspect_experts.cut_out inspect_experts.heat inspect_experts.bar inspect_experts.plot "

@@ -371,7 +371,8 @@ def test_a_class_may_be_called_train(tmp_path, capsys):
     assert open_dataset(root, "val").labels.tolist() == [0, 1]
     assert len(open_dataset(root, "train")) == 8
     assert capsys.readouterr().err == (
-        f"warning: no {root}/val: only {root}/train is read, of which training holds out a fifth\n")
+        f"warning: no classes in {root}/val: only {root}/train is read, of which training holds "
+        f"out a fifth\n")
 
 
 @pytest.mark.folders
@@ -536,7 +537,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 
     Links to folders within a class, which may lead in a circle, are not followed.
     """
-    files = "a/1.png a/deep/2.png b/@3.png .git/4.png a/._1.png @eaDir/5.png a/@eaDir/6.png"
+    files = "a/1.png a/deep/2.png b/@3.png .git/4.png a/._1.png @eaDir/5.png a/@eaDir/6.png 7.png"
     root = make_folder(tmp_path, files.split())
     for other in ("a/notes.txt", "a/b.HEIC", "c/d.HEIC", "__MACOSX/a/._1.jpg", "README"):
         (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
@@ -547,8 +548,8 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert names(data) == ["a/1.png", "deep/2.png", "b/@3.png"] and data.classes == ["a", "b"]
     open_dataset(root, "all")
     assert capsys.readouterr().err == (
-        f"warning: {root}: left out what is or holds no image: .HEIC (2), README (1), .txt (1), "
-        f"c/ (1)\n")
+        f"warning: {root}: left out .HEIC (2), README (1), .txt (1), c/ (1), images in no class "
+        f"folder (1)\n")
 
 
 @pytest.mark.folders

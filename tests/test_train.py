@@ -613,18 +613,21 @@ def test_a_save_is_due_every_so_many_minutes(minutes_ago, due):
 # ---------------------------------------------------------------- continued, or refused
 
 @pytest.mark.training
-def test_what_may_change_when_a_run_is_continued(capsys):
-    """The options that the README advises to change, and the path of the same images."""
+def test_what_may_change_when_a_run_is_continued(tmp_path, capsys):
+    """The options that the README advises to change, and the path of the same images.
+
+    It is kept as a whole path: eval.py may be started elsewhere.
+    """
     make_folder(Path("d"), images=10)
     run("--epochs 1 --batch-size 8 --out r --data d --lr 0.002")
     Path("d").rename("my photos")
     run("--epochs 2 --batch-size 8 --out r --data 'my photos' --lr 0.001 --min-lr 0.001"
         " --balance-weight 0.1 --clip-grad 0.5 --accumulate 2")
     out = capsys.readouterr().out
-    for change in ("data d there, my photos now", "lr 0.002 there, 0.001 now",
+    for change in (f"data {tmp_path}/d there, {tmp_path}/my photos now", "lr 0.002 there, 0.001 now",
                    "balance weight 0.005 there, 0.1 now", "epochs 1 there, 2 now"):
         assert change in out
-    assert "r/best.pt --data 'my photos'" in out, "quoted"
+    assert f"r/best.pt --data '{tmp_path}/my photos'" in out, "quoted"
     assert [line["lr"] for line in read_log("r")][1] == 0.001
 
 
