@@ -237,15 +237,10 @@ def print_gpu_speed(B=256, steps=10):
                       f"{speed:>8.0f} images/s{memory:>8.1f} GiB", flush=True)
 
 
+MODES = {"": [print_paper_table, print_layer_times, print_router_times], "--gpu": [print_gpu_speed],
+         "--models": [print_model_costs], "--layer": [print_layer_times]}
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--models"]:
-        print_model_costs()
-        sys.exit()
-    if sys.argv[1:] in (["--layer"], ["--gpu"]):
-        print_layer_times() if sys.argv[1] == "--layer" else print_gpu_speed()
-        sys.exit()
-    print_paper_table()
-    print()
-    print_layer_times()
-    print()
-    print_router_times()
+    for show in MODES["".join(sys.argv[1:])]:
+        show()
+        print()

@@ -13,7 +13,7 @@ import inspect_experts
 import train
 from checks import save_checkpoint
 from convnext import convnext_nano
-from eval import change_routing, count_flops, load_checkpoint
+from eval import count_flops, load_checkpoint
 from moe import MLP, ExpertChoice, SoftMoE, count_parameters, make_moe
 from rules import ROUND
 from test_moe import Times, close
@@ -215,16 +215,6 @@ def test_a_run_with_another_router(router, model, tmp_path, monkeypatch):
     for name, weight in load_checkpoint("r/last.pt", "cpu")[0].state_dict().items():
         if ".experts." in name or "codes" in name:
             assert not torch.equal(before[name], weight), name
-
-
-@pytest.mark.evaluator
-@pytest.mark.parametrize("router", ["expert_choice", "soft"])
-def test_flags_for_tokens_that_choose_are_refused(router):
-    """--k, --capacity-factor and --drop-expert have no meaning there: one line says so."""
-    model = vit_nano(num_classes=4, moe_layers="last2", router=router)
-    for change in (dict(k=1), dict(capacity_factor=1.0), dict(drop_experts=[(0, 1)])):
-        with pytest.raises(ValueError, match="tokens choose no experts here"):
-            change_routing(model, **change)
 
 
 @pytest.mark.report

@@ -361,19 +361,19 @@ def test_a_dropped_expert():
 
 
 @pytest.mark.evaluator
-@pytest.mark.parametrize("changes, expected", [
-    (dict(k=5), "--k 5: a MoE layer has 4 experts to choose from"),
-    (dict(drop_experts=[(0, 0), (0, 1), (0, 3)]), "--k 2: a MoE layer has 1 experts"),
-    (dict(drop_experts=[(1, 0)]), "--drop-expert 1 0: layers 1, experts 4"),
-    (dict(drop_experts=[(0, 4)]), "--drop-expert 0 4: layers 1, experts 4"),
-    (dict(drop_experts=[(0, -1)]), "--drop-expert 0 -1: layers 1, experts 4"),
-    (dict(k=1, moe_layers="none"), "tokens choose no experts here"),  # nor in a dense model
-])
-def test_an_impossible_routing(changes, expected):
+@pytest.mark.parametrize("options, changes, expected", [
+    ({}, dict(k=5), "--k 5: a MoE layer has 4 experts to choose from"),
+    ({}, dict(drop_experts=[(0, 0), (0, 1), (0, 3)]), "--k 2: a MoE layer has 1 experts"),
+    ({}, dict(drop_experts=[(1, 0)]), "--drop-expert 1 0: layers 1, experts 4"),
+    ({}, dict(drop_experts=[(0, 4)]), "--drop-expert 0 4: layers 1, experts 4"),
+    ({}, dict(drop_experts=[(0, -1)]), "--drop-expert 0 -1: layers 1, experts 4"),
+    (dict(moe_layers="none"), dict(k=1), "tokens choose no experts here"),
+    (dict(router="soft"), dict(capacity_factor=1.0), "tokens choose no experts here"),
+    (dict(router="expert_choice"), dict(drop_experts=[(0, 1)]), "tokens choose no experts here")])
+def test_an_impossible_routing(options, changes, expected):
     """An impossible routing is an error that says what is possible."""
-    model = build_model(CONFIG | dict(moe_layers=changes.get("moe_layers", [1])))
     with pytest.raises(ValueError, match=expected):
-        change_routing(model, changes.get("k"), None, changes.get("drop_experts", ()))
+        change_routing(build_model(CONFIG | options), **changes)
 
 
 @pytest.mark.evaluator

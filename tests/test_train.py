@@ -624,8 +624,9 @@ def test_what_may_change_when_a_run_is_continued(tmp_path, capsys):
     run("--epochs 2 --batch-size 8 --out r --data 'my photos' --lr 0.001 --min-lr 0.001"
         " --balance-weight 0.1 --clip-grad 0.5 --accumulate 2")
     out = capsys.readouterr().out
-    for change in (f"data {tmp_path}/d there, {tmp_path}/my photos now", "lr 0.002 there, 0.001 now",
-                   "balance weight 0.005 there, 0.1 now", "epochs 1 there, 2 now"):
+    for change in (f"data {tmp_path}/d there, {tmp_path}/my photos now",
+                   "lr 0.002 there, 0.001 now", "balance weight 0.005 there, 0.1 now",
+                   "epochs 1 there, 2 now"):
         assert change in out
     assert f"r/best.pt --data '{tmp_path}/my photos'" in out, "quoted"
     assert [line["lr"] for line in read_log("r")][1] == 0.001
