@@ -583,7 +583,7 @@ def test_the_gradient_reaches_every_parameter(small):
 @pytest.mark.building
 @pytest.mark.parametrize("model, kinds", [  # DeiT leaves its one convolution as it is
     (partial(vit_nano, dim=128), nn.Linear),
-    (partial(convnext_nano, widths=(96, 96, 192)), (nn.Linear, nn.Conv2d))])
+    (partial(convnext_nano, widths=(96, 96, 192), kernel_size=7), (nn.Linear, nn.Conv2d))])
 def test_init_std_is_the_spread_of_the_weights(model, kinds):
     """init_std=0.02 is the deviation of the weights, experts' too; biases start at zero."""
     model = model(init_std=0.02, moe_layers=[1])
