@@ -322,7 +322,9 @@ class Experts(nn.ModuleList):
         hidden, dim = self[0][0].weight.shape
         half = compute_dtype(rows) == torch.bfloat16
         fits = not rows.is_cuda or torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-        return dim % 8 == hidden % 8 == 0 and (half and fits or torch.compiler.is_exporting())
+        # In torch 2.11 is_exporting() alone is true in torch.compile, too.
+        export = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        return dim % 8 == hidden % 8 == 0 and (half and fits or export)
 
 
 def compute_dtype(rows):
