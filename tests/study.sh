@@ -1,4 +1,4 @@
-# The study: about 280 runs of 1 to 8 minutes on one core. Start it again, and it goes on where it
+# The study: about 300 runs of 1 to 8 minutes on one core. Start it again, and it goes on where it
 # stopped: what stands in .github/study.jsonl is done. (Move that file away to repeat it all.)
 #
 #     OMP_NUM_THREADS=1 bash tests/study.sh             or only some parts: ... study.sh a h
@@ -51,7 +51,7 @@ nano="$flags --model vit_nano --lr 1.5e-3"
 micro="$flags --model vit_micro --lr 7.5e-4"
 large="--data flags:64000 --batch-size 512 --warmup-epochs 0.4"
 nano_512="$large --model vit_nano --epochs 3 --lr 4.5e-3"
-micro_512="$large --model vit_micro --epochs 2 --lr 2.25e-3"
+micro_512="$large --model vit_micro --epochs 2 --lr 3e-3"
 for part in ${@:-p q a r b c d e f g h l s w}; do
   seeds="0 1 2 3 4"
   case $part in
@@ -67,9 +67,11 @@ for part in ${@:-p q a r b c d e f g h l s w}; do
     q)  # the same at twice the width
       run 512-micro-dense $micro_512 --moe-layers none
       run 512-micro-E8 $micro_512 --experts 8
-      seeds=0
-      run 512-micro-dense-1.5e-3 $micro_512 --moe-layers none --lr 1.5e-3
-      run 512-micro-E8-1.5e-3 $micro_512 --experts 8 --lr 1.5e-3
+      for lr in 2.25e-3 1.5e-3 4e-3; do
+        run 512-micro-dense-$lr $micro_512 --moe-layers none --lr $lr
+        run 512-micro-E8-$lr $micro_512 --experts 8 --lr $lr
+        seeds=0  # for the other two
+      done
       once speed 512-micro-E8 train $micro_512 --experts 8
       ;;
     a)  # how many experts? The main effect has ten seeds
@@ -127,6 +129,10 @@ for part in ${@:-p q a r b c d e f g h l s w}; do
       run micro-longer-dense $micro --moe-layers none --data flags:78080
       run long-dense $nano --moe-layers none --epochs 6
       run long-E8 $nano --experts 8 --epochs 6
+      seeds=0
+      once speed pico-E8 train $pico --experts 8
+      once speed E8 train $nano --experts 8
+      once speed micro-E8 train $micro --experts 8
       ;;
     s)  # what do experts follow?
       seeds="0 1 2"
