@@ -95,7 +95,9 @@ def curves(study, per_second):
     for points, colour, dashed, label in lines:
         panel.line(points, colour, dashed)
         at, mean = points[-1]
-        panel.parts.append(text(panel.x(at) + 6, panel.y(mean.mean) + 4, label, ink=colour))
+        shift, anchor = (6, "start") if colour == BLUE else (-8, "end")  # one ends in the middle
+        y = panel.y(mean.mean) + 4
+        panel.parts.append(text(panel.x(at) + shift, y, label, anchor, ink=colour))
     return panel
 
 
