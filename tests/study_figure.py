@@ -71,7 +71,7 @@ class Panel:
 
 
 CURVES = {  # run: (label, colour)
-    "512-dense": ("dense", BLUE), "512-E8": ("8 experts", BLUE),
+    "512-dense": ("", BLUE), "512-E8": ("width 64", BLUE),
     "512-micro-dense": ("", ORANGE), "512-micro-E8": ("width 128", ORANGE)}
 CHANCE = Mean(100 / 56, 0, 1)  # 56 classes: what an untrained model knows
 
@@ -88,10 +88,10 @@ def curves(study, per_second):
     ticks = {f"{at}": at for at in range(0, math.ceil(end / unit) * unit + 1, unit)}
     if per_second:
         axis = "seconds of training on one core"
-        panel = Panel(420, 84, 260, 200, "Top-1 % against seconds", axis, ticks)
+        panel = Panel(420, 84, 260, 200, "8 experts: top-1 % against seconds", axis, ticks)
     else:
         axis = "steps of 512 pictures"
-        panel = Panel(44, 84, 270, 200, "Top-1 % against steps", axis, ticks)
+        panel = Panel(44, 84, 270, 200, "8 experts: top-1 % against steps", axis, ticks)
     for points, colour, dashed, label in lines:
         panel.line(points, colour, dashed)
         at, mean = points[-1]
@@ -128,7 +128,7 @@ def draw(study):
     """Return study.svg: top-1 per step and per second, and small panels of other choices."""
     parts = [HEAD, stroke("44 28h28", BLUE, False), text(78, 32, "with experts"),
              stroke("176 28h28", BLUE, True), text(210, 32, "dense: without"),
-             text(330, 32, "Data: flags. Bands: ± a deviation over the seeds.")]
+             text(330, 32, "Validation on flags. Bands: ± a standard deviation.")]
     for per_second in (False, True):
         parts += curves(study, per_second).parts
     parts.append(text(44, 350, "Top-1 % after 2,000 steps of 64 pictures:"))

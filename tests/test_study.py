@@ -96,8 +96,8 @@ SAID = """\
 it then knows {top1 512-E8}% after {steps 512-E8} steps of 512 pictures, and the dense one
 {top1 512-dense} ({n 512-E8 512-dense}, [all runs](.github/study.md)).
 
-a sparse one takes {longer 512-}% longer, and when the dense run ends, experts lead by {ahead 512-}
-points ({span 512-}), at twice the width by {ahead 512-micro-};
+a sparse step takes {longer 512-}% longer, and when the dense run ends, experts lead by {ahead 512-}
+points (interval: {span 512-}), at twice the width by {ahead 512-micro-};
 
 in steps of 64, where its fixed time weighs more, neither leads clearly.
 
