@@ -316,15 +316,12 @@ class Experts(nn.ModuleList):
     def use_grouped_mm(self, rows):
         """Return whether one kernel is better for rows (R, D) on a GPU, or compiled, than the loop.
 
-        It needs bfloat16, D and H multiples of 8, and on a GPU compute capability 9 or 10: others
-        loop in torch, and wait. Torch before 2.15 cannot trace it in float32; to export one must.
+        It needs bfloat16, D and H multiples of 8, and a GPU of capability 9 or 10: others loop, too.
         """
         hidden, dim = self[0][0].weight.shape
         half = compute_dtype(rows) == torch.bfloat16
         fits = not rows.is_cuda or torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
-        # In torch 2.11 is_exporting() alone is true in torch.compile, too.
-        export = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        return dim % 8 == hidden % 8 == 0 and (half and fits or export)
+        return half and fits and dim % 8 == hidden % 8 == 0
 
 
 def compute_dtype(rows):
