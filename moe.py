@@ -316,7 +316,7 @@ class Experts(nn.ModuleList):
     def use_grouped_mm(self, rows):
         """Return whether one kernel is better for rows (R, D) on a GPU, or compiled, than the loop.
 
-        It needs bfloat16, D and H multiples of 8, and a GPU of capability 9 or 10: others loop, too.
+        It needs bfloat16, D and H multiples of 8, and a GPU of capability 9 or 10: others loop.
         """
         hidden, dim = self[0][0].weight.shape
         half = compute_dtype(rows) == torch.bfloat16
