@@ -12,6 +12,7 @@ Each test carries exactly one of these names as its marker, and `pytest -m route
     mutants.py                mistakes, one line each, that the tests must notice
     test_assignment.py        tests of make_assignment.py and grade.py
     test_the_tests.py         breaks the project by mutants.py, or leaves concepts unwritten
+    benchmark.py, study*      what is not the course: measurements, and the tables of .github
 
 To add a concept, write
 

@@ -54,10 +54,10 @@ def blocks_of(model):
     return [block for stage in stages for block in stage]
 
 
-def with_random_weights(module, std=0.2):
+def with_random_weights(module):
     """Return the module in float64 and evaluation mode, with no weight at 0, 1 or so."""
     for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
+        nn.init.normal_(parameter, std=0.2)
     return module.double().eval()
 
 

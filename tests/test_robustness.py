@@ -44,7 +44,7 @@ def always(tmp_path):
     return save_checkpoint(tmp_path / "always.pt", CONFIG, CLASSES, model, crop_ratio=0.5)
 
 
-def run(monkeypatch, folder, *arguments):
+def run(folder, *arguments):
     """`python eval.py <arguments>`; returns the results in its JSON file."""
     arguments = [*map(str, arguments), "--workers", "0", "--json", str(folder / "out.json")]
     evaluation.main(evaluation.parse_args(arguments))
@@ -152,11 +152,11 @@ def test_real_labels_belong_to_file_names(tmp_path):
 
 
 @pytest.mark.evaluator
-def test_images_without_a_real_label_do_not_count(always, tmp_path, monkeypatch, capsys):
+def test_images_without_a_real_label_do_not_count(always, tmp_path, capsys):
     """The model always says n02: label 1. Of images 1, 3, 4 and 5 all but 3 are right."""
     data = make_folder(tmp_path / "val5", VALIDATION)
     (tmp_path / "real.json").write_text("[[1], [], [0, 2], [2, 1], [1]]")
-    [row] = run(monkeypatch, tmp_path, always, "--data", data, "--real", tmp_path / "real.json")
+    [row] = run(tmp_path, always, "--data", data, "--real", tmp_path / "real.json")
     result = row["data"][data]
     assert (result["images"], result["correct1"], result["correct5"]) == (4, 3, 4)
     note = "4 images, 3 of 12 classes, logits restricted, those with ReaL labels from "
@@ -197,7 +197,7 @@ def make_corruptions(root, files):
 
 
 @pytest.mark.evaluator
-def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
+def test_corruptions_by_hand(always, tmp_path, capsys):
     """Errors per corruption and severity, mean error and mCE of a model that is right on n02 only,
     of 10 images."""
     # At severity s there are 2s - 1 images of n03 and the rest of n02: errors 10, 30, 50, 70, 90,
@@ -209,7 +209,7 @@ def test_corruptions_by_hand(always, tmp_path, monkeypatch, capsys):
         for i in range(10)])
     # one of four extra sets, which do not count
     (tmp_path / "c" / "speckle_noise" / "1" / "n02").mkdir(parents=True)
-    [row] = run(monkeypatch, tmp_path, always, "--data", root)
+    [row] = run(tmp_path, always, "--data", root)
     result = row["data"][root]
     table = result["corruptions"]
     assert table["brightness"] == pytest.approx([10, 30, 50, 70, 90, 50, 88.5595], abs=1e-3)
@@ -377,13 +377,13 @@ def test_an_impossible_routing(options, changes, expected):
 
 
 @pytest.mark.evaluator
-def test_the_command_says_that_it_deviates(always, tmp_path, monkeypatch, capsys):
+def test_the_command_says_that_it_deviates(always, tmp_path, capsys):
     """Each change of the routing is printed, counted in the costs, and in the JSON."""
     data = make_folder(tmp_path / "data", ["n02/0.png", "n03/0.png"])
-    [usual] = run(monkeypatch, tmp_path, always, "--data", data)
+    [usual] = run(tmp_path, always, "--data", data)
     assert "deviates" not in capsys.readouterr().out and usual["deviations"] == []
     changes = ["--k", 1, "--capacity-factor", 1.5, "--drop-expert", 0, 3]
-    [row] = run(monkeypatch, tmp_path, always, "--data", data, *changes)
+    [row] = run(tmp_path, always, "--data", data, *changes)
     out = capsys.readouterr().out
     assert out.count("  deviates from training: ") == 3
     assert "deviates from training: k = 1 instead of 2\n" in out
@@ -407,13 +407,13 @@ def make_noise(root, files):
 
 
 @pytest.mark.evaluator
-def test_mistakes_are_printed_and_written(always, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_printed_and_written(always, tmp_path, capsys):
     """The model always says n02. Of a data set without a mistake nothing is printed.
 
     That was trained on, and only one of its five images was held out.
     """
     wrong = make_folder(tmp_path / "wrong", ["n02/0.png", "n03/1.png"])
-    [row] = run(monkeypatch, tmp_path, always, "--data", wrong)
+    [row] = run(tmp_path, always, "--data", wrong)
     out = capsys.readouterr().out
     assert "    lowest top-1: n03 0.0 %, n02 100.0 %\n" in out
     assert "    most frequent mistakes: n03 -> n02 (1)\n" in out
@@ -421,20 +421,20 @@ def test_mistakes_are_printed_and_written(always, tmp_path, monkeypatch, capsys)
     assert row["data"][wrong]["per_class"]["n02"] == dict(top1=100.0, images=1)
     right = make_folder(tmp_path / "right", [f"n02/{i}.png" for i in range(5)])
     torch.save(torch.load(always) | dict(args=dict(data=right)), always)
-    [row] = run(monkeypatch, tmp_path, always, "--data", right)
+    [row] = run(tmp_path, always, "--data", right)
     assert row["data"][right]["protocol"].startswith("1 images")
     assert "lowest" not in capsys.readouterr().out
 
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_own_pictures_against_a_loop(tmp_path, monkeypatch, capsys, loss):
+def test_own_pictures_against_a_loop(tmp_path, capsys, loss):
     """Of each picture the five best of twelve classes, in % on its line, and in the JSON."""
     model = sparse_model()
     nn.init.normal_(model.head.weight)
     path = save_checkpoint(tmp_path / "o.pt", CONFIG, CLASSES, model, args=dict(loss=loss))
     made = make_noise(tmp_path / "d", ["b.png", "c.png", "a.png"])
-    [row] = run(monkeypatch, tmp_path, path, "--data", tmp_path / "d", "--batch-size", 2)
+    [row] = run(tmp_path, path, "--data", tmp_path / "d", "--batch-size", 2)
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert row["data"] == {}, "nothing to count"
     for line, found, file in zip(lines, row["pictures"], sorted(made), strict=True):
@@ -453,12 +453,12 @@ def test_own_pictures_against_a_loop(tmp_path, monkeypatch, capsys, loss):
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("names", [["a.png"], ["a.png", "b.png"]])
-def test_an_unreadable_picture_is_a_line(always, tmp_path, monkeypatch, capsys, names):
+def test_an_unreadable_picture_is_a_line(always, tmp_path, capsys, names):
     """It says so, the others are classified, the JSON is written, and the status is 1."""
     data = make_folder(tmp_path / "d", names)
     (tmp_path / "d" / "a.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="1"):
-        run(monkeypatch, tmp_path, always, "--data", data)
+        run(tmp_path, always, "--data", data)
     [row] = json.loads((tmp_path / "out.json").read_text())["results"]
     assert row["pictures"][0] == dict(file=f"{data}/a.png", best=[])
     assert [len(picture["best"]) for picture in row["pictures"][1:]] == [5] * (len(names) - 1)
@@ -467,14 +467,14 @@ def test_an_unreadable_picture_is_a_line(always, tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.evaluator
 @pytest.mark.parametrize("files", [["x.png"], ["n02/0.png", "n03/1.png"]])
-def test_a_model_that_computes_nonsense(tmp_path, monkeypatch, files):
+def test_a_model_that_computes_nonsense(tmp_path, files):
     """Logits that are not numbers have no accuracy and no best classes: topk would make them up."""
     model = build_model(CONFIG)
     model.head.bias.data[3] = math.nan
     path = save_checkpoint(tmp_path / "nan.pt", CONFIG, CLASSES, model)
     data = make_folder(tmp_path / "data", files)
     with pytest.raises(ValueError, match="nan.pt: its logits on .*data are not finite"):
-        run(monkeypatch, tmp_path, path, "--data", data)
+        run(tmp_path, path, "--data", data)
     assert not (tmp_path / "out.json").exists()
 
 
@@ -516,11 +516,11 @@ def test_the_json_file_is_there_before_anything_is_printed(always, tmp_path, mon
     file, seen = make_folder(tmp_path, ["x.png"]) + "/x.png", []
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "print_row", lambda row: seen.append(os.listdir(tmp_path)))
-        run(monkeypatch, tmp_path, always, "--data", file)
+        run(tmp_path, always, "--data", file)
     assert "out.json" in seen[0]
     monkeypatch.setattr(Path, "write_text", mock.Mock(side_effect=OSError("No space left")))
     with pytest.raises(OSError, match="No space left"):
-        run(monkeypatch, tmp_path, always, "--data", file)
+        run(tmp_path, always, "--data", file)
     assert f"  {file}: n02 " in capsys.readouterr().out
 
 
