@@ -154,22 +154,22 @@ def print_model_costs():
     for name in train.RECIPES:
         config = train.parse_args(["--model", name])
         options = train.model_config(config, num_classes=1000)
-        model = build_model(options)
-        total, active = count_parameters(model)
-        size = config.image_size
-        few, many = (64, 256) if size == 32 else (2, 6)
+        few, many = (64, 256) if config.image_size == 32 else (2, 6)
         results = []
-        for B in (few, many):
+        for B in (few, many):  # this process stays small: a new one inherits its peak
             with spawn.Pool(1) as pool:
                 results.append(pool.apply(step_cost, (options, B)))
-        (_, small), (seconds, large) = results
-        print(f"{name:<16}{size:>7}{total / 1e6:>10.2f}{active / 1e6:>10.2f}"
-              f"{count_flops(model, size) / 1e9:>8.3f}{many / seconds:>10.1f}"
+        (_, small, *_), (seconds, large, total, active, flops) = results
+        print(f"{name:<16}{config.image_size:>7}{total / 1e6:>10.2f}{active / 1e6:>10.2f}"
+              f"{flops / 1e9:>8.3f}{many / seconds:>10.1f}"
               f"{(large - small) / (many - few):>14.1f}", flush=True)
 
 
 def step_cost(options, B):
-    """Return (median seconds, peak MB) of training steps on B images, without the optimizer."""
+    """Return median seconds and peak MB of training steps on B images, without the optimizer.
+
+    And parameters, active ones, multiply-adds.
+    """
     model = build_model(options)
     images = torch.randn(B, 3, options["image_size"], options["image_size"])
     seconds = []
@@ -179,7 +179,8 @@ def step_cost(options, B):
         logits.square().sum().backward()
         seconds.append(clock("cpu") - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: in KiB
-    return statistics.median(seconds[1:]), peak
+    flops = count_flops(model, options["image_size"])
+    return statistics.median(seconds[1:]), peak, *count_parameters(model), flops
 
 
 def steps_in_turns(options, rounds=100):
