@@ -141,6 +141,7 @@ def test_a_routing_has_the_promised_shapes(router, B):
 @pytest.mark.parametrize("k", [0, 5])
 def test_a_k_outside_1_to_e_is_refused(router, k):
     """Although it would compute something: a token cannot meet more experts than there are."""
+    make_moe(6, 8, 4, 4, router, tokens=12)  # as many as there are
     with pytest.raises(ValueError, match=f"k = {k}: expected 1 to 4"):
         make_moe(6, 8, 4, k, router, tokens=12)
 
