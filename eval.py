@@ -13,7 +13,7 @@ All numbers are counted from that, by count(), mistakes() and whatever you add.
 A data set spec is
 - `shapes` or `flags`, drawn below (`flags:64000`: 64,000 training images instead of 16,000), or
   the same pictures as training never shows them: `shapes-noise`, `shapes-blur`;
-- `cifar10` or `cifar100`, downloaded by torchvision to data/;
+- `cifar10` or `cifar100`, downloaded by torchvision to data/, unless there is such a folder;
 - a folder with train/ and val/ (valid/, validation/, test/), or directly with class folders, or of
   ImageNet-C's shape, <corruption>/<severity 1 to 5>/<class>;
 - an image file or a folder of them, without classes: prints the five best of each.

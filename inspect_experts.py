@@ -186,6 +186,7 @@ def inspect(path, args, device):
         raise ValueError(f"--out {args.out} cannot be written: choose another folder")
     M = min(len(data.indices), args.max_images or len(data.indices))
     images = [data.indices[m * len(data.indices) // M] for m in range(M)]  # classes come in order
+    data.note += f", {M} of them evenly spread" * (M < len(data.indices))
     usual = 8 if data.classes else 50
     n = min(M, usual if args.examples is None else args.examples)
     shown = [(2 * i + 1) * M // (2 * n) for i in range(n)]  # the middles of n equal parts

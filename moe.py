@@ -9,8 +9,8 @@ What's the Sweet Spot?" (Videau et al., TMLR 2025, section 3):
     y, routing = layer(x)                                  # x (..., 384) -> y (..., 384)
     loss = cross_entropy + 0.005 * routing.balance_loss    # keeps every expert at work
 
-Letters: B images, N tokens per image, T = B*N tokens, D width, H hidden
-width, E experts, K experts per token, C slots per expert, R = T*K rows, one per token and choice.
+Letters: B images, N tokens per image, T = B*N tokens, D width, H hidden width, E experts, K experts
+per token, C slots per expert, R = T*K rows, one per token and choice.
 
 A worked example: T = 3 tokens of width D = 1, E = 2 experts, K = 1; no noise, and C = 1 from a
 capacity_factor of 0.5. The router's logits are x ln 3 and 0. The experts answer 10 x and 100 x.
@@ -59,7 +59,7 @@ class MoE(nn.Module):
     eval_capacity_factor: the same in evaluation. If set, a prediction depends on the whole batch.
     batch_priority: short of slots, serve tokens by largest gate (True) or by position (False).
     router_noise: in training, N(0, (router_noise / E)^2) is added to the logits, as in V-MoE.
-    Raise ValueError for a k outside 1 .. E, a factor of 0 or less, and negative noise.
+    Raise ValueError for a k outside 1 .. E, a factor not in (0, inf), and negative noise.
     Attributes: num_experts to batch_priority, noise_std = router_noise / E, router, experts.
     """
 
@@ -70,7 +70,7 @@ class MoE(nn.Module):
             raise ValueError(f"k = {k}: expected 1 to {num_experts}, the number of experts")
         for factor in (capacity_factor, eval_capacity_factor):
             if factor is not None and not 0 < factor < math.inf:
-                raise ValueError(f"capacity factor {factor}: expected a number above 0, or None")
+                raise ValueError(f"capacity factor {factor}: expected above 0 and finite, or None")
         if router_noise < 0:
             raise ValueError(f"router noise {router_noise}: expected 0 or more")
         self.num_experts, self.k, self.batch_priority = num_experts, k, batch_priority
@@ -316,7 +316,7 @@ class Experts(nn.ModuleList):
     def use_grouped_mm(self, rows):
         """Return whether one kernel is better for rows (R, D) on a GPU, or compiled, than the loop.
 
-        It needs bfloat16, D and H multiples of 8, and a GPU of capability 9 or 10: others loop.
+        It needs bfloat16, D and H multiples of 8, and on a GPU capability 9 or 10: other GPUs loop.
         """
         hidden, dim = self[0][0].weight.shape
         half = compute_dtype(rows) == torch.bfloat16
@@ -345,10 +345,11 @@ def combine(rows, weights, order):
 
 
 # ---------------------------------------------------------------- two other ways to route
-# Both see one image at a time: a prediction never depends on its batch. Nothing is to balance.
+# Both see one image at a time, x (B, N, D) or (B, rows, columns, D): a prediction never depends on
+# its batch. Nothing is to balance.
 
 class ExpertChoice(nn.Module):
-    """Let experts choose their tokens (Zhou et al. 2022): x (B, N, ..., D) -> y, and a Routing.
+    """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
 
     Of the N tokens of an image, each expert takes the C = ceil(N k / E) most probable for it. So a
     token meets k experts on average: perhaps several, perhaps none, and then its y is 0.
@@ -389,7 +390,7 @@ class ExpertChoice(nn.Module):
 
 
 class SoftMoE(nn.Module):
-    """Let each expert answer S mixtures of an image's tokens: x (B, N, ..., D) -> y, and a Routing.
+    """Let each expert answer S mixtures of an image's tokens: x (B, ..., D) -> y, and a Routing.
 
     Puigcerver et al. 2024, section 2, normalized as in 2.3. Each of the E * S slots has a code. A
     softmax over the tokens makes a slot, a weighted mean of the tokens. A softmax over the slots
@@ -425,7 +426,7 @@ class SoftMoE(nn.Module):
 
 
 def make_moe(dim, hidden, num_experts, k, router, tokens, **options):
-    """Return the layer named by router: x (B, N, ..., D) -> y, Routing. options: more of MoE."""
+    """Return the layer named by router: x (B, ..., D) -> y, Routing. options: more of MoE."""
     if not 1 <= k <= num_experts:
         raise ValueError(f"k = {k}: expected 1 to {num_experts}, the number of experts")
     if router == "expert_choice":

@@ -148,7 +148,7 @@ def recipe_of(args):
     recipe = starts.get(args.model, RECIPES[args.model])
     if "steps" in recipe and os.path.isdir(args.data):
         recipe = recipe | NANO_FOLDER
-    if (args.model, args.data) == ("convnext_nano", "shapes"):
+    elif (args.model, args.data) == ("convnext_nano", "shapes"):
         recipe = recipe | FIRST_RUN
     return recipe
 

@@ -102,7 +102,7 @@ class ViT(nn.Module):
             also be "expert_choice" or "soft", see moe.make_moe.
         mlp_ratio, expert_ratio: H / D of a dense block's MLP and of one expert.
         drop_path: the rate at the last block. It grows linearly from 0 at the first.
-        init_std: deviation of the initial weights, as in DeiT. None leaves them to PyTorch
+        init_std: deviation of linear layers' weights, as in DeiT. None leaves them to PyTorch
             (uniform in +-1/sqrt(inputs)), which suits small widths better.
 
     Attributes: moe_blocks, the indices of the sparse blocks; grids, for each of them (class tokens,

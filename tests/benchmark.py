@@ -166,9 +166,8 @@ def print_model_costs():
 
 
 def step_cost(options, B):
-    """Return median seconds and peak MB of training steps on B images, without the optimizer.
-
-    And parameters, active ones, multiply-adds.
+    """Return median seconds and peak MB of training steps on B images, without the optimizer, and
+    the model's parameters, active ones and multiply-adds.
     """
     model = build_model(options)
     images = torch.randn(B, 3, options["image_size"], options["image_size"])
@@ -242,6 +241,6 @@ MODES = {"": [print_paper_table, print_layer_times, print_router_times], "--gpu"
          "--models": [print_model_costs], "--layer": [print_layer_times]}
 
 if __name__ == "__main__":
-    for show in MODES["".join(sys.argv[1:])]:
+    for show in MODES.get("".join(sys.argv[1:])) or sys.exit(__doc__):
         show()
         print()

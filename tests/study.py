@@ -154,7 +154,7 @@ class Study:
 
     def step_seconds(self, start):
         """Return the median seconds of a training step, {"dense": s, "E8": s}."""
-        [line] = self.speed[f"{start}E8"].values()
+        [line] = self.speed[f"{start}E8"].values() or [dict(dense=[], sparse=[])]
         return dict(dense=statistics.median(line["dense"]), E8=statistics.median(line["sparse"]))
 
     def gain_in_equal_time(self, start):
@@ -163,11 +163,12 @@ class Study:
         By then they have made fewer steps. Between two epochs top-1 is taken to rise evenly.
         """
         seconds, gains = self.step_seconds(start), []
-        for seed, dense in self.runs[f"{start}dense"].items():
-            (before, low, _), (after, high, _) = self.runs[f"{start}E8"][seed]["curve"][-2:]
+        dense, sparse = (self.runs[f"{start}{name}"] for name in ("dense", "E8"))
+        for seed in dense.keys() & sparse.keys():
+            (before, low, _), (after, high, _) = sparse[seed]["curve"][-2:]
             steps = after * seconds["dense"] / seconds["E8"]
             part = (steps - before) / (after - before)  # of the last epoch
-            gains.append(low + part * (high - low) - dense["top1"])
+            gains.append(low + part * (high - low) - dense[seed]["top1"])
         return mean_of(gains)
 
 
@@ -202,6 +203,8 @@ def shifted(study, name, label, heads):
 def followed(study, name, label, heads):
     """Return for each factor what the experts of a layer tell about it, by chance in brackets."""
     layers, cells = [line["layers"][label] for line in study.follows[name].values()], []
+    if not layers:
+        raise statistics.StatisticsError("no such line")
     for factor in heads:
         pairs = zip(*(layer[factor] for layer in layers if factor in layer))
         means = [f"{statistics.mean(numbers):.2f}" for numbers in pairs]
@@ -223,7 +226,7 @@ def fill(study, page):
         elif name.startswith("`"):
             try:
                 found = FILL[heads[0]](study, name.strip("`"), label, heads)
-            except ValueError:  # a mean of nothing
+            except statistics.StatisticsError:  # of nothing
                 found = ["not yet", *[""] * (len(heads) - 1)]
             lines[i] = f"| {label} | {name} | {' | '.join(found)} |"
     return "\n".join(lines) + "\n"

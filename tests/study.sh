@@ -44,7 +44,7 @@ sizes() {  # NAME FLAGS...: without experts, and with 4, 8, 16
 
 # All runs but those of l, p and q take 2,000 steps of 64 pictures, 250 of them to warm up. On flags
 # vit_nano is best at half its recipe's learning rate, with and without experts: see r. The other
-# widths have rates in proportion: not tuned.
+# widths have rates in proportion: not tuned, but for q.
 flags="--data flags:64000 --epochs 2 --warmup-epochs 0.25"
 pico="$flags --model vit_pico --lr 3e-3"
 nano="$flags --model vit_nano --lr 1.5e-3"

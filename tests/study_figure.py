@@ -97,7 +97,8 @@ def curves(study, per_second):
         at, mean = points[-1]
         shift, anchor = (6, "start") if colour == BLUE else (-8, "end")  # one ends in the middle
         y = panel.y(mean.mean) + 4
-        panel.parts.append(text(panel.x(at) + shift, y, label, anchor, ink=colour))
+        if label:
+            panel.parts.append(text(panel.x(at) + shift, y, label, anchor, ink=colour))
     return panel
 
 

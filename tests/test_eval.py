@@ -362,6 +362,15 @@ def test_the_names_of_the_splits(tmp_path, train, val):
 
 
 @pytest.mark.folders
+@pytest.mark.parametrize("name", ["shapes", "flags-noise", "cifar10"])
+def test_a_folder_goes_before_a_data_set_of_its_name(tmp_path, monkeypatch, name):
+    """Who has such a folder means it."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / name, ["a/1.png", "b/2.png"])
+    assert open_dataset(name, "all").classes == ["a", "b"]
+
+
+@pytest.mark.folders
 def test_a_class_may_be_called_train(tmp_path, capsys):
     """A folder train/ of images is a class; one of class folders is split alone, with a warning."""
     root = make_folder(tmp_path / "flat", ["bus/1.png", "train/2.png"])
@@ -814,14 +823,14 @@ def test_a_stop_is_asked_for_before_each_batch():
 def test_the_model_runs_in_the_dtype_asked_for():
     """With dtype=bfloat16 it runs under autocast, and its logits are counted in float32.
 
-    In evaluation mode, and without gradients.
+    In evaluation mode, without gradients, on normalized images.
     """
-    images, model = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), Watch()  # logits 0 and 3
+    images, model = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), Watch()
     loader = eval_loader(TensorImages(images, torch.tensor([0]), ["-"]), 1, 0, CPU)
     for dtype in (torch.bfloat16, torch.float32):
-        result = evaluate(model, loader, CPU, (0.0,) * 3, (1.0,) * 3, dtype=dtype)
+        result = evaluate(model, loader, CPU, (0.5,) * 3, (0.25,) * 3, dtype=dtype)
         assert model.logits.dtype == dtype and model.mode == (False, False)
-        expected = math.log1p(math.exp(3))
+        expected = math.log1p(math.exp(6))  # of logits 0 and 3 * (1 - 0.5) / 0.25
         assert result["loss"] == pytest.approx(expected, rel=1e-6), "summed in bfloat16?"
 
 

@@ -437,11 +437,12 @@ def test_a_picture_of_many_pixels_is_a_jpeg(rows, kind, look):
 @pytest.mark.report
 def test_a_large_table_becomes_a_picture():
     """More than 2,000 values are one pixel each: 1,000 classes of two experts are still a table."""
-    values = torch.tensor([[0.0, 0.5]]).expand(1001, 2)
-    table, large = Page(heat(values[:1000], 0.5, range(1000))), Page(heat(values, 0.5, range(1001)))
+    values = torch.tensor([[0.0, 0.5]]).expand(1000, 2)
+    table = Page(heat(values, 0.5, range(1000)))
+    large = Page(heat(values.repeat(1, 50), 0.5, range(1000)))
     assert len(table.all("td")) == 2000 and table.styles("td")[1] == {"--blue": "80%"}
     [image] = large.pictures()
-    assert large.all("td") == [] and image.size == (2, 1001)
+    assert large.all("td") == [] and image.size == (100, 1000)
     assert [image.getpixel((x, 500)) for x in (0, 1)] == [(40, 40, 40), BLUE], "not a JPEG"
 
 
@@ -636,7 +637,7 @@ def test_the_overview_by_hand():
     assert overview(run) == rows
     page = Page(report_html(run, "spec"))
     assert page.texts("td")[:21] == sum(rows, []), "the page's first table"
-    assert "a.pt: model=by_hand. Images of spec. Top-1: 50.00% of 4." in page.text
+    assert "a.pt: model=by_hand. Images of spec. Top-1: 50.00% of 4. Data: 4 images, 2" in page.text
     assert "Routed experts do 40% of the multiply-adds." in page.text
 
 
@@ -750,6 +751,7 @@ def test_one_command_writes_everything(checkpoint, options, blocks, grids):
     assert {"report.html", "summary.json"} <= set(os.listdir("out"))
     assert os.path.exists("out/routing.csv") == bool(blocks)
     assert (summary["images"], summary["data"], summary["checkpoint"]) == (40, "shapes", "a.pt")
+    assert summary["protocol"] == "100 images, 16 of 16 classes, 40 of them evenly spread"
     assert [layer["block"] for layer in summary["layers"]] == blocks
     assert [layer["grid"] for layer in summary["layers"]] == grids
     assert headings(page) == (ALL if blocks else "training pictures")
@@ -786,6 +788,15 @@ def test_the_routed_share_by_hand(checkpoint, k):
     routers = 2 * T * D * 4
     total = 16 * 192 * D + 4 * attention + 2 * mlp + routers + 2 * k * mlp + D * 16
     assert summary["routed_share"] == 2 * k * mlp / total
+
+
+@pytest.mark.report
+@pytest.mark.parametrize("flags, images", [([], 1), (["--split", "all"], 5)])
+def test_what_the_model_was_trained_on_is_left_out(checkpoint, flags, images):
+    """Of a flat folder that it was trained on only the held-out fifth is inspected."""
+    save_pictures(*(f"images/circle-plain/{i}.png" for i in range(5)))
+    path = checkpoint("a.pt", args=dict(data="images"), moe_layers="last2")
+    assert run_main(path, "--data", "./images/", *flags)[0]["images"] == images
 
 
 @pytest.mark.report
@@ -832,8 +843,10 @@ def test_a_folder_that_cannot_be_written_is_refused_first(checkpoint, monkeypatc
 def test_own_pictures(checkpoint, capsys, options, layers, data, numbers):
     """Without classes there are the five best with their probabilities, and the routing."""
     save_pictures(*(f"own/photo {i}.png" for i in range(3)))
+    os.mkdir("out")
+    Path("out/routing.csv").touch()
     summary, page = run_main(checkpoint("a.pt", [dict(epoch=1)], **options), "--data", data)
-    assert sorted(os.listdir("out")) == ["report.html", "summary.json"]
+    assert sorted(os.listdir("out")) == ["report.html", "summary.json"], "an old routing.csv"
     assert headings(page) == "pictures" and "Top-1" not in page.text and "top1" not in summary
     assert len(page.pictures()) == len(numbers) * (1 + layers)
     model, saved = load_checkpoint("a.pt")

@@ -410,7 +410,7 @@ def make_noise(root, files):
 def test_mistakes_are_printed_and_written(always, tmp_path, capsys):
     """The model always says n02. Of a data set without a mistake nothing is printed.
 
-    That was trained on, and only one of its five images was held out.
+    The latter was trained on: one of its five images is held out.
     """
     wrong = make_folder(tmp_path / "wrong", ["n02/0.png", "n03/1.png"])
     [row] = run(tmp_path, always, "--data", wrong)
@@ -421,8 +421,11 @@ def test_mistakes_are_printed_and_written(always, tmp_path, capsys):
     assert row["data"][wrong]["per_class"]["n02"] == dict(top1=100.0, images=1)
     right = make_folder(tmp_path / "right", [f"n02/{i}.png" for i in range(5)])
     torch.save(torch.load(always) | dict(args=dict(data=right)), always)
-    [row] = run(tmp_path, always, "--data", right)
-    assert row["data"][right]["protocol"].startswith("1 images")
+    note = "images, 1 of 12 classes, logits restricted"
+    for flags, protocol in [((), f"1 {note}, those held out from its training"),
+                            (("--split", "all"), f"5 {note}")]:
+        [row] = run(tmp_path, always, "--data", right, *flags)
+        assert row["data"][right]["protocol"] == protocol
     assert "lowest" not in capsys.readouterr().out
 
 

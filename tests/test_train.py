@@ -842,14 +842,15 @@ def test_weights_that_cannot_be_had_are_one_line(there, tmp_path, monkeypatch):
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("model, changed", [("vit_nano", True), ("vit_s", False)])
+@pytest.mark.parametrize("model, changed", [
+    ("vit_nano", True), ("convnext_nano", True), ("vit_s", False)])
 def test_on_a_folder_the_nano_models_crop_and_mix(model, changed):
     """Their recipe changes in two entries, without a flip, and a flag goes before both."""
-    Path("d").mkdir()
-    recipe = train.recipe_of(SimpleNamespace(model=model, data="d", init_from=None))
+    Path("shapes").mkdir()  # and not the drawn data
+    recipe = train.recipe_of(SimpleNamespace(model=model, data="shapes", init_from=None))
     differing = {name for name, value in recipe.items() if value != train.RECIPES[model][name]}
     assert differing == ({"crop_scale", "cutmix"} if changed else set())
-    config = resolve(f"--model {model} --data d --crop-scale 0.5 --flip 1")
+    config = resolve(f"--model {model} --data shapes --crop-scale 0.5 --flip 1")
     assert (config.crop_scale, config.flip) == (0.5, 1)
 
 
