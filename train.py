@@ -123,10 +123,10 @@ CONVNEXT_TUNE = CONVNEXT | dict(
 ISO_TUNE = CONVNEXT_TUNE | dict(layer_decay=1.0)
 
 # DeiT III's AdamW line (README_revenge.md). There it goes from 192 to 224 pixels of ImageNet-1k, at
-# a constant rate; ours decays. Its line for weights from 21k is for LAMB.
+# a constant rate; ours decays. For 21k it has LAMB. A small fresh head: Dosovitskiy et al. 2021.
 VIT_TUNE = VIT | dict(
     epochs=20, base_lr=1e-5, base_batch=512, min_lr=1e-6, weight_decay=0.1, erasing=0.0,
-    drop_path=0.2, crop_ratio=1.0)
+    drop_path=0.2, crop_ratio=1.0, head_scale=0.001)
 
 FINE_TUNING = dict(  # of ConvNeXt only B is published
     convnext_t=CONVNEXT_TUNE | dict(drop_path=0.1),
@@ -144,8 +144,7 @@ TORCHVISION = dict(
 
 def recipe_of(args):
     """Return the recipe of args.model, a dict, fit for args.data and args.init_from."""
-    starts = FINE_TUNING if args.init_from else RECIPES
-    recipe = starts.get(args.model, RECIPES[args.model])
+    recipe = RECIPES[args.model] | (FINE_TUNING.get(args.model, {}) if args.init_from else {})
     if "steps" in recipe and os.path.isdir(args.data):
         recipe = recipe | NANO_FOLDER
     elif (args.model, args.data) == ("convnext_nano", "shapes"):
@@ -237,6 +236,8 @@ def settle(config, train_images, val_images, world):
         raise ValueError("--freeze-backbone freezes a random backbone: give --init-from, too")
     if config.layer_decay != 1 and config.model not in LAYER_DECAYED:
         raise ValueError(f"--layer-decay is for {', '.join(LAYER_DECAYED)} only: leave it out")
+    if config.init_from and train_images < 50_000:  # published batches would be too few steps
+        config.base_batch = min(config.base_batch, 64)
     shares = world * config.accumulate  # of a step's batch, all of one size
     batch = config.batch_size or config.base_batch
     fitting = min(batch, train_images) // shares * shares
@@ -280,12 +281,11 @@ def open_data(config):
 
 def train_transform(config):
     """Return the augmentation of the recipe, uint8 (3, H, W) -> uint8 (3, S, S)."""
-    size = config.image_size
+    size, bicubic = config.image_size, v2.InterpolationMode.BICUBIC
     mean_colour = [round(255 * mean) for mean in MEAN]
     steps = [eval_transform(size, config.crop_ratio)]
     if config.crop_scale < 1:
-        scale, bicubic = (config.crop_scale, 1.0), v2.InterpolationMode.BICUBIC
-        steps = [v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True)]
+        steps = [v2.RandomResizedCrop(size, (config.crop_scale, 1.0), interpolation=bicubic)]
     if config.flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.randaug:

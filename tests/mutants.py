@@ -154,7 +154,7 @@ eval.choose_split
 train.settle
     config.base_lr * fitting / config.base_batch -> config.base_lr
 train.recipe_of
-    FINE_TUNING if args.init_from else RECIPES -> RECIPES
+    FINE_TUNING.get(args.model, {}) if args.init_from else {} -> {}
 train.update_ema
     min(decay, (1 + step) / (10 + step)) -> decay  # a short run ends near its start
 train.parameter_groups

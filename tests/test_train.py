@@ -155,8 +155,17 @@ def test_the_learning_rate_follows_the_batch():
     """
     assert settle("--model vit_s --batch-size 512").lr == 5e-4
     assert settle("--model vit_s --batch-size 512 --lr 0.002").lr == 0.002
-    config = settle("--model vit_s --init-from x.pt --batch-size 64 --min-lr 1e-5")
+    config = settle("--model vit_s --init-from x.pt --batch-size 64 --min-lr 1e-5", 50_000)
     assert config.lr == config.min_lr == 1e-5 / 8
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("model, lr", [("convnext_t", 5e-5), ("vit_b", 1e-5)])
+def test_few_pictures_are_fine_tuned_in_smaller_steps(model, lr):
+    """Of 512 images 800 pictures would make one step per epoch, of 64 they make 12."""
+    for images, batch in [(800, 64), (50_000, 512)]:
+        config = settle(f"--model {model} --init-from torchvision", images)
+        assert (config.batch_size, config.lr) == (batch, lr)
 
 
 @pytest.mark.recipe
@@ -184,7 +193,7 @@ PUBLISHED = """
     mixup            0.8       0.8     0.8      0.2     0              0         0.8
     ema              0.9999    0.9999  0.99996  0       0              0         0.99996
     layer_decay      1         1       1        1       0.8            1         1
-    head_scale       1         1       1        1       0.001          0.001     1
+    head_scale       1         1       1        1       0.001          0.001     0.001
 """
 PUBLISHED_OF_MODELS = """
                     from scratch: recipe, drop_path    fine-tuned: recipe, drop_path
