@@ -345,8 +345,7 @@ def combine(rows, weights, order):
 
 
 # ---------------------------------------------------------------- two other ways to route
-# Both see one image at a time, x (B, N, D) or (B, rows, columns, D): a prediction never depends on
-# its batch. Nothing is to balance.
+# Both see one image at a time: a prediction never depends on its batch. Nothing is to balance.
 
 class ExpertChoice(nn.Module):
     """Let experts choose their tokens (Zhou et al. 2022): x (B, ..., D) -> y, and a Routing.
@@ -412,16 +411,14 @@ class SoftMoE(nn.Module):
         scores = F.linear(F.normalize(tokens, dim=-1), codes)  # (B, N, E*S)
         mixtures = scores.softmax(1).transpose(1, 2) @ tokens  # (B, E*S, D)
         groups = mixtures.unflatten(1, (self.num_experts, -1)).unbind(1)  # E times (B, S, D)
-        answers = [expert(group) for expert, group in zip(self.experts, groups)]
-        answers = torch.cat(answers, dim=1)  # (B, E*S, D)
-        y = scores.softmax(2) @ answers  # (B, N, D)
+        answers = torch.cat([expert(group) for expert, group in zip(self.experts, groups)], dim=1)
+        y = scores.softmax(2) @ answers  # (B, N, E*S) @ (B, E*S, D) -> (B, N, D)
 
         # The softmax of these logits is the sum of the weights of an expert's slots.
         logits = scores.float().unflatten(2, (self.num_experts, -1)).logsumexp(3).flatten(0, 1)
         probs = logits.softmax(-1)  # (T, E)
         gates, best = top_k_gates(probs, 1)
-        all_kept, loss = torch.ones_like(best, dtype=torch.bool), probs.new_zeros(())
-        routing = Routing(logits, probs, best, gates, all_kept, loss)
+        routing = Routing(logits, probs, best, gates, best >= 0, probs.new_zeros(()))  # all kept
         return y.to(x.dtype).reshape(x.shape), routing
 
 
@@ -452,8 +449,7 @@ def count_flops(model, image_size, modules="^Global$"):
 
     They are what the papers call FLOPs: products and convolutions alone, counted by torch in a pass
     of an empty image. It misses fused attention (hence MATH) and the distances of an L2 router.
-    modules: a regular expression of names such as "ViT.blocks.1.mlp". What matches is added: end
-    it with $, for the parts of a module have its name, too.
+    modules: a regular expression of names, such as "ViT.blocks.1.mlp$". All that match are added.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
