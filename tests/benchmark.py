@@ -35,8 +35,7 @@ SHAPES = (  # name, T tokens on a CPU, D, H, E, K
     ("ViT-S", 6272, 384, 1536, 8, 2),
     ("ViT-S", 6272, 384, 1536, 16, 1),
     ("ConvNeXt-T stage 4", 1568, 768, 3072, 4, 1),
-    ("vit_nano, 64 images", 1088, 64, 256, 8, 1),
-)
+    ("vit_nano, 64 images", 1088, 64, 256, 8, 1))
 
 
 def print_paper_table():

@@ -22,9 +22,7 @@ def find(source, path):
         owner = node
         named = [child for child in node.body if getattr(child, "name", None) == name]
         if not named:
-            raise ValueError(
-                f"there is no {path} in the file: has tests/concepts.py another name for it?"
-            )
+            raise ValueError(f"no {path} in the file: has tests/concepts.py another name for it?")
         node = named[-1]
     if not isinstance(node, ast.FunctionDef):
         raise ValueError(f"{path} is not a function in the file: write `def {path}(...)`")

@@ -56,9 +56,7 @@ def has_no_loop_over_tokens(function, inputs):
         with Operations() as operations:
             function(*arguments)
         counts.append(operations.count)
-    assert counts[0] == counts[1], (
-        f"{counts[0]} operations for 10 tokens, {counts[1]} for 40: a Python loop over tokens?"
-    )
+    assert counts[0] == counts[1], f"{counts} operations for 10, 40 tokens: a loop over them?"
 
 
 def make_folder(root, files):

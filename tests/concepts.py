@@ -174,8 +174,7 @@ CONCEPTS = (
             "there."),
     # ---- tests/ and README.md
     Concept("course", "", "",
-            "A test that no mistake can fail teaches nothing; a command that fails teaches less."),
-)
+            "A test that no mistake can fail teaches nothing; a command that fails teaches less."))
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 
 
@@ -218,8 +217,7 @@ PLAN = dict(
     batches=Work(4, "What must a random draw depend on, so that a continued run is the same run?"),
     training=Work(12, "What is in a checkpoint, and which part would you miss last?"),
     statistics=Work(8, "How much mutual information does chance give, and with how many images?"),
-    report=Work(10, "Which figure could mislead, and what does its caption say against it?"),
-)
+    report=Work(10, "Which figure could mislead, and what does its caption say against it?"))
 
 
 def all_needs(name):

@@ -42,8 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning"
-    )
+        "filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
     for line in MARKERS.strip().splitlines():
         config.addinivalue_line("markers", line)
     for concept in CONCEPTS:
@@ -85,8 +84,7 @@ def pytest_collection_modifyitems(items, config):
         if len(names) != 1:
             raise pytest.UsageError(
                 f"{item.nodeid} has the concepts {names}: expected exactly one of"
-                f" tests/concepts.py, as in @pytest.mark.{CONCEPTS[0].name}"
-            )
+                f" tests/concepts.py, as in @pytest.mark.{CONCEPTS[0].name}")
     if not config.getoption("slow"):
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=place_of)

@@ -158,8 +158,7 @@ def run_ours(limit, concept):
     if not found or not all(ours["passed"] for ours in found.values()):
         raise ValueError(
             f"{concept}: the tests do not pass with our own code, or do not end within {limit} s:"
-            f" try `python -m pytest -m {concept}`"
-        )
+            f" try `python -m pytest -m {concept}`")
     return found
 
 

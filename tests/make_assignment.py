@@ -260,9 +260,7 @@ def read_results(file):
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Copy the project without the functions of some concepts."
-    )
+    parser = argparse.ArgumentParser(description="Copy the project without some functions.")
     parser.add_argument("out", type=Path, help="folder to write, must not exist")
     parser.add_argument("concepts", nargs="+", metavar="concept",
                         help="what is to be written: names of tests/concepts.py")

@@ -83,15 +83,12 @@ def curves(study, per_second):
         start, _, model = name.rpartition("-")
         scale = study.step_seconds(f"{start}-")[model] if per_second else 1
         lines.append(([(0, CHANCE), *study.curve(name, scale)], colour, model == "dense", label))
+    left, width, unit, what, axis = (  # unit: from one tick to the next
+        (420, 260, 50, "seconds", "seconds of training on one core") if per_second else
+        (44, 270, 125, "steps", "steps of 512 pictures"))
     end = max(points[-1][0] for points, *_ in lines)
-    unit = 125 if not per_second else 50 if end < 260 else 100
     ticks = {f"{at}": at for at in range(0, math.ceil(end / unit) * unit + 1, unit)}
-    if per_second:
-        axis = "seconds of training on one core"
-        panel = Panel(420, 84, 260, 200, "8 experts: top-1 % against seconds", axis, ticks)
-    else:
-        axis = "steps of 512 pictures"
-        panel = Panel(44, 84, 270, 200, "8 experts: top-1 % against steps", axis, ticks)
+    panel = Panel(left, 84, width, 200, f"8 experts: top-1 % against {what}", axis, ticks)
     for points, colour, dashed, label in lines:
         panel.line(points, colour, dashed)
         at, mean = points[-1]

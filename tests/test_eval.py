@@ -208,17 +208,11 @@ GREYS = [[(299 * r + 587 * g + 114 * b + 500) // 1000] * 3 for r, g, b in COLOUR
 
 @pytest.mark.folders
 @pytest.mark.parametrize("name, mode, expected", [
-    ("rgb.png", "RGB", COLOURS),
-    ("grey.png", "L", GREYS),
-    ("palette.png", "P", None),  # None: what Pillow reads
-    ("alpha.png", "RGBA", COLOURS),
-    ("rgb.jpg", "RGB", COLOURS),
-    ("LOUD.JPEG", "RGB", COLOURS),
-    ("cmyk.jpg", "CMYK", COLOURS),
-    ("rgb.bmp", "RGB", COLOURS),
-    ("palette.gif", "P", None),
-    ("rgb.webp", "RGB", None),
-    ("rgb.tif", "RGB", COLOURS)])
+    ("rgb.png", "RGB", COLOURS), ("alpha.png", "RGBA", COLOURS), ("grey.png", "L", GREYS),
+    ("rgb.jpg", "RGB", COLOURS), ("LOUD.JPEG", "RGB", COLOURS), ("cmyk.jpg", "CMYK", COLOURS),
+    ("rgb.bmp", "RGB", COLOURS), ("rgb.tif", "RGB", COLOURS),
+    # None: what Pillow reads
+    ("palette.png", "P", None), ("palette.gif", "P", None), ("rgb.webp", "RGB", None)])
 @pytest.mark.parametrize("decoders", ["torchvision and Pillow", "Pillow"])
 def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, mode, expected):
     """A file of any mode and format is read as (3, H, W) uint8 RGB, by either decoder."""
@@ -239,14 +233,8 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, monkeypatch, decoders, name, m
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation, corners", [
     # The viewer shows the fields 0 1 / 2 3 (COLOURS) as ...
-    (1, [0, 1, 2, 3]),
-    (2, [1, 0, 3, 2]),
-    (3, [3, 2, 1, 0]),
-    (4, [2, 3, 0, 1]),
-    (5, [0, 2, 1, 3]),
-    (6, [2, 0, 3, 1]),
-    (7, [3, 1, 2, 0]),
-    (8, [1, 3, 0, 2])])
+    (1, [0, 1, 2, 3]), (2, [1, 0, 3, 2]), (3, [3, 2, 1, 0]), (4, [2, 3, 0, 1]),
+    (5, [0, 2, 1, 3]), (6, [2, 0, 3, 1]), (7, [3, 1, 2, 0]), (8, [1, 3, 0, 2])])
 def test_pictures_are_turned_as_a_viewer_does(tmp_path, kind, orientation, corners):
     """EXIF's orientation turns or mirrors the picture: 6 is that of a phone held upright."""
     exif = Image.Exif()
@@ -407,10 +395,8 @@ def test_a_flat_folder_holds_out_a_fifth(tmp_path):
     files = [f"{name}/{i:02}.png" for name in "ab" for i in range(11)]
     root = make_folder(tmp_path, files)
     train, val, everything = (names(open_dataset(root, split)) for split in ("train", "val", "all"))
-    # 11 // 5 = 2 of 11. `printf 03.png | sha256sum` begins with 0490, of 06.png with 0ba7; the
-    # third, 02.png, with 0ec4.
-    assert val == ["a/03.png", "a/06.png", "b/03.png", "b/06.png"], (
-        "is the class folder a part of the name?")
+    # 2 of 11. `printf 03.png | sha256sum` begins with 0490, of 06.png 0ba7; then 02.png, 0ec4.
+    assert val == ["a/03.png", "a/06.png", "b/03.png", "b/06.png"], "hashes of a/03.png?"
     assert sorted(train + val) == everything == files and not set(train) & set(val)
 
 
@@ -465,8 +451,7 @@ def test_a_folder_without_images_shows_what_was_expected(tmp_path, make, expecte
 @pytest.mark.parametrize("broken, item, replaced_by", [
     ([1], 1, 2),  # by the next
     ([1, 2], 1, 3),  # by the next that can be read
-    ([3], 3, 0),  # after the last comes the first
-])
+    ([3], 3, 0)])  # after the last comes the first
 def test_an_unreadable_file_is_replaced_and_reported(tmp_path, broken, item, replaced_by):
     """For a broken file comes the next, with ITS label and the index of the broken one."""
     data = open_dataset(make_folder(tmp_path, ["a/0.png", "a/1.png", "b/2.png", "c/3.png"]), "all")
@@ -626,8 +611,7 @@ def test_damaged_metadata_do_not_hide_a_picture(name, data, tmp_path):
     # 224 / 0.875 = 256, the short side; (300 - 224) / 2 = 38
     (224, 0.875, 256, 300, (16, 240), (38, 262)),
     (224, 0.875, 300, 256, (38, 262), (16, 240)),
-    (32, 1.0, 32, 48, (0, 32), (8, 40)),  # a ratio of 1: all of the short side
-])
+    (32, 1.0, 32, 48, (0, 32), (8, 40))])  # a ratio of 1: all of the short side
 def test_the_centre_is_evaluated(image_size, crop_ratio, height, width, rows, columns):
     """The short side becomes image_size / crop_ratio pixels, then the centre square is cut out."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
@@ -1016,8 +1000,7 @@ def test_a_number_out_of_its_interval(capsys, flag, interval, right, wrong):
                   "recent call last):\n  File ...\nRuntimeError: expected equal sizes"), 2,
      "error: RuntimeError: expected equal sizes\n"),  # of a traceback the last line
     (KeyboardInterrupt(), 130, ""),
-    (RecursionError("a bug"), None, ""),  # a RuntimeError
-])
+    (RecursionError("a bug"), None, "")])  # a RuntimeError
 def test_what_a_user_can_mend_is_one_line(raised, status, told, monkeypatch, capsys):
     """It ends the program with status 2, Ctrl-C with 130; a bug shows its traceback."""
     monkeypatch.setattr(evaluation, "load_checkpoint", mock.Mock(side_effect=raised))

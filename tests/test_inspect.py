@@ -293,14 +293,6 @@ def red_run(monkeypatch):
 
 
 @pytest.mark.report
-def test_counting_while_the_images_pass_by(red_run):
-    """Over a loader with a last, smaller batch every image is counted once, under its class."""
-    run = red_run([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]], 2, [1, 0, 1], ["a", "b"])
-    assert run.layers[0].table.tolist() == [[0, 4], [5, 3]]  # of b: 3 + 2, and 1 + 2 patches
-    assert run.images == [0, 1, 2] and run.top1 == 0  # predicted are a, b and a
-
-
-@pytest.mark.report
 @pytest.mark.parametrize("count, flags, images, shown", [
     # Folders come class by class: --max-images does not take the first ones.
     (9, "--max-images 3 --examples 1", [0, 3, 6], [1]),

@@ -640,8 +640,7 @@ def test_one_expert_is_the_dense_mlp(training):
     close(y, dense_copy(layer.experts, 0)(x))
     assert routing.balance_loss.item() == 0
     (y.sum() + routing.balance_loss).backward()
-    assert all(p.grad.isfinite().all() for p in layer.parameters()), (
-        "NaN: the balance loss of a single expert")
+    assert all(p.grad.isfinite().all() for p in layer.parameters()), "NaN: balance of one expert"
 
 
 @pytest.mark.layer

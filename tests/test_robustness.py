@@ -61,8 +61,7 @@ NUMBERS = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
     (["cat", "dog"], ["dog", "ant", "cat"], [2, 0]),  # by name
     (NUMBERS, CLASSES, [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]),  # names that are numbers
     (["000", "007", "011"], CLASSES, [0, 7, 11]),  # zeros change nothing
-    (["10", "2"], NUMBERS, [2, 4]),  # the checkpoint's own classes are numbers: by name
-])
+    (["10", "2"], NUMBERS, [2, 4])])  # the checkpoint's own classes are numbers: by name
 def test_which_class_a_folder_is(names, classes, expected):
     """Each folder gets the position of its name, or a class that its name is the number of."""
     assert match_classes(names, classes) == expected, "the position among the sorted names?"
@@ -73,8 +72,7 @@ def test_which_class_a_folder_is(names, classes, expected):
     (["n01", "zebra", "n03"], ("1 of 3", "zebra")),
     (["cow", "zebra"], ("2 of 2", "cow, zebra")),
     (["0", "11", "12"], ("1 of 3", "12")),  # the classes are 0 to 11
-    (["3", "n04"], ("1 of 2", "3")),  # a number among names is none
-])
+    (["3", "n04"], ("1 of 2", "3"))])  # a number among names is none
 def test_unknown_classes_are_named(names, expected):
     """A folder that the checkpoint has no class for is refused: it can be neither right nor wrong.
 
@@ -90,8 +88,7 @@ def test_unknown_classes_are_named(names, expected):
 @pytest.mark.classes
 @pytest.mark.parametrize("names, columns, labels", [
     (["0", "1", "10", "11", "2"], [0, 1, 2, 10, 11], [0, 1, 3, 4, 2]),
-    (["01", "1", "2"], [1, 2], [0, 0, 1]),  # two names of one class, which competes once
-])
+    (["01", "1", "2"], [1, 2], [0, 0, 1])])  # two names of one class, which competes once
 def test_labels_are_places_among_the_columns(names, columns, labels):
     """The columns are sorted, and an image of their i-th class has label i."""
     images = torch.zeros(len(names), 3, 1, 1, dtype=torch.uint8)
@@ -544,8 +541,8 @@ def test_two_processes_count_the_same(tmp_path):
     flags += ["--batch-size", "4", "--workers", "1", "--json"]
     for world in (1, 2):
         arguments = [checkpoint, *flags, str(tmp_path / f"{world}.json")]
-        run = forked.start(
-            forked.program, ROOT / "eval.py", arguments, tmp_path, world, world=world)
+        call = forked.program, ROOT / "eval.py", arguments, tmp_path, world
+        run = forked.start(*call, world=world)
         assert forked.finish(run) == [0] * world, (tmp_path / f"{world}.err").read_text()
         assert (tmp_path / f"{world}.out").read_text().count("random.pt: vit_nano") == 1
     written = [json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json")]

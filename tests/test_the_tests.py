@@ -192,8 +192,7 @@ SUITE = dict(
     a=("layer", UNWRITTEN), b=("layer", "pass"), c=("balance", "assert 0.5 == 1.0"),
     d=("balance", UNWRITTEN), e=("edge capacity", "assert 0"), f=("router", UNWRITTEN),
     g=("top_k", "pass"), h=("router", UNWRITTEN), i=("top_k", "pytest.skip()"),
-    j=("capacity", "pass"),
-)
+    j=("capacity", "pass"))
 
 
 @pytest.mark.slow
